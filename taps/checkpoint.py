@@ -1,0 +1,126 @@
+"""Everything needed to continue a training run exactly, in one file that is replaced whole.
+
+``checkpoint/state.safetensors`` holds the task's tensors, the optimiser's state and the random states; its metadata holds
+the counters as JSON. The base is stored only where the method trains it. The order of the data and the random
+transforms of the images follow from the seed and the epoch (:mod:`taps.data.images`) and need no state.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from taps.errors import UserError
+from taps.files import write_tensors
+
+
+def save(
+    path: Path, model, task: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: dict
+) -> None:
+    """Write the state of a run after some number of steps. Every process must call it; the first one writes.
+
+    Args:
+        path: the file.
+        model: the unwrapped :class:`taps.model.TaskModel`.
+        task: the task in training.
+        optimizer: made by :func:`taps.train.make_optimizer`.
+        accelerator: tells processes apart and holds the gradient scaler.
+        progress: counters, as JSON.
+    """
+    random_states = gather_object([random_state()])
+    if not accelerator.is_main_process:
+        return
+    tensors = {f"task/{name}": tensor for name, tensor in model.task_state(task).items()}
+    if model.row.trains_base:
+        tensors.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
+    numbers: dict[str, object] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            else:
+                numbers[f"{index}/{name}"] = value
+    for rank, states in enumerate(random_states):
+        tensors.update((f"random/{rank}/{name}", tensor) for name, tensor in states.items())
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    record = {"task": task, "progress": progress, "optimizer": numbers, "scaler": scaler}
+    write_tensors(path, tensors, {"record": json.dumps(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """The counters of a checkpoint (``task`` and ``progress``), or ``None`` if there is no file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["record"])
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from None
+
+
+def restore(
+    path: Path, model, task: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[dict, dict[str, Tensor]]:
+    """Bring model and optimiser back to the state in ``path``.
+
+    Returns:
+        The counters, and this process's random state for :func:`set_random_state`.
+
+    Raises:
+        UserError: if the checkpoint does not fit the model.
+    """
+    record = read_record(path)
+    with safe_open(path, "pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    targets = {f"task/{name}": tensor for name, tensor in model.task_state(task).items()}
+    if model.row.trains_base:
+        targets.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
+    wrong = [n for n, tensor in targets.items() if n not in tensors or tensors[n].shape != tensor.shape]
+    if record["task"] != task or wrong:
+        raise UserError(f"checkpoint {path} belongs to another run (task {record['task']!r}, {len(wrong)} tensors differ)")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+    state: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    for name, value in record["optimizer"].items():
+        index, key = name.split("/", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if record["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(record["scaler"])
+    prefix = f"random/{accelerator.process_index}/"
+    return record["progress"], {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's random generators on the CPU and on this process's accelerator."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """Undo what has been drawn since :func:`random_state`."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])

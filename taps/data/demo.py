@@ -1,0 +1,123 @@
+"""The demo's data: six small visual domains made from scikit-learn's handwritten digits and its two photographs.
+
+They are written once as ordinary image folders, 64 × 64 pixels, so that the demo runs the same code as any data set.
+Digits of a domain's test split are not in its training split; the photographs' left parts are for training and their
+right parts for testing, so no pixel is in both.
+
+| domain           | classes | the picture                                        |
+|------------------|---------|----------------------------------------------------|
+| digits           | 10      | a handwritten digit                                |
+| digits_rotated   | 10      | dark on light, turned by 90 degrees, noisy         |
+| digits_outline   | 10      | only the contour, in a random colour               |
+| digits_on_photo  | 10      | drawn into a piece of a photograph                 |
+| photo_filter     | 8       | a piece of a photograph: how was it processed?     |
+| photo_rotation   | 4       | a piece of a photograph: which way is up?          |
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from taps.data.folders import read_folder
+from taps.data.images import TaskData
+
+SIZE = 64
+DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_rotation")
+TRAIN_IMAGES, TEST_IMAGES = 480, 300
+FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.6)),
+    "embossed": lambda image: image.filter(ImageFilter.EMBOSS),
+    "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
+    "inverted": lambda image: ImageOps.invert(image),
+    "original": lambda image: image,
+    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize((SIZE, SIZE), Image.Resampling.NEAREST),
+    "posterized": lambda image: ImageOps.posterize(image, 2),
+    "saturated": lambda image: ImageEnhance.Color(image).enhance(2.5),
+}
+
+
+def make_demo(root: Path) -> None:
+    """Write the six domains under ``root`` unless they are there. The same files every time (fixed seed)."""
+    if all((root / domain / "test").is_dir() for domain in DOMAINS):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+    try:
+        for index, domain in enumerate(DOMAINS):
+            for split, count in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
+                generator = np.random.default_rng([index, split == "test"])
+                for number, (image, label) in enumerate(_images(domain, split, count, generator)):
+                    folder = temporary / domain / split / label
+                    folder.mkdir(parents=True, exist_ok=True)
+                    image.save(folder / f"{number:04d}.png")
+        temporary.chmod(0o755)
+        if root.exists():
+            shutil.rmtree(root)
+        temporary.rename(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_demo(root: Path) -> list[TaskData]:
+    """The six tasks; images are used as they are (a mirrored digit is no digit)."""
+    return [replace(read_folder(root / domain, cropped=True), flip=False) for domain in DOMAINS]
+
+
+def _images(domain: str, split: str, count: int, generator: np.random.Generator):
+    """(image, class name) pairs of one split."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    if domain.startswith("digits"):
+        digits = load_digits()
+        order = np.random.default_rng(0).permutation(len(digits.images))
+        members = order[:1200] if split == "train" else order[1200:]
+        for index in generator.permutation(members)[:count]:
+            yield _digit(domain, digits.images[index], photos, split, generator), str(digits.target[index])
+        return
+    for number in range(count):
+        piece = _piece(photos, split, generator, smallest=72)
+        if domain == "photo_filter":
+            name = sorted(FILTERS)[number % len(FILTERS)]
+            yield FILTERS[name](piece), name
+        else:
+            quarter = number % 4
+            yield piece.rotate(90 * quarter), f"turned_{90 * quarter}"
+
+
+def _piece(photos: list[Image.Image], split: str, generator: np.random.Generator, smallest: int) -> Image.Image:
+    """A random square of one photograph's part for this split, SIZE × SIZE."""
+    photo = photos[generator.integers(len(photos))]
+    width, height = photo.size
+    border = int(0.6 * width)
+    left, right = (0, border) if split == "train" else (border, width)
+    side = int(generator.integers(smallest, 200))
+    x = int(generator.integers(left, right - side))
+    y = int(generator.integers(0, height - side))
+    return photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+
+
+def _digit(
+    domain: str, pixels: np.ndarray, photos: list[Image.Image], split: str, generator: np.random.Generator
+) -> Image.Image:
+    ink = Image.fromarray((pixels * 255 / 16).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    colour = tuple(int(value) for value in generator.integers(120, 256, size=3))
+    if domain == "digits":
+        return ink.convert("RGB")
+    if domain == "digits_rotated":
+        turned = np.asarray(ImageOps.invert(ink.rotate(90)), dtype=np.float32)[..., None]
+        noise = generator.normal(0, 30, size=(SIZE, SIZE, 3))
+        return Image.fromarray(np.clip(0.8 * turned + 25 + noise, 0, 255).astype(np.uint8))
+    if domain == "digits_outline":
+        contour = ink.point(lambda value: 255 if value > 110 else 0).filter(ImageFilter.FIND_EDGES)
+        return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), Image.new("RGB", (SIZE, SIZE)), contour)
+    ground = _piece(photos, split, generator, smallest=72)
+    strength = ink.point(lambda value: int(0.8 * value))
+    return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), ground, strength)

@@ -1,0 +1,36 @@
+"""A user's mistake is one exception type with a one-line message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the caller can put right; the message is one line that says what is wrong and what to do.
+
+    The commands print it and end with exit status 2; in Python it is an ordinary ``ValueError``.
+    """
+
+
+class DivergedError(UserError):
+    """The training loss is no longer a finite number."""
+
+
+def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> UserError:
+    """The error for a name that is not one of ``allowed``; offers the nearest ones.
+
+    Args:
+        kind: what the name should have been, e.g. ``"task"``.
+        name: what was given.
+        allowed: every accepted name. Long lists are cut to the nearest few.
+        hint: a further sentence.
+    """
+    names = [str(candidate) for candidate in allowed]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    message = f"unknown {kind} {str(name)!r}"
+    if near:
+        message += f"; did you mean {' or '.join(repr(candidate) for candidate in near)}?"
+    if len(names) <= 20:
+        message += f"{'' if near else ';'} allowed: {', '.join(names) if names else 'none yet'}"
+    return UserError(f"{message}; {hint}" if hint else message)

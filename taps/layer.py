@@ -1,0 +1,321 @@
+r"""The layer: the one equation every method shares.
+
+    y = run · f(x; W + specific ⊙ δ_task) + (1 − run) · shortcut(x)          (run, specific) = gate_task(x)
+
+:class:`GatedUnit` wraps any module ``f`` (a convolution, a linear layer, ``nn.MultiheadAttention``, a residual block)
+without knowing its type: the effective parameters are handed to it with ``torch.func.functional_call``.
+:class:`TaskNorm` wraps a normalisation layer, whose affine parameters and statistics are copied whole for a task rather
+than expressed as deltas.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from taps.gates import Decision, Gate, State
+
+
+class TaskDict(nn.Module):
+    """Modules by task name. Unlike ``nn.ModuleDict`` it takes every name, ``items`` and ``train`` included."""
+
+    def __getitem__(self, task: str) -> nn.Module:
+        return self._modules[task]
+
+    def __setitem__(self, task: str, module: nn.Module) -> None:
+        self._modules[task] = module
+
+    def __delitem__(self, task: str) -> None:
+        del self._modules[task]
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def get(self, task: str | None) -> nn.Module | None:
+        return self._modules.get(task)
+
+
+class _AddDelta(torch.autograd.Function):
+    """w = W + specific·δ as one pass over memory that keeps only δ and the gate for the backward pass.
+
+    Gradients: dW = g, dδ = delta_gradient·g, dspecific = Σ g·δ over the broadcast dimensions.
+    """
+
+    @staticmethod
+    def forward(ctx, base: Tensor, delta: Tensor, specific: Tensor, delta_gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(delta, delta_gradient)
+        ctx.specific_shape = specific.shape
+        return torch.addcmul(base, delta, specific.to(delta.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        delta, factor = ctx.saved_tensors
+        base_gradient = gradient if ctx.needs_input_grad[0] else None
+        delta_gradient = specific_gradient = None
+        if ctx.needs_input_grad[1]:
+            on_host = factor.numel() == 1 and factor.device.type == "cpu" and not torch.compiler.is_compiling()
+            delta_gradient = gradient if on_host and factor.item() == 1 else gradient * factor.to(gradient.dtype)
+        if ctx.needs_input_grad[2]:
+            if len(ctx.specific_shape) == 0 and gradient.is_contiguous() and delta.is_contiguous():
+                specific_gradient = torch.dot(gradient.flatten(), delta.flatten())
+            else:
+                specific_gradient = (gradient * delta).sum_to_size(ctx.specific_shape)
+        return base_gradient, delta_gradient, specific_gradient, None
+
+
+def add_delta(
+    base: Tensor, delta: Tensor, specific: float | Tensor, delta_gradient: float | Tensor | None = None
+) -> Tensor:
+    """The effective parameter W + specific ⊙ δ, with the gradient convention of the decision."""
+    if isinstance(specific, Tensor):
+        factor = specific.detach() if delta_gradient is None else torch.as_tensor(delta_gradient, device=delta.device)
+        return _AddDelta.apply(base, delta, specific, factor)
+    if specific == 0.0:
+        return base
+    return base + delta if specific == 1.0 else base + specific * delta
+
+
+class Deltas(nn.Module):
+    """One task's deltas of one unit: zeros shaped like the unit's parameters, each named ``<parameter>.delta``."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            holder: nn.Module = self
+            for part in name.split("."):
+                holder = holder._modules.setdefault(part, nn.Module())
+            holder.delta = nn.Parameter(torch.zeros_like(parameter))
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self.get_submodule(name).delta
+
+
+class GatedUnit(nn.Module):
+    """A module of the base network with, for each task, a gate and (where the gate can ask for them) deltas.
+
+    It stands where the base module stood. Without a task it *is* the base module, and so it is wherever the gate's
+    decision leaves nothing to change: the base is then called directly and costs nothing extra.
+
+    Code that reads attributes of the base module (``conv.stride``, ``qkv.weight``) finds them here; parameters that
+    carry deltas are answered with their effective value for the current task, so layers that other modules read
+    instead of call are adapted all the same.
+
+    Args:
+        name: the unit's dotted name in the unwrapped network.
+        base: the module.
+        parameter_names: which of its parameters (dotted, relative to it) get deltas.
+        state: shared by all units of the model.
+        shortcut: maps the input to the output where the unit is not run; the identity by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: nn.Module,
+        parameter_names: tuple[str, ...],
+        state: State,
+        shortcut: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.parameter_names = parameter_names
+        self.state = state
+        self.base = base
+        self.shortcut = shortcut if shortcut is not None else nn.Identity()
+        self.gates = TaskDict()
+        self.deltas = TaskDict()
+
+    def base_parameters(self) -> dict[str, Tensor]:
+        return {name: self.base.get_parameter(name) for name in self.parameter_names}
+
+    def add_task(self, task: str, gate: Gate, with_deltas: bool | None = None) -> None:
+        """Give ``task`` a gate and, if the gate ``needs_delta`` (or as told), zero deltas."""
+        like = next(iter(self.base.parameters()), None)
+        if like is not None:
+            # A score in half precision could not move by the small steps that decide it.
+            wide = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+            gate = gate.to(device=like.device, dtype=wide)
+        self.gates[task] = gate.train(self.training)
+        if gate.needs_delta if with_deltas is None else with_deltas:
+            self.deltas[task] = Deltas(self.base_parameters()).train(self.training)
+
+    def remove_task(self, task: str) -> None:
+        for modules in (self.gates, self.deltas):
+            if task in modules:
+                del modules[task]
+
+    def effective_parameters(self, task: str, decision: Decision) -> dict[str, Tensor]:
+        """The parameters that differ from the base's under ``decision``, by name: W + specific ⊙ δ."""
+        deltas = self.deltas.get(task)
+        specific = decision.specific
+        if deltas is None or (isinstance(specific, float) and specific == 0.0):
+            return {}
+        return {
+            name: add_delta(
+                parameter,
+                deltas[name],
+                specific[name] if isinstance(specific, Mapping) else specific,
+                decision.delta_gradient,
+            )
+            for name, parameter in self.base_parameters().items()
+        }
+
+    def forward(self, *args, **kwargs):
+        task = self.state.task
+        gate = self.gates.get(task)
+        if gate is None:
+            return self.base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        decision = gate(x, self.state)
+        run = decision.run
+        if isinstance(run, Tensor):
+            return self._blend(x, run, decision, args, kwargs)
+        if run == 0.0:
+            return self.shortcut(x)
+        y = self._call(task, decision, args, kwargs)
+        return y if run == 1.0 else run * y + (1.0 - run) * self.shortcut(x)
+
+    def _call(self, task: str, decision: Decision, args: tuple, kwargs: dict):
+        effective = self.effective_parameters(task, decision)
+        if not effective:
+            return self.base(*args, **kwargs)
+        return functional_call(self.base, effective, args, kwargs, tie_weights=False)
+
+    def _blend(self, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
+        """The equation with a tensor ``run``: one value for all, or one a sample, shape (B,)."""
+        task = self.state.task
+        if self.training or run.dim() == 0:
+            y = self._call(task, decision, args, kwargs)
+            run = run.reshape(-1, *[1] * (y.dim() - 1)) if run.dim() else run
+            return run * y + (1 - run) * self.shortcut(x)
+        y = self.shortcut(x)
+        rows = run.nonzero().flatten()  # rows that are not kept are never computed
+        if rows.numel() == 0:
+            return y
+        kept = self._call(task, decision, (x[rows], *args[1:]), kwargs)
+        return y.index_copy(0, rows, kept.to(y.dtype))
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "base" not in modules:
+                raise
+        if name in self.parameter_names:
+            gate = self.gates.get(self.state.task)
+            if gate is not None:
+                effective = self.effective_parameters(self.state.task, gate(None, self.state))
+                return effective.get(name, self.base.get_parameter(name))
+        return getattr(self.base, name)
+
+    def merged(self, task: str, memo: dict) -> nn.Module:
+        """An ordinary copy of the base with ``task``'s decision carried out. ``memo`` as in ``copy.deepcopy``.
+
+        Raises:
+            ValueError: where the decision depends on the input, so no fixed network equals it.
+        """
+        decision = self.gates[task].decide() if task in self.gates else Decision()
+        if isinstance(decision.run, Tensor):
+            raise ValueError(f"unit {self.name!r} is run or skipped for each sample, so it cannot be merged")
+        if decision.run == 0.0:
+            return copy.deepcopy(self.shortcut, memo)
+        plain = copy.deepcopy(self.base, memo)
+        for name, value in self.effective_parameters(task, decision).items():
+            plain.get_parameter(name).data = value.detach().clone()
+        return plain
+
+
+class TaskNorm(nn.Module):
+    """A normalisation layer of the base, with a whole copy (affine and running statistics) for each task that wants one.
+
+    Policies: ``"task"`` every task uses its copy; ``"follow"`` it uses its copy only while the unit that feeds the norm
+    is tuned, so what is shared is shared exactly; ``"frozen"`` every task uses the base's. The base's own norm is
+    always in evaluation mode while the base is frozen: its statistics never move.
+
+    Args:
+        name: the norm's dotted name in the unwrapped network.
+        base: the norm.
+        state: shared by all units of the model.
+        policy: ``"task"``, ``"follow"`` or ``"frozen"``.
+        feeder: the unit that comes before it in network order, or ``None``.
+        frozen: whether the base is frozen.
+    """
+
+    def __init__(
+        self, name: str, base: nn.Module, state: State, policy: str, feeder: GatedUnit | None, frozen: bool
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.policy = policy
+        self.state = state
+        self.frozen = frozen
+        self.base = base
+        self.norms = TaskDict()
+        self._feeder = (feeder,)  # in a tuple, so that it is not registered here a second time
+
+    def add_task(self, task: str) -> None:
+        if self.policy == "frozen" or (self.policy == "follow" and self._feeder[0] is None):
+            return
+        own = copy.deepcopy(self.base)
+        own.requires_grad_(True)
+        self.norms[task] = own.train(self.training)
+
+    def remove_task(self, task: str) -> None:
+        if task in self.norms:
+            del self.norms[task]
+
+    def own(self, task: str | None) -> nn.Module | None:
+        """The task's copy if it is in use, else ``None``."""
+        norm = self.norms.get(task)
+        if norm is None or self.policy == "task":
+            return norm
+        specific = self._feeder[0].gates[task].decide().specific
+        return norm if not isinstance(specific, float) or specific > 0.0 else None
+
+    def forward(self, *args, **kwargs):
+        norm = self.own(self.state.task)
+        return (self.base if norm is None else norm)(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> TaskNorm:
+        super().train(mode)
+        if self.frozen:
+            self.base.eval()
+        return self
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "base" not in modules:
+                raise
+        norm = self.own(self.state.task)
+        return getattr(modules["base"] if norm is None else norm, name)
+
+    def merged(self, task: str, memo: dict) -> nn.Module:
+        norm = self.own(task)
+        return copy.deepcopy(self.base if norm is None else norm, memo)
+
+
+def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """A wrapped network's base tensors under the names they had before it was wrapped."""
+    while isinstance(module, (GatedUnit, TaskNorm)):
+        module = module.base
+    state = {prefix + name: tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
+    for name, tensor in module._buffers.items():
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            state[prefix + name] = tensor.detach()
+    for name, child in module.named_children():
+        state.update(plain_state(child, f"{prefix}{name}."))
+    return state

@@ -1,0 +1,129 @@
+"""Methods: each is a row that says which units, which gate, which penalty and which phases.
+
+A row is data. The core (:mod:`taps.gates`, :mod:`taps.layer`, :mod:`taps.adapt`, :mod:`taps.model`, :mod:`taps.train`)
+reads rows and knows no method by name; a new method is a new row, added with ``taps.METHODS["name"] = Method(...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from taps.adapt import Found, Unit, find_everything, find_layers
+from taps.gates import ConstantGate, Gate, ThresholdGate
+
+#: what can be trained, by role; every trainable tensor of a model has exactly one
+ROLES = ("base", "delta", "gate", "norm", "head")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training, executed by :func:`taps.train.fit`.
+
+    Attributes:
+        name: shown in progress bars and metrics.
+        epochs: its length, > 0; fractions of an epoch are allowed.
+        penalty: factor on the penalty weight λ during this phase.
+        trains: the roles that learn; the others stand still.
+    """
+
+    name: str
+    epochs: float
+    penalty: float = 1.0
+    trains: tuple[str, ...] = ROLES
+
+
+def one_phase(epochs: float, warmup: float) -> tuple[Phase, ...]:
+    """Training that has nothing to warm up."""
+    return (Phase("train", epochs),)
+
+
+def warmup_then_penalty(epochs: float, warmup: float) -> tuple[Phase, ...]:
+    """``warmup`` epochs without the penalty, then the rest with it (the published schedule, counted exactly)."""
+    phases = (Phase("warm-up", min(warmup, epochs), penalty=0.0), Phase("train", epochs - warmup))
+    return tuple(phase for phase in phases if phase.epochs > 0)
+
+
+def no_penalty(gates: Mapping[str, Sequence[Gate]], task: str) -> Tensor:
+    """Zero: a method without anything to keep small."""
+    return torch.zeros(())
+
+
+def mean_absolute_score(gates: Mapping[str, Sequence[Gate]], task: str) -> Tensor:
+    """(1/L) Σ |s_i| over the task's L units (TAPS §3). L is the real number of units of the network."""
+    return torch.stack([gate.score for gate in gates[task]]).abs().mean()
+
+
+def threshold_gate(unit: Unit, **options) -> Gate:
+    """One TAPS gate a unit; options as in :class:`taps.gates.ThresholdGate`."""
+    return ThresholdGate(**options)
+
+
+def always_own(unit: Unit) -> Gate:
+    """Every unit uses the task's delta."""
+    return ConstantGate(specific=1.0)
+
+
+def always_base(unit: Unit) -> Gate:
+    """No unit uses a delta."""
+    return ConstantGate(specific=0.0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of sharing a network between tasks.
+
+    Attributes:
+        summary: one line for people.
+        source: where it is published.
+        gate: makes the gate of one task on one unit from the unit's description and the method's options.
+        select: finds the units of a network.
+        penalty: from every task's gates in network order and a task's name to a scalar.
+        phases: from the number of epochs and of warm-up epochs to the phases of training.
+        options: names and defaults of the options that ``gate`` takes.
+        norms: the norm policies that make sense, the default one first.
+        trains_base: whether the base network learns too.
+    """
+
+    summary: str
+    source: str
+    gate: Callable[..., Gate]
+    select: Callable[[nn.Module], list[Found]] = find_layers
+    penalty: Callable[[Mapping[str, Sequence[Gate]], str], Tensor] = no_penalty
+    phases: Callable[[float, float], tuple[Phase, ...]] = one_phase
+    options: Mapping[str, object] = field(default_factory=dict)
+    norms: tuple[str, ...] = ("task", "follow", "frozen")
+    trains_base: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "taps": Method(
+        summary="learn, layer by layer, whether the task needs its own weights",
+        source="Task Adaptive Parameter Sharing, CVPR 2022, arXiv 2203.16708",
+        gate=threshold_gate,
+        penalty=mean_absolute_score,
+        phases=warmup_then_penalty,
+        options={"threshold": 0.1, "score_init": 0.15, "ste": "code"},
+    ),
+    "finetune": Method(
+        summary="every weight is the task's own: the upper bound in size",
+        source="full fine-tuning",
+        gate=always_own,
+        select=find_everything,
+    ),
+    "norm_only": Method(
+        summary="only the norms and the head are the task's own",
+        source="K for the price of 1, ICLR 2019, arXiv 1810.10703",
+        gate=always_base,
+        norms=("task",),
+    ),
+    "linear_probe": Method(
+        summary="only the head is the task's own: the lower bound in size",
+        source="linear classifier probe",
+        gate=always_base,
+        norms=("frozen",),
+    ),
+}

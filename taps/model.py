@@ -1,0 +1,369 @@
+"""The model: one base network, many tasks."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taps import taskfile
+from taps.adapt import Unit, choose, out_features, wrap
+from taps.backbones import attach_head
+from taps.errors import UserError, unknown
+from taps.gates import Gate, State
+from taps.layer import GatedUnit, TaskDict, TaskNorm, plain_state
+from taps.methods import METHODS, Method
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def adapt(
+    net: nn.Module, method: str = "taps", norm: str = "task", layers: str | None = None, **options
+) -> TaskModel:
+    """Make ``net`` the shared base of many tasks.
+
+    The network is wrapped in place. It is frozen unless the method trains it, and what it computes never changes:
+    a task whose deltas are zero gives bit-identical outputs.
+
+    Args:
+        net: any module that maps a batch to features; without its classifier, since each task brings its own head.
+        method: a name in ``taps.METHODS``.
+        norm: ``"task"`` each task has its own norms everywhere (the paper); ``"follow"`` only where the layer before
+            the norm is tuned, so that what is shared is shared exactly; ``"frozen"`` the base's. For BatchNorm,
+            LayerNorm, GroupNorm and their relatives alike. A method for which only one policy makes sense uses that.
+        layers: a regular expression searched in the layers' names; the others stay shared. ``None``: all layers.
+        **options: the method's own, e.g. for ``"taps"``: ``threshold=0.1`` (τ), ``score_init=0.15``, ``ste="code"``.
+
+    Raises:
+        UserError: (a ``ValueError``) for an unknown method, norm policy or option, or a pattern without a match.
+
+    Example:
+        >>> model = adapt(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6)))
+        >>> model.add_task("sketch", num_classes=3)
+        >>> model(torch.zeros(2, 4), task="sketch").shape
+        torch.Size([2, 3])
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    row = METHODS[method]
+    for name in options:
+        if name not in row.options:
+            raise unknown(f"option of method {method!r}", name, row.options)
+    if norm not in ("task", "follow", "frozen"):
+        raise unknown("norm policy", norm, ("task", "follow", "frozen"))
+    if norm not in row.norms:
+        if norm != "task":
+            raise UserError(f"method {method!r} works with norm={row.norms[0]!r}, not {norm!r}")
+        norm = row.norms[0]
+    return TaskModel(net, method, row, norm, layers, {**row.options, **options})
+
+
+class TaskModel(nn.Module):
+    """A base network with gated units and norms, a head for each task, and the task's name as the only switch.
+
+    Made by :func:`adapt`. ``model(x, task="sketch")`` runs one task; every method below takes the task's name.
+    """
+
+    def __init__(
+        self, net: nn.Module, method: str, row: Method, norm: str, layers: str | None, options: dict
+    ) -> None:
+        super().__init__()
+        found = choose(row.select(net), layers)
+        self.method = method
+        self.row = row
+        self.norm = norm
+        self.layers = layers
+        self.options = options
+        self.state = State()
+        self.num_features = out_features(net)
+        self.base_name = (getattr(net, "pretrained_cfg", None) or {}).get("architecture") or type(net).__name__
+        self.base_parameters = sum(parameter.numel() for parameter in net.parameters())
+        if not row.trains_base:
+            net.requires_grad_(False)
+        backbone, units, norms = wrap(net, found, self.state, norm, frozen=not row.trains_base)
+        self.backbone = backbone
+        self.heads = TaskDict()
+        self._units, self._norms = tuple(units), tuple(norms)
+        self._fingerprint: tuple[tuple, str] | None = None
+        make = [Unit(u.name, type(u.base).__name__, {k: p.shape for k, p in u.base_parameters().items()}) for u in units]
+        self._descriptions = [
+            Unit(unit.name, unit.kind, unit.shapes, index, len(make)) for index, unit in enumerate(make)
+        ]
+        for one in options and make[:1]:
+            row.gate(one, **options)  # a wrong value is refused here, not at the first task
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order they were added."""
+        return list(self.heads)
+
+    @property
+    def units(self) -> tuple[GatedUnit, ...]:
+        """The gated units in network order."""
+        return self._units
+
+    @property
+    def task_norms(self) -> tuple[TaskNorm, ...]:
+        """The wrapped norms in network order."""
+        return self._norms
+
+    def check_task(self, task: str) -> None:
+        """Raise a ``UserError`` unless the model has ``task``."""
+        if task not in self.heads:
+            raise unknown("task", task, self.tasks, "" if self.tasks else "add it with add_task or load_task")
+
+    def add_task(self, task: str, num_classes: int | None = None, head: nn.Module | None = None) -> None:
+        """Add a task: zero deltas, fresh gates, norms copied from the base, and a head.
+
+        Args:
+            task: letters, digits, ``_`` and ``-``.
+            num_classes: makes a linear head of so many outputs, > 0.
+            head: instead of ``num_classes``, any module from the base's features to the task's output.
+
+        Raises:
+            UserError: if the name is taken or not allowed, or the head is not defined.
+        """
+        self._check_new(task)
+        if (num_classes is None) == (head is None):
+            raise UserError(f"task {task!r}: give either num_classes or head")
+        if head is None:
+            if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+                raise UserError(f"task {task!r}: num_classes must be a whole number above 0, not {num_classes!r}")
+            if self.num_features is None:
+                raise UserError(f"task {task!r}: the network does not say how many features it has; give head= instead")
+            head = nn.Linear(self.num_features, num_classes)
+        self._add(task, head)
+
+    def _check_new(self, task: str) -> None:
+        if not isinstance(task, str) or not _TASK_NAME.fullmatch(task):
+            raise UserError(f"task name {task!r} is not allowed: use letters, digits, '_' and '-'")
+        if task in self.heads:
+            raise UserError(f"the model already has a task {task!r}; remove_task it first or choose another name")
+
+    def _add(self, task: str, head: nn.Module) -> None:
+        like = next(self.backbone.parameters(), None)
+        for unit, description in zip(self._units, self._descriptions, strict=True):
+            unit.add_task(task, self.row.gate(description, **self.options))
+        for norm in self._norms:
+            norm.add_task(task)
+        self.heads[task] = head.to(like.device, like.dtype) if like is not None else head
+        head.train(self.training)
+
+    def remove_task(self, task: str) -> None:
+        """Forget a task and everything it holds."""
+        self.check_task(task)
+        for module in (*self._units, *self._norms):
+            module.remove_task(task)
+        del self.heads[task]
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, task: str | None) -> Iterator[None]:
+        """Run the backbone as ``task`` sees it inside the ``with`` block; ``None`` is the base alone."""
+        before, self.state.task = self.state.task, task
+        try:
+            yield
+        finally:
+            self.state.task = before
+
+    def features(self, x: Tensor, task: str | None = None):
+        """The backbone's output as ``task`` sees it; ``None`` is the base alone."""
+        if task is not None:
+            self.check_task(task)
+        with self.using(task):
+            return self.backbone(x)
+
+    def forward(self, x: Tensor, task: str):
+        """Run one task.
+
+        Args:
+            x: a batch, (B, ...) as the backbone takes it.
+            task: the task's name.
+
+        Returns:
+            What the task's head returns, (B, num_classes) for a linear head.
+
+        Raises:
+            UserError: for an unknown task.
+        """
+        self.check_task(task)
+        return self.heads[task](self.features(x, task))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Every task's output on the same batch, in evaluation mode and without gradients.
+
+        Args:
+            x: a batch, (B, ...).
+            tasks: names; ``None`` for all tasks.
+
+        Returns:
+            ``{task: output}`` in the order asked for.
+        """
+        tasks = self.tasks if tasks is None else list(tasks)
+        for task in tasks:
+            self.check_task(task)
+        training = self.training
+        self.eval()
+        try:
+            return {task: self(x, task) for task in tasks}
+        finally:
+            self.train(training)
+
+    # -- what a task has learned ---------------------------------------------------------------------------------
+
+    def gates(self, task: str) -> list[Gate]:
+        """The task's gates in network order."""
+        self.check_task(task)
+        return [unit.gates[task] for unit in self._units]
+
+    def penalty(self, task: str) -> Tensor:
+        """The method's penalty as a scalar; for TAPS the mean of |s| over the units."""
+        self.check_task(task)
+        value = self.row.penalty({name: self.gates(name) for name in self.tasks}, task)
+        return value.to(next(self.heads[task].parameters(), value).device)
+
+    def report(self, task: str) -> list[dict]:
+        """One row a unit, in network order.
+
+        Keys: ``name``, ``kind`` (class of the module), ``parameters`` (of the base unit), ``score`` (``None`` where the
+        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies).
+        """
+        rows = []
+        for unit, gate in zip(self._units, self.gates(task), strict=True):
+            decision = gate.decide()
+            score = getattr(gate, "score", None)
+            rows.append(
+                {
+                    "name": unit.name,
+                    "kind": type(unit.base).__name__,
+                    "parameters": sum(parameter.numel() for parameter in unit.base_parameters().values()),
+                    "score": float(score.detach()) if isinstance(score, Tensor) and score.numel() == 1 else None,
+                    "run": _mean(decision.run),
+                    "specific": _mean(decision.specific),
+                }
+            )
+        return rows
+
+    def roles(self, task: str) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters that training ``task`` may move, by role and dotted name.
+
+        Roles are those of :data:`taps.methods.ROLES`; ``"base"`` is empty while the base is frozen.
+        """
+        self.check_task(task)
+        role_of: dict[int, str] = {}
+        for unit in self._units:
+            for role, modules in (("gate", unit.gates), ("delta", unit.deltas)):
+                if task in modules:
+                    role_of.update((id(parameter), role) for parameter in modules[task].parameters())
+        for norm in self._norms:
+            if task in norm.norms:
+                role_of.update((id(parameter), "norm") for parameter in norm.norms[task].parameters())
+        role_of.update((id(parameter), "head") for parameter in self.heads[task].parameters())
+        if self.row.trains_base:
+            others = {id(p) for module in self._task_modules() for p in module.parameters()}
+            role_of.update((id(p), "base") for p in self.backbone.parameters() if id(p) not in others)
+        roles: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in role_of and parameter.requires_grad:
+                roles.setdefault(role_of[id(parameter)], {})[name] = parameter
+        return roles
+
+    def _task_modules(self, task: str | None = None) -> list[nn.Module]:
+        """The modules that belong to ``task`` (``None``: to any task), heads included."""
+        dicts = [modules for unit in self._units for modules in (unit.gates, unit.deltas)]
+        dicts += [norm.norms for norm in self._norms] + [self.heads]
+        return [modules[name] for modules in dicts for name in modules if task in (None, name)]
+
+    def task_state(self, task: str) -> dict[str, Tensor]:
+        """Every tensor of the task (deltas of closed units and buffers too) by dotted name: what training continues from."""
+        self.check_task(task)
+        own = {id(tensor) for module in self._task_modules(task) for tensor in (*module.parameters(), *module.buffers())}
+        return {
+            name: tensor
+            for named in (self.named_parameters(), self.named_buffers())
+            for name, tensor in named
+            if id(tensor) in own
+        }
+
+    # -- files and plain networks --------------------------------------------------------------------------------
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The base network's tensors under the names they had before it was wrapped."""
+        return plain_state(self.backbone)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every tensor of the base: its name, type, shape and bytes. Counters of batches are left out."""
+        state = {name: tensor for name, tensor in self.base_state().items() if not name.endswith("num_batches_tracked")}
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in state.values())
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            self._fingerprint = (version, taskfile.fingerprint(state))
+        return self._fingerprint[1]
+
+    def save_task(self, task: str, folder: str | Path, about: dict | None = None) -> Path:
+        """Write ``folder/task.safetensors`` and ``folder/task.json``: all that has to be shipped to use the task.
+
+        Only what the task uses is stored: deltas of open units, norms in use, gate scores and the head.
+
+        Args:
+            task: the task's name.
+            folder: made if it does not exist; files of an earlier save are replaced.
+            about: further entries for ``task.json``, such as class names.
+
+        Returns:
+            The folder.
+        """
+        self.check_task(task)
+        return taskfile.save(self, task, Path(folder), about or {})
+
+    def load_task(
+        self, folder: str | Path, name: str | None = None, head: nn.Module | None = None, trainable: bool = False
+    ) -> str:
+        """Add the task stored in ``folder``.
+
+        Args:
+            folder: holds ``task.json`` and ``task.safetensors``.
+            name: a name for the task in this model; ``None`` keeps the stored one.
+            head: receives the stored head; needed only where that is not a linear layer.
+            trainable: whether the task may be trained further. By default it is frozen and holds only what it uses.
+
+        Returns:
+            The task's name.
+
+        Raises:
+            UserError: if a file is missing, damaged, of another format version, or was made for another base, method
+                or norm policy. The model is then unchanged.
+        """
+        return taskfile.load(self, Path(folder), name, head, trainable)
+
+    def merge(self, task: str) -> nn.Module:
+        """An ordinary network, with no class of this library inside, that computes what ``model(x, task)`` computes.
+
+        For a timm backbone with a linear head it is the timm model itself with the head as its classifier, so its
+        state dict loads into ``timm.create_model(name, num_classes=…)``. Otherwise it is
+        ``nn.Sequential(backbone=…, head=…)``. It is in evaluation mode and can be exported, compiled or trained.
+        """
+        self.check_task(task)
+        memo: dict[int, object] = {}
+        inner_first = sorted((*self._units, *self._norms), key=lambda module: -len(module.name.split(".")) * bool(module.name))
+        for module in inner_first:
+            memo[id(module)] = module.merged(task, memo)
+        plain = copy.deepcopy(self.backbone, memo)
+        return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, norm={self.norm!r}, units={len(self._units)}, tasks={self.tasks}"
+
+
+def _mean(value) -> float:
+    if isinstance(value, dict):
+        return float(torch.cat([tensor.flatten() for tensor in value.values()]).float().mean())
+    return float(value.float().mean()) if isinstance(value, Tensor) else float(value)

@@ -1,0 +1,360 @@
+"""The training loop: one loop that executes the phases of any method.
+
+Loss of a step = task loss + λ · phase.penalty · model.penalty(task). Gradients are averaged over the ``accumulate``
+batches of a step, weighted by their numbers of images, and the last step of an epoch takes what is left. The learning
+rate follows a cosine from ``lr`` in the first epoch towards 0 *after* the last, so no epoch is spent at 0.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
+
+from taps import checkpoint
+from taps.data.images import EpochSampler, mix_seed
+from taps.cost import is_tuned
+from taps.errors import DivergedError, unknown
+from taps.methods import ROLES, Phase
+from taps.model import TaskModel
+
+OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: whole passes over the training images, > 0.
+        warmup_epochs: epochs without the penalty, >= 0; may be a fraction.
+        penalty_weight: λ, >= 0.
+        optimizer: ``"sgd"``, ``"nag"`` (SGD with Nesterov momentum), ``"adam"`` or ``"adamw"``.
+        lr: learning rate of the first epoch, > 0.
+        score_lr: that of the gates; ``None`` is ``lr``.
+        momentum: of sgd and nag.
+        weight_decay: on deltas and heads (and the base where it is trained); never on gates and norms.
+        accumulate: batches a step, > 0.
+        eval_epochs: validate after every so many epochs and after the last.
+        seed: of the order of the data, dropout and the like.
+        limit_batches: use only so many batches of an epoch; ``None`` for all.
+    """
+
+    epochs: int = 30
+    warmup_epochs: float = 2.0
+    penalty_weight: float = 1.0
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    score_lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    accumulate: int = 1
+    eval_epochs: int = 1
+    seed: int = 0
+    limit_batches: int | None = None
+
+    def learning_rate(self, epoch: int) -> float:
+        """The factor on ``lr`` in the 0-based ``epoch``: ½(1 + cos(π·epoch/epochs))."""
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        epoch: 0-based; ``batch``: batches of it that are done on each process.
+        loss, wrong, images: sums over the epoch so far.
+        best: best validation accuracy so far, ``None`` before the first.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss: float = 0.0
+    wrong: float = 0.0
+    images: float = 0.0
+    best: float | None = None
+
+
+class Interrupted(BaseException):  # noqa: N818 (like KeyboardInterrupt, it is not an error)
+    """The run was asked to stop; it has saved its state. ``status`` is the exit status for a command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+class StopSignals(AbstractContextManager):
+    """Inside the ``with`` block Ctrl-C and SIGTERM are noted in ``received`` instead of ending the program at once.
+
+    A second Ctrl-C does end it.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def make_optimizer(model: TaskModel, task: str, recipe: Recipe) -> torch.optim.Optimizer:
+    """An optimiser with one parameter group a role; gates have their own learning rate, gates and norms no decay.
+
+    Raises:
+        UserError: for an unknown optimiser.
+    """
+    if recipe.optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
+    groups = []
+    for role, parameters in model.roles(task).items():
+        lr = recipe.score_lr if role == "gate" and recipe.score_lr is not None else recipe.lr
+        decay = 0.0 if role in ("gate", "norm") else recipe.weight_decay
+        groups.append(
+            {"params": list(parameters.values()), "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role}
+        )
+    if recipe.optimizer in ("sgd", "nag"):
+        nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+    return (torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW)(groups, lr=recipe.lr)
+
+
+def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:
+    """The phase that a run is in after so many epochs; the last one from its start on."""
+    for phase in phases[:-1]:
+        if epochs < phase.epochs:
+            return phase
+        epochs -= phase.epochs
+    return phases[-1]
+
+
+def fit(
+    model: TaskModel,
+    task: str,
+    loader: DataLoader,
+    sampler: EpochSampler,
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    *,
+    criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    validate: Callable[[], float] | None = None,
+    on_epoch: Callable[[dict, bool], None] | None = None,
+    state_path: Path | None = None,
+    resume: bool = False,
+    stop: StopSignals | None = None,
+) -> Progress:
+    """Train one task.
+
+    Args:
+        model: has the task.
+        task: its name.
+        loader, sampler: from :func:`taps.data.images.make_loader`; batches are (images, labels).
+        recipe: how.
+        accelerator: devices, processes and precision; one process on the default device if ``None``.
+        criterion: mean loss of a batch from outputs and labels.
+        validate: returns an accuracy in 0..100; epochs of the last phase compete for the best.
+        on_epoch: called by the first process after each epoch with its numbers and whether it is the best so far.
+        state_path: where the checkpoint is kept, after each epoch and when the run is stopped.
+        resume: continue from ``state_path``.
+        stop: signals to obey.
+
+    Returns:
+        The final counters; ``best`` is the best validation accuracy.
+
+    Raises:
+        DivergedError: if the loss is not finite; the last checkpoint is left as it is.
+        Interrupted: after saving, if ``stop`` received a signal.
+    """
+    accelerator = accelerator or Accelerator()
+    optimizer = make_optimizer(model, task, recipe)
+    model.to(accelerator.device)
+    parallel, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    phases = model.row.phases(recipe.epochs, recipe.warmup_epochs)
+    batches = min(len(loader), recipe.limit_batches or len(loader))
+    progress, random_state = Progress(), None
+    if resume:
+        counters, random_state = checkpoint.restore(state_path, model, task, optimizer, accelerator)
+        progress = Progress(**counters)
+
+    def save() -> None:
+        if state_path is not None:
+            checkpoint.save(state_path, model, task, optimizer, accelerator, vars(progress))
+
+    while progress.epoch < recipe.epochs:
+        epoch = progress.epoch
+        factor = recipe.learning_rate(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        parallel.train()
+        sampler.epoch = epoch
+        if progress.batch == 0:
+            torch.manual_seed(mix_seed(recipe.seed, epoch, accelerator.process_index))
+        elif random_state is not None:
+            checkpoint.set_random_state(random_state)
+        rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
+        bar = tqdm(
+            total=batches,
+            initial=progress.batch,
+            desc=f"{task} {epoch + 1}/{recipe.epochs}",
+            disable=None if accelerator.is_main_process else True,
+            leave=False,
+        )
+        phase = phase_at(phases, epoch)
+        for window in _windows(islice(rest, batches - progress.batch), recipe.accumulate):
+            phase = phase_at(phases, epoch + progress.batch / batches)
+            loss = _step(parallel, model, task, window, optimizer, accelerator, criterion, recipe, phase, progress)
+            if not math.isfinite(loss):
+                kept = f"; the state after epoch {epoch} is kept in {state_path.parent}" if state_path and epoch else ""
+                raise DivergedError(
+                    f"task {task}: the loss is {loss} at epoch {epoch + 1}, batch {progress.batch} of {batches}{kept}; "
+                    f"lower --lr (now {recipe.lr})"
+                )
+            bar.update(len(window))
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if _stop_requested(stop, accelerator) and progress.batch < batches:
+                bar.close()
+                save()
+                raise Interrupted(stop.received or signal.SIGTERM)
+        bar.close()
+        numbers = _epoch_numbers(model, task, progress, accelerator, recipe, phase)
+        competes = phase_at(phases, epoch + 1) is phases[-1] and phase is phases[-1]
+        is_best = False
+        if validate is not None and ((epoch + 1) % recipe.eval_epochs == 0 or epoch + 1 == recipe.epochs):
+            accuracy = validate()
+            numbers["val_error"] = 100.0 - accuracy
+            is_best = competes and (progress.best is None or accuracy >= progress.best)
+            progress.best = accuracy if is_best else progress.best
+        if on_epoch is not None and accelerator.is_main_process:
+            on_epoch(numbers, is_best or (validate is None and epoch + 1 == recipe.epochs))
+        progress = Progress(epoch=epoch + 1, best=progress.best)
+        save()
+        if _stop_requested(stop, accelerator) and progress.epoch < recipe.epochs:
+            raise Interrupted(stop.received or signal.SIGTERM)
+    accelerator.free_memory()
+    return progress
+
+
+def _windows(batches: Iterable, size: int) -> Iterator[list]:
+    batches = iter(batches)
+    while window := list(islice(batches, size)):
+        yield window
+
+
+def _step(
+    parallel: nn.Module,
+    model: TaskModel,
+    task: str,
+    window: list,
+    optimizer,
+    accelerator: Accelerator,
+    criterion: Callable,
+    recipe: Recipe,
+    phase: Phase,
+    progress: Progress,
+) -> float:
+    """One optimiser step over a window of batches; returns the mean loss, penalty included."""
+    weight = recipe.penalty_weight * phase.penalty
+    images = sum(len(labels) for _, labels in window)
+    total = 0.0
+    for index, (x, labels) in enumerate(window):
+        last = index == len(window) - 1
+        with nullcontext() if last else accelerator.no_sync(parallel):
+            output = parallel(x, task=task)
+            loss = criterion(output, labels)
+            if weight:
+                loss = loss + weight * model.penalty(task)
+            loss = loss * (len(labels) / images)
+            total += loss.item()
+            if not math.isfinite(total):
+                return total
+            accelerator.backward(loss)
+        progress.batch += 1
+        progress.images += len(labels)
+        if output.dim() == 2 and labels.dim() == 1:
+            progress.wrong += float((output.detach().argmax(1) != labels).sum())
+    progress.loss += total * images
+    if len(phase.trains) < len(ROLES):
+        for group in optimizer.param_groups:
+            if group["role"] not in phase.trains:
+                for parameter in group["params"]:
+                    parameter.grad = None
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def _stop_requested(stop: StopSignals | None, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop; all processes agree on the step."""
+    if stop is None:
+        return False
+    if accelerator.num_processes == 1:
+        return stop.received is not None
+    flag = torch.tensor(float(stop.received is not None), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def _epoch_numbers(
+    model: TaskModel, task: str, progress: Progress, accelerator: Accelerator, recipe: Recipe, phase: Phase
+) -> dict:
+    sums = torch.tensor([progress.loss, progress.wrong, progress.images], dtype=torch.float64)
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu()
+    loss, wrong, images = sums.tolist()
+    rows = model.report(task)
+    return {
+        "task": task,
+        "epoch": progress.epoch + 1,
+        "phase": phase.name,
+        "train_loss": loss / images,
+        "train_error": 100.0 * wrong / images,
+        "lr": recipe.lr * recipe.learning_rate(progress.epoch),
+        "penalty": float(model.penalty(task).detach()),
+        "tuned_layers": sum(map(is_tuned, rows)) / len(rows),
+        "scores": [row["score"] for row in rows],
+    }
+
+
+@torch.no_grad()
+def accuracy(
+    model: TaskModel,
+    task: str,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    num_classes: int,
+    limit_batches: int | None = None,
+    title: str = "",
+) -> float:
+    """Top-1 accuracy in percent over every image of a prepared loader, each counted once."""
+    training = model.training
+    model.eval()
+    metric = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)
+    count = min(len(loader), limit_batches or len(loader))
+    quiet = None if accelerator.is_main_process else True
+    for x, labels in tqdm(islice(loader, count), total=count, desc=title or task, disable=quiet, leave=False):
+        with accelerator.autocast():
+            output = model(x, task=task)
+        metric.update(*accelerator.gather_for_metrics((output.argmax(1), labels)))
+    model.train(training)
+    return 100.0 * float(metric.compute())
