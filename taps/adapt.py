@@ -134,7 +134,9 @@ def wrap(
         for name in unit.parameter_names:
             parameter = unit.module.get_parameter(name)
             if not parameter.is_floating_point():
-                raise UserError(f"unit {unit.name!r}: parameter {name!r} is {parameter.dtype}, deltas need floating point")
+                raise UserError(
+                    f"unit {unit.name!r}: parameter {name!r} is {parameter.dtype}, deltas need floating point"
+                )
     by_module = {id(unit.module): unit for unit in found}
     replacement: dict[int, nn.Module] = {}
     units: list[GatedUnit] = []

@@ -87,7 +87,9 @@ def restore(
         targets.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
     wrong = [n for n, tensor in targets.items() if n not in tensors or tensors[n].shape != tensor.shape]
     if record["task"] != task or wrong:
-        raise UserError(f"checkpoint {path} belongs to another run (task {record['task']!r}, {len(wrong)} tensors differ)")
+        raise UserError(
+            f"checkpoint {path} belongs to another run (task {record['task']!r}, {len(wrong)} tensors differ)"
+        )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])

@@ -119,5 +119,3 @@ def _line(error: Exception) -> str:
     """The first line of an error's message, shortened."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
-
-

@@ -66,11 +66,17 @@ class _AddDelta(torch.autograd.Function):
             on_host = factor.numel() == 1 and factor.device.type == "cpu" and not torch.compiler.is_compiling()
             delta_gradient = gradient if on_host and factor.item() == 1 else gradient * factor.to(gradient.dtype)
         if ctx.needs_input_grad[2]:
-            if len(ctx.specific_shape) == 0 and gradient.is_contiguous() and delta.is_contiguous():
-                specific_gradient = torch.dot(gradient.flatten(), delta.flatten())
+            if len(ctx.specific_shape) == 0 and _same_dense_order(gradient, delta):
+                flat = (delta.numel(),), (1,)  # memory order: any order gives the same sum of products
+                specific_gradient = torch.dot(gradient.as_strided(*flat), delta.as_strided(*flat))
             else:
                 specific_gradient = (gradient * delta).sum_to_size(ctx.specific_shape)
         return base_gradient, delta_gradient, specific_gradient, None
+
+
+def _same_dense_order(a: Tensor, b: Tensor) -> bool:
+    dense = a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))
+    return dense and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def add_delta(
@@ -274,6 +280,10 @@ class TaskNorm(nn.Module):
     def remove_task(self, task: str) -> None:
         if task in self.norms:
             del self.norms[task]
+
+    def follows(self, unit: GatedUnit) -> bool:
+        """Whether this norm is the task's own only while ``unit`` is tuned."""
+        return self.policy == "follow" and self._feeder[0] is unit
 
     def own(self, task: str | None) -> nn.Module | None:
         """The task's copy if it is in use, else ``None``."""

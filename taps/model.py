@@ -22,9 +22,7 @@ from taps.methods import METHODS, Method
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def adapt(
-    net: nn.Module, method: str = "taps", norm: str = "task", layers: str | None = None, **options
-) -> TaskModel:
+def adapt(net: nn.Module, method: str = "taps", norm: str = "task", layers: str | None = None, **options) -> TaskModel:
     """Make ``net`` the shared base of many tasks.
 
     The network is wrapped in place. It is frozen unless the method trains it, and what it computes never changes:
@@ -69,9 +67,7 @@ class TaskModel(nn.Module):
     Made by :func:`adapt`. ``model(x, task="sketch")`` runs one task; every method below takes the task's name.
     """
 
-    def __init__(
-        self, net: nn.Module, method: str, row: Method, norm: str, layers: str | None, options: dict
-    ) -> None:
+    def __init__(self, net: nn.Module, method: str, row: Method, norm: str, layers: str | None, options: dict) -> None:
         super().__init__()
         found = choose(row.select(net), layers)
         self.method = method
@@ -90,7 +86,9 @@ class TaskModel(nn.Module):
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
         self._fingerprint: tuple[tuple, str] | None = None
-        make = [Unit(u.name, type(u.base).__name__, {k: p.shape for k, p in u.base_parameters().items()}) for u in units]
+        make = [
+            Unit(u.name, type(u.base).__name__, {k: p.shape for k, p in u.base_parameters().items()}) for u in units
+        ]
         self._descriptions = [
             Unit(unit.name, unit.kind, unit.shapes, index, len(make)) for index, unit in enumerate(make)
         ]
@@ -286,7 +284,9 @@ class TaskModel(nn.Module):
     def task_state(self, task: str) -> dict[str, Tensor]:
         """Every tensor of the task (deltas of closed units and buffers too) by dotted name: what training continues from."""
         self.check_task(task)
-        own = {id(tensor) for module in self._task_modules(task) for tensor in (*module.parameters(), *module.buffers())}
+        own = {
+            id(tensor) for module in self._task_modules(task) for tensor in (*module.parameters(), *module.buffers())
+        }
         return {
             name: tensor
             for named in (self.named_parameters(), self.named_buffers())
@@ -353,7 +353,9 @@ class TaskModel(nn.Module):
         """
         self.check_task(task)
         memo: dict[int, object] = {}
-        inner_first = sorted((*self._units, *self._norms), key=lambda module: -len(module.name.split(".")) * bool(module.name))
+        inner_first = sorted(
+            (*self._units, *self._norms), key=lambda module: -len(module.name.split(".")) * bool(module.name)
+        )
         for module in inner_first:
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)

@@ -58,9 +58,11 @@ def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
     write_tensors(folder / "task.safetensors", tensors)
-    linear = {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None} if (
-        type(head) is nn.Linear
-    ) else None
+    linear = (
+        {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None}
+        if (type(head) is nn.Linear)
+        else None
+    )
     write_json(
         folder / "task.json",
         {
@@ -104,7 +106,9 @@ def _unpack(prefix: str, tensors: dict[str, Tensor], states: list[dict[str, Tens
         packed = tensors.pop(name, None)
         size = sum(part.numel() for part in parts)
         if packed is None or packed.numel() != size:
-            raise UserError(f"{path}: {name} should hold {size} values, it holds {0 if packed is None else packed.numel()}")
+            raise UserError(
+                f"{path}: {name} should hold {size} values, it holds {0 if packed is None else packed.numel()}"
+            )
         for part, values in zip(parts, packed.split([part.numel() for part in parts]), strict=True):
             part.copy_(values.view_as(part))
 
@@ -145,7 +149,9 @@ def load(model: TaskModel, folder: Path, name: str | None, head: nn.Module | Non
     if head is None:
         linear = description["head"]["linear"]
         if linear is None:
-            raise UserError(f"{folder}: the head is a {description['head']['type']}; give load_task a head= of its shape")
+            raise UserError(
+                f"{folder}: the head is a {description['head']['type']}; give load_task a head= of its shape"
+            )
         head = nn.Linear(**linear)
     try:
         _fill(model, task, head, description, tensors, path, trainable)

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from taps import checkpoint
-from taps.data.images import EpochSampler, mix_seed
+from taps import budget, checkpoint
 from taps.cost import is_tuned
+from taps.data.images import EpochSampler, mix_seed
 from taps.errors import DivergedError, unknown
 from taps.methods import ROLES, Phase
 from taps.model import TaskModel
@@ -40,6 +40,8 @@ class Recipe:
         epochs: whole passes over the training images, > 0.
         warmup_epochs: epochs without the penalty, >= 0; may be a fraction.
         penalty_weight: λ, >= 0.
+        budget: bytes of the task file; instead of a penalty, the gates are decided once after the warm-up epochs so
+            that it is kept (:func:`taps.budget.keep_within`). ``None``: no budget.
         optimizer: ``"sgd"``, ``"nag"`` (SGD with Nesterov momentum), ``"adam"`` or ``"adamw"``.
         lr: learning rate of the first epoch, > 0.
         score_lr: that of the gates; ``None`` is ``lr``.
@@ -49,11 +51,13 @@ class Recipe:
         eval_epochs: validate after every so many epochs and after the last.
         seed: of the order of the data, dropout and the like.
         limit_batches: use only so many batches of an epoch; ``None`` for all.
+        channels_last: keep images and their convolutions' weights in the memory order that CPUs and CUDA run fastest.
     """
 
     epochs: int = 30
     warmup_epochs: float = 2.0
     penalty_weight: float = 1.0
+    budget: int | None = None
     optimizer: str = "sgd"
     lr: float = 0.01
     score_lr: float | None = None
@@ -63,6 +67,7 @@ class Recipe:
     eval_epochs: int = 1
     seed: int = 0
     limit_batches: int | None = None
+    channels_last: bool = True
 
     def learning_rate(self, epoch: int) -> float:
         """The factor on ``lr`` in the 0-based ``epoch``: ½(1 + cos(π·epoch/epochs))."""
@@ -77,6 +82,7 @@ class Progress:
         epoch: 0-based; ``batch``: batches of it that are done on each process.
         loss, wrong, images: sums over the epoch so far.
         best: best validation accuracy so far, ``None`` before the first.
+        decided: whether a budget has settled the gates.
     """
 
     epoch: int = 0
@@ -85,9 +91,10 @@ class Progress:
     wrong: float = 0.0
     images: float = 0.0
     best: float | None = None
+    decided: bool = False
 
 
-class Interrupted(BaseException):  # noqa: N818 (like KeyboardInterrupt, it is not an error)
+class Interrupted(BaseException):
     """The run was asked to stop; it has saved its state. ``status`` is the exit status for a command."""
 
     def __init__(self, number: int) -> None:
@@ -190,6 +197,8 @@ def fit(
     accelerator = accelerator or Accelerator()
     optimizer = make_optimizer(model, task, recipe)
     model.to(accelerator.device)
+    if recipe.channels_last and accelerator.device.type != "mps":
+        _to_channels_last(model)
     parallel, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     phases = model.row.phases(recipe.epochs, recipe.warmup_epochs)
     batches = min(len(loader), recipe.limit_batches or len(loader))
@@ -197,6 +206,8 @@ def fit(
     if resume:
         counters, random_state = checkpoint.restore(state_path, model, task, optimizer, accelerator)
         progress = Progress(**counters)
+        if progress.decided:
+            budget.freeze(model, task)
 
     def save() -> None:
         if state_path is not None:
@@ -224,6 +235,9 @@ def fit(
         phase = phase_at(phases, epoch)
         for window in _windows(islice(rest, batches - progress.batch), recipe.accumulate):
             phase = phase_at(phases, epoch + progress.batch / batches)
+            if recipe.budget is not None and phase is phases[-1] and not progress.decided:
+                budget.keep_within(model, task, recipe.budget)
+                progress.decided = True
             loss = _step(parallel, model, task, window, optimizer, accelerator, criterion, recipe, phase, progress)
             if not math.isfinite(loss):
                 kept = f"; the state after epoch {epoch} is kept in {state_path.parent}" if state_path and epoch else ""
@@ -248,12 +262,19 @@ def fit(
             progress.best = accuracy if is_best else progress.best
         if on_epoch is not None and accelerator.is_main_process:
             on_epoch(numbers, is_best or (validate is None and epoch + 1 == recipe.epochs))
-        progress = Progress(epoch=epoch + 1, best=progress.best)
+        progress = Progress(epoch=epoch + 1, best=progress.best, decided=progress.decided)
         save()
         if _stop_requested(stop, accelerator) and progress.epoch < recipe.epochs:
             raise Interrupted(stop.received or signal.SIGTERM)
     accelerator.free_memory()
     return progress
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Reorder the memory of image convolutions' weights and their deltas; values, names and files stay the same."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _windows(batches: Iterable, size: int) -> Iterator[list]:
@@ -275,7 +296,7 @@ def _step(
     progress: Progress,
 ) -> float:
     """One optimiser step over a window of batches; returns the mean loss, penalty included."""
-    weight = recipe.penalty_weight * phase.penalty
+    weight = recipe.penalty_weight * phase.penalty if recipe.budget is None else 0.0
     images = sum(len(labels) for _, labels in window)
     total = 0.0
     for index, (x, labels) in enumerate(window):

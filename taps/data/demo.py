@@ -1,8 +1,8 @@
 """The demo's data: six small visual domains made from scikit-learn's handwritten digits and its two photographs.
 
 They are written once as ordinary image folders, 64 × 64 pixels, so that the demo runs the same code as any data set.
-Digits of a domain's test split are not in its training split; the photographs' left parts are for training and their
-right parts for testing, so no pixel is in both.
+Digits of a domain's test split are not in its training split; the photographs are cut into strips that
+belong to one split each, so no pixel is in both.
 
 | domain           | classes | the picture                                        |
 |------------------|---------|----------------------------------------------------|
@@ -11,7 +11,7 @@ right parts for testing, so no pixel is in both.
 | digits_outline   | 10      | only the contour, in a random colour               |
 | digits_on_photo  | 10      | drawn into a piece of a photograph                 |
 | photo_filter     | 8       | a piece of a photograph: how was it processed?     |
-| photo_rotation   | 4       | a piece of a photograph: which way is up?          |
+| photo_place      | 6       | a piece of a photograph: from which part of which? |
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from taps.data.folders import read_folder
 from taps.data.images import TaskData
 
 SIZE = 64
-DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_rotation")
-TRAIN_IMAGES, TEST_IMAGES = 480, 300
+DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_place")
+TRAIN_IMAGES, TEST_IMAGES = 320, 300
+STRIP, HEIGHTS = 80, 3
 FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.6)),
     "embossed": lambda image: image.filter(ImageFilter.EMBOSS),
     "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
     "inverted": lambda image: ImageOps.invert(image),
     "original": lambda image: image,
-    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize((SIZE, SIZE), Image.Resampling.NEAREST),
+    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize(
+        (SIZE, SIZE), Image.Resampling.NEAREST
+    ),
     "posterized": lambda image: ImageOps.posterize(image, 2),
     "saturated": lambda image: ImageEnhance.Color(image).enhance(2.5),
 }
@@ -83,24 +86,27 @@ def _images(domain: str, split: str, count: int, generator: np.random.Generator)
             yield _digit(domain, digits.images[index], photos, split, generator), str(digits.target[index])
         return
     for number in range(count):
-        piece = _piece(photos, split, generator, smallest=72)
         if domain == "photo_filter":
             name = sorted(FILTERS)[number % len(FILTERS)]
-            yield FILTERS[name](piece), name
+            yield FILTERS[name](_piece(photos[generator.integers(2)], split, generator)), name
         else:
-            quarter = number % 4
-            yield piece.rotate(90 * quarter), f"turned_{90 * quarter}"
+            which, band = divmod(number % (2 * HEIGHTS), HEIGHTS)
+            piece = _piece(photos[which], split, generator, band)
+            yield (
+                ImageEnhance.Color(piece).enhance(0.3),
+                f"{('palace', 'flower')[which]}_{('top', 'middle', 'foot')[band]}",
+            )
 
 
-def _piece(photos: list[Image.Image], split: str, generator: np.random.Generator, smallest: int) -> Image.Image:
-    """A random square of one photograph's part for this split, SIZE × SIZE."""
-    photo = photos[generator.integers(len(photos))]
+def _piece(photo: Image.Image, split: str, generator: np.random.Generator, band: int | None = None) -> Image.Image:
+    """A random square of a photograph, SIZE × SIZE, from the split's strips: of every three, the third is for testing."""
     width, height = photo.size
-    border = int(0.6 * width)
-    left, right = (0, border) if split == "train" else (border, width)
-    side = int(generator.integers(smallest, 200))
-    x = int(generator.integers(left, right - side))
-    y = int(generator.integers(0, height - side))
+    strips = [index for index in range(width // STRIP) if (index % 3 == 2) == (split == "test")]
+    side = int(generator.integers(56, STRIP))
+    left = int(generator.choice(strips)) * STRIP
+    x = int(generator.integers(left, left + STRIP - side + 1))
+    top, bottom = (0, height) if band is None else (band * height // HEIGHTS, (band + 1) * height // HEIGHTS)
+    y = int(generator.integers(top, bottom - side + 1))
     return photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
 
 
@@ -118,6 +124,5 @@ def _digit(
     if domain == "digits_outline":
         contour = ink.point(lambda value: 255 if value > 110 else 0).filter(ImageFilter.FIND_EDGES)
         return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), Image.new("RGB", (SIZE, SIZE)), contour)
-    ground = _piece(photos, split, generator, smallest=72)
-    strength = ink.point(lambda value: int(0.8 * value))
-    return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), ground, strength)
+    ground = ImageEnhance.Brightness(_piece(photos[generator.integers(2)], split, generator)).enhance(0.6)
+    return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), ground, ink)

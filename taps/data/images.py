@@ -84,7 +84,11 @@ class Preprocessing:
         else:
             geometry = [v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
         mirror = [v2.RandomHorizontalFlip()] if train and flip else []
-        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
+        finish = [
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(self.mean), list(self.std)),
+        ]
         return v2.Compose([*geometry, *mirror, *finish])
 
 
@@ -207,7 +211,9 @@ def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
         order = torch.randperm(len(members), generator=generator).tolist()
         chosen.update(members[index] for index in order[: max(take, 0)])
     if not chosen:
-        raise UserError(f"task {task.name}: val_fraction {fraction} of {len(task.train)} training images leaves none to validate on")
+        raise UserError(
+            f"task {task.name}: val_fraction {fraction} of {len(task.train)} training images leaves none to validate on"
+        )
     return replace(
         task,
         train=tuple(sample for sample in task.train if sample not in chosen),

@@ -1,0 +1,295 @@
+"""Every command-line option of the programs, grouped, once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from taps.methods import METHODS
+from taps.train import OPTIMIZERS
+
+#: defaults of the published program, and those of the demo where they differ
+PUBLISHED = {
+    "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "lam": 1.0,
+    "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
+}  # fmt: skip
+DEMO = {
+    "model_type": "tf_efficientnet_lite0", "epochs": 8, "batch_size": 16, "lr": 0.01, "warmup_epochs": 1.0,
+    "input_size": 64, "workers": 0, "experiment_name": "demo",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest option offered."""
+
+    def error(self, message: str) -> None:
+        match = re.search(r"unrecognized arguments: (-\S+)", message)
+        if match:
+            given = match.group(1).split("=")[0]
+            near = difflib.get_close_matches(given, self._option_string_actions, n=1)
+            message = f"unknown option {given}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A parser of numbers in [low, high], or (low, high] if ``above``."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > low if above else value >= low) or value > high:
+            wanted = "a whole number" if kind is int else "a number"
+            limit = f"above {low}" if above else f"of at least {low}"
+            upper = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {limit}{upper}")
+        return value
+
+    return parse
+
+
+def boolean(group, name: str, text: str) -> None:
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
+
+
+def _default(name: str) -> str:
+    demo = f"; demo: {DEMO[name]}" if name in DEMO and DEMO[name] != PUBLISHED.get(name) else ""
+    return f"(default: {PUBLISHED[name]}{demo})"
+
+
+def sequential_parser() -> Parser:
+    """Options of ``train_sequential.py``."""
+    parser = Parser(
+        prog="train_sequential.py",
+        description="Adapt one pretrained network to one task after another. Without --dataset it runs the demo.",
+        epilog="Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume.",
+        allow_abbrev=False,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="PATH",
+        help="folders with train/ and test/ (optionally val/), a root with several, a DomainNet root with the official lists, or one domain of it (default: the demo)",
+    )
+    data.add_argument(
+        "--cropped",
+        action="store_true",
+        help="scale images to the input size without regard to their proportions; always so for folders named *cropped*",
+    )
+    data.add_argument(
+        "--input_size",
+        type=number(int, 1),
+        metavar="PIXELS",
+        help=f"side of the network's input {_default('input_size')}",
+    )
+    data.add_argument(
+        "--resize",
+        type=number(int, 1),
+        metavar="PIXELS",
+        help="shorter side before the centre is cut out for evaluation (default: 8/7 of the input size, 256 for 224)",
+    )
+    data.add_argument("--no_flip", action="store_true", help="do not mirror training images")
+    data.add_argument(
+        "--val_fraction",
+        type=number(float, 0, 0.9),
+        metavar="F",
+        help=f"part of train that selects the best epoch where there is no val/ folder; 0 selects on the test split, as published {_default('val_fraction')}",
+    )
+    data.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="check every image first, leave out the unreadable ones and say how many",
+    )
+    data.add_argument(
+        "--workers",
+        type=number(int, 0),
+        metavar="N",
+        help=f"processes that load images; the result does not depend on it {_default('workers')}",
+    )
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--model_type", metavar="NAME", help=f"any timm model {_default('model_type')}")
+    network.add_argument(
+        "--model_path",
+        metavar="FILE",
+        help="start from these weights: .safetensors or .pth, of timm's or torchvision's naming",
+    )
+    boolean(network, "pretrained", "start from timm's ImageNet weights (default) or from random ones")
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--method",
+        default="taps",
+        choices=METHODS,
+        metavar="NAME",
+        help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items()) + " (default: taps)",
+    )
+    method.add_argument(
+        "--norm",
+        default="task",
+        choices=("task", "follow", "frozen"),
+        help="norm layers: each task's own everywhere (task), only behind tuned layers (follow), or the base's (frozen) (default: task)",
+    )
+    method.add_argument(
+        "--lam",
+        type=number(float, 0),
+        metavar="λ",
+        help=f"weight of the sparsity penalty: the larger, the fewer layers are tuned {_default('lam')}",
+    )
+    method.add_argument(
+        "--warmup_epochs",
+        type=number(float, 0),
+        metavar="N",
+        help=f"epochs without the penalty, counted exactly {_default('warmup_epochs')}",
+    )
+    method.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="instead of --lam: no penalty, and after the warm-up epochs the layers that moved most are kept within this size of the task file (5%% of the base, 600KB, 2MB); the others go back to the base",
+    )
+    method.add_argument(
+        "--layers", metavar="REGEX", help="only layers whose name matches can be tuned, e.g. 'layer[34]'"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs", type=number(int, 1), metavar="N", help=f"passes over the training images {_default('epochs')}"
+    )
+    training.add_argument(
+        "--batch_size",
+        type=number(int, 1),
+        metavar="N",
+        help=f"images a batch on each process {_default('batch_size')}",
+    )
+    training.add_argument(
+        "--accumulate",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="batches whose gradients are averaged for a step (default: 1)",
+    )
+    training.add_argument(
+        "--optimizer", default="sgd", choices=OPTIMIZERS, help="nag is sgd with Nesterov momentum (default: sgd)"
+    )
+    training.add_argument(
+        "--lr",
+        "--learning_rate",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help=f"learning rate of the first epoch; falls with a cosine {_default('lr')}",
+    )
+    training.add_argument(
+        "--score_lr", type=number(float, 0, above=True), metavar="X", help="that of the gate scores (default: --lr)"
+    )
+    training.add_argument(
+        "--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd and nag (default: 0.9)"
+    )
+    training.add_argument(
+        "--wd",
+        type=number(float, 0),
+        default=0.0,
+        metavar="X",
+        help="weight decay on deltas and heads; never on scores and norms (default: 0)",
+    )
+    training.add_argument(
+        "--eval_epochs",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="validate every N epochs and after the last (default: 1)",
+    )
+    training.add_argument(
+        "--limit_batches",
+        type=number(int, 1),
+        metavar="N",
+        help="use only N batches an epoch and N to evaluate, to try things out",
+    )
+    training.add_argument(
+        "--seed", type=number(int, 0), default=0, metavar="N", help="of everything random (default: 0)"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    machine.add_argument(
+        "--multi_gpu",
+        action="store_true",
+        help="one process on every visible GPU (DistributedDataParallel); accelerate launch and torchrun work too",
+    )
+    machine.add_argument(
+        "--amp", default="none", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)"
+    )
+    machine.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--result_path", default="results", metavar="DIR", help="where experiment folders go (default: results)"
+    )
+    output.add_argument(
+        "--experiment_name",
+        metavar="NAME",
+        help="the experiment's folder (default: data, model and method; demo: demo)",
+    )
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the experiment exactly where it stopped; start it if there is none",
+    )
+    output.add_argument("--overwrite", action="store_true", help="delete an earlier experiment of this name")
+    return parser
+
+
+def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and fill in the defaults, which for the demo are the demo's."""
+    parser = sequential_parser()
+    options = parser.parse_args(arguments)
+    defaults = PUBLISHED if options.dataset else {**PUBLISHED, **DEMO}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.resize is None:
+        options.resize = round(options.input_size * 8 / 7)
+    if options.experiment_name is None:
+        data = "_".join(Path(path).name or Path(path).resolve().name for path in options.dataset)
+        options.experiment_name = f"{data}_{options.model_type}_{options.method}"
+    if options.resume and options.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    if options.budget is not None and options.method != "taps":
+        parser.error(f"--budget chooses among layers, which method {options.method} does not")
+    if options.budget is not None and not 0 < options.warmup_epochs < options.epochs:
+        parser.error("--budget compares layers after the warm-up: --warmup_epochs must be above 0 and below --epochs")
+    return options
+
+
+def evaluate_parser() -> Parser:
+    """Options of ``evaluate.py``."""
+    parser = Parser(
+        prog="evaluate.py",
+        description="Test a results folder on its test splits and print its table.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", help="a results folder, e.g. results/demo")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these tasks (default: all)")
+    parser.add_argument(
+        "--dataset", nargs="+", metavar="PATH", help="test on these folders instead of those trained on"
+    )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write each task as a network of its own: DIR/<task>.safetensors, a state dict for timm, and DIR/<task>.pt2, a torch.export program",
+    )
+    parser.add_argument("--no_test", action="store_true", help="do not test; print the stored table or export only")
+    parser.add_argument("--batch_size", type=number(int, 1), metavar="N", help="(default: that of the run)")
+    parser.add_argument("--workers", type=number(int, 0), metavar="N", help="(default: that of the run)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    parser.add_argument("--limit_batches", type=number(int, 1), metavar="N", help="test on N batches only")
+    parser.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
+    return parser

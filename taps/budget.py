@@ -1,0 +1,92 @@
+"""A size instead of a penalty: keep the layers that moved most, as many as fit into so many bytes of task file."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from taps.cost import norm_tensors
+from taps.errors import UserError
+
+if TYPE_CHECKING:
+    from taps.model import TaskModel
+
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+_TENSOR_HEADER = 110  # bytes that a safetensors header spends on a tensor besides its name, at most
+
+
+def parse_budget(text: str, model: TaskModel) -> int:
+    """Bytes of a task file: ``"5%"`` of the base's parameters, or a size such as ``"600KB"``.
+
+    Raises:
+        UserError: if the text is neither or the percentage is not above 0 and at most 100.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b?)\s*", text.lower())
+    if match is None or (match.group(2) != "%" and match.group(2) not in _UNITS):
+        raise UserError(f"--budget {text!r} is not a size; write a part of the base (5%) or bytes (600KB, 2MB)")
+    value, unit = float(match.group(1)), match.group(2)
+    if unit != "%":
+        return int(value * _UNITS[unit])
+    if not 0 < value <= 100:
+        raise UserError(f"--budget {text!r}: a part of the base must be above 0 % and at most 100 %")
+    element = next(model.backbone.parameters()).element_size()
+    return int(value / 100 * model.base_parameters * element)
+
+
+def smallest(model: TaskModel, task: str) -> int:
+    """Bytes of the task's file with every unit closed: norms, head, scores and the header."""
+    norms = [norm.norms[task] for norm in model.task_norms if model.norm == "task" and task in norm.norms]
+    tensors = [tensor for norm in norms for tensor in norm_tensors(norm).values()]
+    tensors += [*model.heads[task].state_dict().values()]
+    tensors += [tensor for gate in model.gates(task) for tensor in gate.state_dict().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 12 * _TENSOR_HEADER
+
+
+@torch.no_grad()
+def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
+    """Decide every gate of a task once and for all: open for the units whose deltas are densest, within the budget.
+
+    Density is the mean squared delta per parameter. Gates no longer learn, closed units return to the base, and
+    training goes on with what is open.
+
+    Args:
+        model: in training.
+        task: has been trained with every unit open for a while.
+        budget: bytes of the task file.
+
+    Returns:
+        Names of the open units.
+
+    Raises:
+        UserError: if not even the head and the norms fit; the smallest possible size is named.
+    """
+    left = budget - smallest(model, task)
+    if left < 0:
+        raise UserError(
+            f"task {task}: a budget of {budget:,} bytes is too small; norms, head and scores need {budget - left:,}"
+        )
+    prices, densities = {}, {}
+    for unit in model.units:
+        deltas = [unit.deltas[task][name] for name in unit.parameter_names]
+        size = sum(delta.numel() * delta.element_size() for delta in deltas)
+        followers = [norm.norms[task] for norm in model.task_norms if norm.follows(unit) and task in norm.norms]
+        size += sum(t.numel() * t.element_size() for norm in followers for t in norm_tensors(norm).values())
+        prices[unit.name] = size + sum(_TENSOR_HEADER + len(unit.name + name) for name in unit.parameter_names)
+        densities[unit.name] = float(sum(delta.square().sum() for delta in deltas)) / sum(d.numel() for d in deltas)
+    kept = []
+    for name in sorted(prices, key=lambda name: -densities[name]):
+        if prices[name] <= left:
+            left -= prices[name]
+            kept.append(name)
+    for unit in model.units:
+        unit.gates[task].fix(unit.name in kept)
+    return kept
+
+
+def freeze(model: TaskModel, task: str) -> None:
+    """Settle a task's gates as they are now: what :func:`keep_within` decided, after its state has been restored."""
+    with torch.no_grad():
+        for gate in model.gates(task):
+            gate.fix(gate.decide().specific > 0)

@@ -1,0 +1,80 @@
+"""What the command-line programs share: exit statuses, devices, and the step from options to a base network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from taps.backbones import create_backbone, preprocessing
+from taps.data.images import Preprocessing
+from taps.errors import UserError
+from taps.train import Interrupted
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a command: a user's mistake is one line and status 2, Ctrl-C is 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        status = 0
+    except UserError as error:
+        # A data-loading process passes its traceback on as the message; the last line of it is ours.
+        line = str(error).strip().splitlines()[-1]
+        for kind in (UserError, *UserError.__subclasses__()):
+            line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        print(f"error: {line}", file=sys.stderr)
+        status = 2
+    except Interrupted as stopped:
+        print(f"stopped by {stopped}; continue with --resume", file=sys.stderr)
+        status = stopped.status
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
+def launch_on_every_gpu(script: str, arguments: Sequence[str]) -> None:
+    """Start the script again as one process a GPU, unless a launcher has done so or there is at most one."""
+    if "WORLD_SIZE" in os.environ or torch.cuda.device_count() < 2:
+        return
+    count = str(torch.cuda.device_count())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    os.execv(sys.executable, [sys.executable, *launcher, script, *arguments])
+
+
+def make_accelerator(options: Namespace) -> Accelerator:
+    """Devices, processes and precision.
+
+    Raises:
+        UserError: if the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not available[options.device]:
+        raise UserError(f"--device {options.device} is not available on this machine; use --device auto or cpu")
+    cpu = options.device == "cpu" or not (available["cuda"] or available["mps"])
+    precision = {"none": "no", "bf16": "bf16", "fp16": "fp16"}[options.amp]
+    if precision == "fp16" and cpu:
+        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=options.norm == "follow" or bool(options.budget))
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
+
+
+def make_base(options: Namespace) -> torch.nn.Module:
+    """The backbone that the options name, with its weights."""
+    return create_backbone(options.model_type, pretrained=options.pretrained, path=options.model_path or None)
+
+
+def make_preprocessing(options: Namespace, net: torch.nn.Module) -> Preprocessing:
+    """Input size from the options, colours from the backbone's training."""
+    return Preprocessing(input_size=options.input_size, resize=options.resize, **preprocessing(net))

@@ -1,0 +1,189 @@
+"""The results folder: the one place that writes it, and the one that reads it.
+
+``results/README.md`` says what each file is.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from taps import cost, taskfile
+from taps.errors import UserError
+from taps.files import read_json, write_json, write_text
+
+#: options that may differ when a run is continued: they do not change its result
+FREE_ON_RESUME = ("resume", "overwrite", "workers", "device", "multi_gpu", "compile")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a result depends on."""
+    from importlib.metadata import version
+
+    import taps
+
+    names = ("torch", "torchvision", "timm", "safetensors", "accelerate", "numpy")
+    return {"taps": taps.__version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def commit() -> str | None:
+    """The commit of the source checkout this library runs from, with ``+`` if files have been changed since."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+class RunFolder:
+    """One experiment's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state_path = path / "checkpoint" / "state.safetensors"
+        self.rows: list[dict] = []
+
+    @classmethod
+    def open(cls, path: Path, settings: dict, resume: bool = False, overwrite: bool = False) -> RunFolder:
+        """Start or continue an experiment; the settings are on disk before anything else happens.
+
+        Args:
+            path: the folder.
+            settings: every option of the run.
+            resume: continue the run in the folder, with the same settings.
+            overwrite: delete the earlier run in the folder.
+
+        Raises:
+            UserError: if the folder exists and neither is asked for, holds something else than a run, or holds a run
+                with other settings.
+        """
+        folder = cls(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            is_run = (path / "settings.json").is_file()
+            if not is_run:
+                raise UserError(f"{path} exists and is not a run of this program; choose another --experiment_name")
+            if resume:
+                folder._check_same(settings)
+                folder.rows = folder.read_metrics()
+                return folder
+            if not overwrite:
+                raise UserError(
+                    f"experiment folder {path} exists; continue it with --resume, replace it with --overwrite, "
+                    "or choose another --experiment_name"
+                )
+            shutil.rmtree(path)
+        lines = [f"{key}={value}" for key, value in settings.items()]
+        write_text(path / "settings.txt", "\n".join(lines) + "\n")
+        write_json(
+            path / "settings.json", {**settings, "versions": versions(), "commit": commit(), "command": list(sys.argv)}
+        )
+        return folder
+
+    def _check_same(self, settings: dict) -> None:
+        stored = read_json(self.path / "settings.json")
+        wanted = json.loads(json.dumps(settings))
+        other = [key for key in wanted if key not in FREE_ON_RESUME and wanted[key] != stored.get(key)]
+        if other:
+            listed = ", ".join(f"{key}={wanted[key]} (was {stored.get(key)})" for key in other)
+            raise UserError(f"{self.path} cannot be resumed with other settings: {listed}")
+
+    def task_path(self, task: str) -> Path:
+        return self.path / task
+
+    def is_finished(self, task: str) -> bool:
+        """Whether the task is trained and tested."""
+        path = self.task_path(task) / "task.json"
+        return path.is_file() and "accuracy" in read_json(path)
+
+    def read_metrics(self) -> list[dict]:
+        """One dict an epoch and task."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+    def keep_metrics(self, task: str, epochs: int) -> None:
+        """Drop the task's epochs after the first ``epochs``: a run that continues writes them again."""
+        self.rows = [row for row in self.rows if row["task"] != task or row["epoch"] <= epochs]
+
+    def add_metrics(self, row: dict) -> None:
+        self.rows.append(row)
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write_summary(self, method: str, seed: int, tasks: Iterable[str]) -> dict:
+        """Gather the finished tasks' files into ``summary.json``."""
+        descriptions = {task: taskfile.read_description(self.task_path(task)) for task in tasks}
+        accounts = [description["accounting"] for description in descriptions.values()]
+        summary = {
+            "method": method,
+            "seed": seed,
+            "seconds": round(sum(row["seconds"] for row in self.rows), 1),
+            "mean_accuracy": sum(d["accuracy"] for d in descriptions.values()) / len(descriptions),
+            "parameters_x_base": cost.parameters_x_base(accounts),
+            "parameters_x_base_with_heads": cost.parameters_x_base(accounts, heads=True),
+            "tasks": {
+                task: {
+                    "accuracy": description["accuracy"],
+                    "tuned_layers": description["accounting"]["tuned_layers"],
+                    "parameters": description["accounting"]["parameters"],
+                    "bytes": description["bytes"],
+                }
+                for task, description in descriptions.items()
+            },
+        }
+        write_json(self.path / "summary.json", summary)
+        return summary
+
+
+def read_tasks(path: Path) -> dict[str, dict]:
+    """The descriptions (``task.json``) of a run's tasks, in the order they were trained.
+
+    Raises:
+        UserError: if the folder holds no run or no finished task.
+    """
+    if not path.is_dir():
+        raise UserError(f"results folder {path} does not exist")
+    names = [file.parent.name for file in sorted(path.glob("*/task.json"))]
+    if not names:
+        raise UserError(f"{path} holds no task files; train some tasks into it first")
+    settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
+    order = {name: position for position, name in enumerate(settings.get("tasks", []))}
+    names.sort(key=lambda name: (order.get(name, len(order)), name))
+    return {name: taskfile.read_description(path / name) for name in names}
+
+
+def table(summary: dict) -> str:
+    """The summary as text: a row a task, then the mean and the size of everything together."""
+    width = max(len("task"), *(len(name) for name in summary["tasks"]))
+    lines = [f"{'task':{width}}  accuracy %  tuned layers %  parameters       bytes"]
+    for name, row in summary["tasks"].items():
+        lines.append(
+            f"{name:{width}}  {row['accuracy']:10.2f}  {100 * row['tuned_layers']:14.1f}  "
+            f"{row['parameters']:10,}  {row['bytes']:10,}"
+        )
+    tuned = [row["tuned_layers"] for row in summary["tasks"].values()]
+    lines.append(f"{'mean':{width}}  {summary['mean_accuracy']:10.2f}  {100 * sum(tuned) / len(tuned):14.1f}")
+    lines.append(
+        f"parameters × base: {summary['parameters_x_base']:.3f} "
+        f"({summary['parameters_x_base_with_heads']:.3f} with heads), {len(tuned)} "
+        f"{'task' if len(tuned) == 1 else 'tasks'}, method {summary['method']}"
+    )
+    return "\n".join(lines)
