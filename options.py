@@ -16,11 +16,11 @@ from taps.train import OPTIMIZERS
 
 #: defaults of the published program, and those of the demo where they differ
 PUBLISHED = {
-    "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "lam": 1.0,
+    "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "settle_epochs": 0.0, "lam": 1.0,
     "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 DEMO = {
-    "model_type": "tf_efficientnet_lite0", "epochs": 8, "batch_size": 16, "lr": 0.01, "warmup_epochs": 1.0,
+    "model_type": "tf_efficientnet_lite0", "epochs": 8, "batch_size": 16, "lr": 0.01, "warmup_epochs": 1.0, "settle_epochs": 5.0,
     "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
 
@@ -150,6 +150,12 @@ def sequential_parser() -> Parser:
         type=number(float, 0),
         metavar="N",
         help=f"epochs without the penalty, counted exactly {_default('warmup_epochs')}",
+    )
+    method.add_argument(
+        "--settle_epochs",
+        type=number(float, 0),
+        metavar="N",
+        help=f"last epochs, in which gates stand still and nothing is penalised, so that what is tuned can adjust {_default('settle_epochs')}",
     )
     method.add_argument(
         "--budget",

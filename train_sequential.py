@@ -187,6 +187,7 @@ def recipe_of(options: Namespace, model: taps.TaskModel) -> Recipe:
     return Recipe(
         epochs=options.epochs,
         warmup_epochs=options.warmup_epochs,
+        settle_epochs=options.settle_epochs,
         penalty_weight=options.lam,
         budget=parse_budget(options.budget, model) if options.budget else None,
         optimizer=options.optimizer,

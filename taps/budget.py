@@ -46,10 +46,10 @@ def smallest(model: TaskModel, task: str) -> int:
 
 @torch.no_grad()
 def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
-    """Decide every gate of a task once and for all: open for the units whose deltas are densest, within the budget.
+    """Set every gate of a task: open for the units whose deltas are densest, within the budget.
 
-    Density is the mean squared delta per parameter. Gates no longer learn, closed units return to the base, and
-    training goes on with what is open.
+    Density is the mean squared delta per parameter. Closed units return to the base; training goes on with what
+    is open.
 
     Args:
         model: in training.
@@ -81,12 +81,6 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
             left -= prices[name]
             kept.append(name)
     for unit in model.units:
-        unit.gates[task].fix(unit.name in kept)
+        unit.gates[task].set(unit.name in kept)
     return kept
 
-
-def freeze(model: TaskModel, task: str) -> None:
-    """Settle a task's gates as they are now: what :func:`keep_within` decided, after its state has been restored."""
-    with torch.no_grad():
-        for gate in model.gates(task):
-            gate.fix(gate.decide().specific > 0)

@@ -66,7 +66,9 @@ def make_accelerator(options: Namespace) -> Accelerator:
     precision = {"none": "no", "bf16": "bf16", "fp16": "fp16"}[options.amp]
     if precision == "fp16" and cpu:
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
-    unused = DistributedDataParallelKwargs(find_unused_parameters=options.norm == "follow" or bool(options.budget))
+    # Closed units under norm="follow" and gates that stand still have parameters without a gradient in some steps.
+    some_unused = options.norm == "follow" or bool(options.budget) or options.settle_epochs > 0
+    unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
 
 

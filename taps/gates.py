@@ -148,10 +148,11 @@ class ThresholdGate(Gate):
             self._seen = version
         return Decision(specific=1.0 if self._open else 0.0)
 
-    def fix(self, open: bool) -> None:
-        """Decide once and for all; the score no longer learns. A closed gate's score is set to 0."""
-        self.score.requires_grad_(False)
-        self.score.fill_(max(float(self.score), self.threshold) if open else min(0.0, self.threshold - 1.0))
+    def set(self, open: bool) -> None:
+        """Open or close the gate by moving its score across the threshold."""
+        score = float(self.score.detach())
+        if open != (score >= self.threshold):
+            self.score.data.fill_(self.threshold if open else min(0.0, self.threshold - 1.0))
         self._seen = None
 
     def train(self, mode: bool = True) -> ThresholdGate:

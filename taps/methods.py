@@ -36,15 +36,33 @@ class Phase:
     trains: tuple[str, ...] = ROLES
 
 
-def one_phase(epochs: float, warmup: float) -> tuple[Phase, ...]:
-    """Training that has nothing to warm up."""
+#: everything but the gates: decisions stand, the rest goes on learning
+SETTLED = tuple(role for role in ROLES if role != "gate")
+
+
+def one_phase(epochs: float, warmup: float, settle: float) -> tuple[Phase, ...]:
+    """Training that has no gates to decide."""
     return (Phase("train", epochs),)
 
 
-def warmup_then_penalty(epochs: float, warmup: float) -> tuple[Phase, ...]:
-    """``warmup`` epochs without the penalty, then the rest with it (the published schedule, counted exactly)."""
-    phases = (Phase("warm-up", min(warmup, epochs), penalty=0.0), Phase("train", epochs - warmup))
+def warmup_penalty_settle(epochs: float, warmup: float, settle: float) -> tuple[Phase, ...]:
+    """``warmup`` epochs without the penalty, then with it, then ``settle`` epochs in which the gates stand still.
+
+    ``settle=0`` is the published schedule, counted exactly.
+    """
+    warmup = min(warmup, epochs)
+    settle = min(settle, epochs - warmup)
+    phases = (
+        Phase("warm-up", warmup, penalty=0.0),
+        Phase("train", epochs - warmup - settle),
+        Phase("settle", settle, penalty=0.0, trains=SETTLED),
+    )
     return tuple(phase for phase in phases if phase.epochs > 0)
+
+
+def open_then_settle(epochs: float, warmup: float) -> tuple[Phase, ...]:
+    """``warmup`` epochs with every gate free and no penalty, then gates that stand still: the schedule of a budget."""
+    return (Phase("warm-up", warmup, penalty=0.0), Phase("settle", epochs - warmup, penalty=0.0, trains=SETTLED))
 
 
 def no_penalty(gates: Mapping[str, Sequence[Gate]], task: str) -> Tensor:
@@ -82,7 +100,7 @@ class Method:
         gate: makes the gate of one task on one unit from the unit's description and the method's options.
         select: finds the units of a network.
         penalty: from every task's gates in network order and a task's name to a scalar.
-        phases: from the number of epochs and of warm-up epochs to the phases of training.
+        phases: from the numbers of all, of warm-up and of settling epochs to the phases of training.
         options: names and defaults of the options that ``gate`` takes.
         norms: the norm policies that make sense, the default one first.
         trains_base: whether the base network learns too.
@@ -93,7 +111,7 @@ class Method:
     gate: Callable[..., Gate]
     select: Callable[[nn.Module], list[Found]] = find_layers
     penalty: Callable[[Mapping[str, Sequence[Gate]], str], Tensor] = no_penalty
-    phases: Callable[[float, float], tuple[Phase, ...]] = one_phase
+    phases: Callable[[float, float, float], tuple[Phase, ...]] = one_phase
     options: Mapping[str, object] = field(default_factory=dict)
     norms: tuple[str, ...] = ("task", "follow", "frozen")
     trains_base: bool = False
@@ -105,7 +123,7 @@ METHODS: dict[str, Method] = {
         source="Task Adaptive Parameter Sharing, CVPR 2022, arXiv 2203.16708",
         gate=threshold_gate,
         penalty=mean_absolute_score,
-        phases=warmup_then_penalty,
+        phases=warmup_penalty_settle,
         options={"threshold": 0.1, "score_init": 0.15, "ste": "code"},
     ),
     "finetune": Method(

@@ -26,7 +26,7 @@ from taps import budget, checkpoint
 from taps.cost import is_tuned
 from taps.data.images import EpochSampler, mix_seed
 from taps.errors import DivergedError, unknown
-from taps.methods import ROLES, Phase
+from taps.methods import ROLES, Phase, open_then_settle
 from taps.model import TaskModel
 
 OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
@@ -39,6 +39,7 @@ class Recipe:
     Attributes:
         epochs: whole passes over the training images, > 0.
         warmup_epochs: epochs without the penalty, >= 0; may be a fraction.
+        settle_epochs: the last epochs, in which gates stand still and nothing is penalised; may be a fraction.
         penalty_weight: λ, >= 0.
         budget: bytes of the task file; instead of a penalty, the gates are decided once after the warm-up epochs so
             that it is kept (:func:`taps.budget.keep_within`). ``None``: no budget.
@@ -56,6 +57,7 @@ class Recipe:
 
     epochs: int = 30
     warmup_epochs: float = 2.0
+    settle_epochs: float = 0.0
     penalty_weight: float = 1.0
     budget: int | None = None
     optimizer: str = "sgd"
@@ -68,6 +70,12 @@ class Recipe:
     seed: int = 0
     limit_batches: int | None = None
     channels_last: bool = True
+
+    def phases(self, model: TaskModel) -> tuple[Phase, ...]:
+        """The phases of this recipe for the model's method."""
+        if self.budget is not None:
+            return open_then_settle(self.epochs, self.warmup_epochs)
+        return model.row.phases(self.epochs, self.warmup_epochs, self.settle_epochs)
 
     def learning_rate(self, epoch: int) -> float:
         """The factor on ``lr`` in the 0-based ``epoch``: ½(1 + cos(π·epoch/epochs))."""
@@ -200,19 +208,19 @@ def fit(
     if recipe.channels_last and accelerator.device.type != "mps":
         _to_channels_last(model)
     parallel, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    phases = model.row.phases(recipe.epochs, recipe.warmup_epochs)
+    phases = recipe.phases(model)
+    roles = model.roles(task)
     batches = min(len(loader), recipe.limit_batches or len(loader))
     progress, random_state = Progress(), None
     if resume:
         counters, random_state = checkpoint.restore(state_path, model, task, optimizer, accelerator)
         progress = Progress(**counters)
-        if progress.decided:
-            budget.freeze(model, task)
 
     def save() -> None:
         if state_path is not None:
             checkpoint.save(state_path, model, task, optimizer, accelerator, vars(progress))
 
+    current: Phase | None = None
     while progress.epoch < recipe.epochs:
         epoch = progress.epoch
         factor = recipe.learning_rate(epoch)
@@ -235,6 +243,9 @@ def fit(
         phase = phase_at(phases, epoch)
         for window in _windows(islice(rest, batches - progress.batch), recipe.accumulate):
             phase = phase_at(phases, epoch + progress.batch / batches)
+            if phase is not current:
+                current = phase
+                set_trainable(roles, phase.trains)
             if recipe.budget is not None and phase is phases[-1] and not progress.decided:
                 budget.keep_within(model, task, recipe.budget)
                 progress.decided = True
@@ -266,8 +277,17 @@ def fit(
         save()
         if _stop_requested(stop, accelerator) and progress.epoch < recipe.epochs:
             raise Interrupted(stop.received or signal.SIGTERM)
+    set_trainable(roles, ROLES)
     accelerator.free_memory()
     return progress
+
+
+def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[str]) -> None:
+    """Let the parameters of the roles in ``trains`` learn and the others stand still."""
+    trains = set(trains)
+    for role, parameters in roles.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(role in trains)
 
 
 def _to_channels_last(model: nn.Module) -> None:
@@ -296,7 +316,7 @@ def _step(
     progress: Progress,
 ) -> float:
     """One optimiser step over a window of batches; returns the mean loss, penalty included."""
-    weight = recipe.penalty_weight * phase.penalty if recipe.budget is None else 0.0
+    weight = recipe.penalty_weight * phase.penalty
     images = sum(len(labels) for _, labels in window)
     total = 0.0
     for index, (x, labels) in enumerate(window):
@@ -316,11 +336,6 @@ def _step(
         if output.dim() == 2 and labels.dim() == 1:
             progress.wrong += float((output.detach().argmax(1) != labels).sum())
     progress.loss += total * images
-    if len(phase.trains) < len(ROLES):
-        for group in optimizer.param_groups:
-            if group["role"] not in phase.trains:
-                for parameter in group["params"]:
-                    parameter.grad = None
     optimizer.step()
     optimizer.zero_grad()
     return total

@@ -30,19 +30,17 @@ from taps.data.images import TaskData
 
 SIZE = 64
 DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_place")
-TRAIN_IMAGES, TEST_IMAGES = 320, 300
+TRAIN_IMAGES, TEST_IMAGES = 480, 300
 STRIP, HEIGHTS = 80, 3
 FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.6)),
+    "contoured": lambda image: image.filter(ImageFilter.CONTOUR),
+    "dithered": lambda image: image.convert("1").convert("RGB"),
     "embossed": lambda image: image.filter(ImageFilter.EMBOSS),
     "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
-    "inverted": lambda image: ImageOps.invert(image),
     "original": lambda image: image,
-    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize(
-        (SIZE, SIZE), Image.Resampling.NEAREST
-    ),
+    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST),
     "posterized": lambda image: ImageOps.posterize(image, 2),
-    "saturated": lambda image: ImageEnhance.Color(image).enhance(2.5),
 }
 
 
@@ -124,5 +122,5 @@ def _digit(
     if domain == "digits_outline":
         contour = ink.point(lambda value: 255 if value > 110 else 0).filter(ImageFilter.FIND_EDGES)
         return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), Image.new("RGB", (SIZE, SIZE)), contour)
-    ground = ImageEnhance.Brightness(_piece(photos[generator.integers(2)], split, generator)).enhance(0.6)
+    ground = ImageEnhance.Brightness(_piece(photos[generator.integers(2)], split, generator)).enhance(0.4)
     return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), ground, ink)

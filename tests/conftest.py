@@ -1,0 +1,56 @@
+"""Shared by all tests: seeds, one thread each (tests run side by side), and expensive things made once."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """Two small tasks as image folders: coloured noise whose class is its colour. One has three classes, one four."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for name, classes in (("paint", 3), ("ink-2", 4)):
+        for split, count in (("train", 12), ("test", 5)):
+            for label in range(classes):
+                folder = root / name / split / f"class{label}"
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = torch.randint(0, 120, (40, 36, 3), generator=generator, dtype=torch.uint8)
+                    pixels[..., label % 3] += 100 if label < 3 else 10
+                    Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Run a program as a user types it: ``command("train_sequential.py", "--epochs", "1", cwd=folder)``."""
+
+    def run(script: str, *arguments: object, cwd: Path, timeout: float = 180, check: int | None = 0, **environment: str):
+        line = [sys.executable, "-W", "error::ResourceWarning", str(ROOT / script), *map(str, arguments)]
+        done = subprocess.run(
+            line, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        )
+        if check is not None:
+            assert done.returncode == check, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

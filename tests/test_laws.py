@@ -1,0 +1,293 @@
+"""Laws that hold for every method on every network."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES, METHODS, NETWORKS, make
+
+import taps
+from taps.layer import GatedUnit, TaskNorm, plain_state
+
+
+@pytest.fixture(params=CASES, ids="-".join, scope="module")
+def case(request):
+    return request.param
+
+
+def batch(network: str, size: int = 4) -> torch.Tensor:
+    return torch.randn(size, *NETWORKS[network][1], generator=torch.Generator().manual_seed(1))
+
+
+def snapshot(tensors: dict) -> dict:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_same(before: dict, after: dict) -> None:
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def train(model, task: str, x: torch.Tensor, steps: int = 3) -> None:
+    """A few steps with a weight decay and a penalty, so that everything that may move does."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9, weight_decay=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x, task=task).square().mean() + model.penalty(task)).backward()
+        for name, parameter in model.named_parameters():  # only this task's: others get no gradient but would decay
+            if task not in name.split("."):
+                assert parameter.grad is None, name
+        optimizer.step()
+    model.eval()
+
+
+def close_some(model, task: str) -> None:
+    for index, unit in enumerate(model.units):
+        if isinstance(unit.gates[task], taps.ThresholdGate):
+            unit.gates[task].set(index % 3 != 1)
+
+
+@pytest.fixture(scope="module")
+def trained(case):
+    """A model whose task "a" has been trained and partly closed, with what it was before."""
+    torch.manual_seed(0)
+    network, _ = case
+    model = make(*case).eval()
+    x = batch(network)
+    with torch.no_grad():
+        start = {"base": model.features(x), "b": model(x, "b"), "state": snapshot(model.base_state())}
+        start["task_b"] = snapshot(model.task_state("b"))
+    train(model, "a", x)
+    close_some(model, "a")
+    return model, x, start
+
+
+def test_zero_delta_is_the_base_bit_for_bit(case):
+    network, method = case
+    name, options = METHODS[method]
+    net = NETWORKS[network][0]().eval()
+    x = batch(network)
+    with torch.no_grad():
+        base = net(x)
+        model = taps.adapt(net, name, **options)
+        model.add_task("a", head=torch.nn.Identity())
+        model.eval()
+        assert torch.equal(model(x, "a"), base)
+        assert torch.equal(net(x), base), "the wrapped network computes what it did"
+        for unit in model.units:  # and so it is through the code that adds deltas
+            unit.gates["a"].decide = lambda x=None: taps.Decision(specific=torch.tensor(1.0))
+        assert torch.equal(model(x, "a"), base)
+
+
+def test_number_of_units(case):
+    network, method = case
+    model = make(*case)
+    rows = model.report("a")
+    assert len(rows) == len(model.units)
+    if METHODS[method][0] != "finetune":
+        assert len(rows) == NETWORKS[network][2]
+    assert set(rows[0]) == {"name", "kind", "parameters", "score", "run", "specific"}
+
+
+def test_decisions_are_hard(trained):
+    model, _, _ = trained
+    for row in model.report("a"):
+        assert row["run"] in (0.0, 1.0)
+        assert row["specific"] in (0.0, 1.0)
+
+
+def test_training_a_task_leaves_base_and_other_tasks_bit_identical(trained):
+    model, x, start = trained
+    assert_same(start["state"], model.base_state())
+    assert_same(start["task_b"], model.task_state("b"))
+    with torch.no_grad():
+        assert torch.equal(model.features(x), start["base"])
+        assert torch.equal(model(x, "b"), start["b"])
+
+
+def test_training_a_task_changes_that_task(trained):
+    model, x, start = trained
+    fresh = copy.deepcopy(model.heads["a"])(start["base"])
+    changed = not torch.equal(model(x, "a"), fresh)
+    assert changed == (model.method != "linear_probe")
+
+
+def test_merged_network_computes_the_same_without_a_class_of_ours(trained):
+    model, x, _ = trained
+    plain = model.merge("a")
+    assert not any(type(module).__module__.startswith("taps") for module in plain.modules())
+    with torch.no_grad():
+        assert torch.equal(plain(x), model(x, "a"))
+        assert torch.allclose(copy.deepcopy(plain).double()(x.double()), plain(x).double(), atol=1e-4)
+    assert not any(parameter is own for parameter in plain.parameters() for own in model.parameters())
+
+
+def test_predict_is_each_task_by_itself(trained):
+    model, x, _ = trained
+    model.train()
+    outputs = model.predict(x)
+    assert model.training
+    model.eval()
+    assert list(outputs) == ["a", "b"]
+    with torch.no_grad():
+        for task, output in outputs.items():
+            assert torch.equal(output, model(x, task))
+
+
+def test_saved_task_loads_exactly_into_a_fresh_base(trained, case, tmp_path):
+    model, x, _ = trained
+    model.save_task("a", tmp_path)
+    network, method = case
+    name, options = METHODS[method]
+    net = NETWORKS[network][0]()
+    net.load_state_dict(model.base_state())
+    for trainable in (False, True):
+        other = taps.adapt(copy.deepcopy(net), name, **options)
+        assert other.load_task(tmp_path, trainable=trainable) == "a"
+        other.eval()
+        with torch.no_grad():
+            assert torch.equal(other(x, "a"), model(x, "a"))
+        assert other.report("a") == model.report("a")
+        assert any(parameter.requires_grad for parameter in other.parameters()) == trainable
+
+
+def test_file_is_as_long_as_what_it_holds(trained, tmp_path):
+    model, _, _ = trained
+    model.save_task("a", tmp_path)
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "task.safetensors")
+    content = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    account = taps.taskfile.read_description(tmp_path)["accounting"]
+    counted = account["parameters"] + account["head_parameters"]
+    scores = sum(row["score"] is not None for row in model.report("a"))
+    assert content == 4 * (counted + scores)
+    assert (tmp_path / "task.safetensors").stat().st_size <= content + 120 * len(tensors) + 200
+
+
+def test_same_seed_same_run(case):
+    def run():
+        torch.manual_seed(3)
+        model = make(*case)
+        train(model, "a", batch(case[0]))
+        return model.task_state("a")
+
+    assert_same(snapshot(run()), run())
+
+
+def test_task_parameters_are_named_after_the_task(case):
+    model = make(*case, tasks=("a", "x-1_Y"))
+    names = [name for name, _ in model.named_parameters() if "x-1_Y" in name.split(".")]
+    assert set(names) == {name for name in model.task_state("x-1_Y") if name in dict(model.named_parameters())}
+    assert sum(name.endswith(".score") for name in names) == (len(model.units) if model.method == "taps" else 0)
+    holding = sum(name.endswith(".delta") for name in names)
+    assert holding == sum(len(u.parameter_names) for u in model.units) * (model.method in ("taps", "finetune"))
+
+
+def test_a_closed_unit_calls_its_base_directly(case):
+    """Not even a copy of a weight is made: the base module sees its own parameters."""
+    model = make(*case).eval()
+    seen = []
+    for unit in model.units:
+        if isinstance(unit.gates["a"], taps.ThresholdGate):
+            unit.gates["a"].set(False)
+        unit.effective_parameters = lambda *arguments, unit=unit: seen.append(unit.name) or {}
+    model(batch(case[0]), "a")
+    closed = [row["name"] for row in model.report("a") if row["specific"] == 0]
+    own_weights = [name for name in seen if name in closed]
+    # attention code that reads weights asks for them; everything that is called is called without a word
+    assert own_weights == [] or case[0] == "torchvision_swin" or len(closed) == len(own_weights)
+    plain = {name for name, _ in plain_state(model.backbone).items()}
+    assert plain == set(NETWORKS[case[0]][0]().state_dict())
+
+
+def test_a_unit_that_is_not_run_never_calls_its_base():
+    model = make("perceptron", "taps")
+    unit = model.units[0]
+    unit.gates["a"] = taps.ConstantGate(run=0.0)
+    unit.base.forward = None
+    unit.shortcut = torch.nn.Linear(5, 7)
+    assert model(batch("perceptron"), "a").shape == (4, 3)
+
+
+@pytest.mark.parametrize("network", ["resnet", "densenet", "vit"])
+def test_follow_shares_everything_before_the_first_tuned_layer(network):
+    model = make(network, "taps_follow")
+    x = batch(network)
+    train(model, "a", x)
+    for unit in model.units[:-2]:
+        unit.gates["a"].set(False)
+    model.eval()
+    first = model.units[-2]
+    inputs = []
+    first.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].clone()))
+    with torch.no_grad():
+        model(x, "a")
+        model.features(x)
+    assert torch.equal(inputs[0], inputs[1])
+    owned = [norm.name for norm in model.task_norms if norm.own("a") is not None]
+    assert len(owned) < len(model.task_norms)
+
+
+def test_frozen_base_statistics_never_move():
+    model = make("resnet", "taps_follow")
+    for unit in model.units:
+        unit.gates["a"].set(False)
+    before = snapshot(model.base_state())
+    model.train()
+    model(batch("resnet"), "a")
+    model.features(batch("resnet"))
+    assert_same(before, model.base_state())
+    assert all(not norm.base.training for norm in model.task_norms)
+
+
+def test_deepcopy_is_a_model_of_its_own():
+    model = make("resnet", "taps_follow").eval()
+    twin = copy.deepcopy(model)
+    for unit in twin.units:
+        unit.gates["a"].set(False)
+    assert all(row["specific"] == 1 for row in model.report("a"))
+    assert all(norm.own("a") is None for norm in twin.task_norms)
+    modules = set(model.modules())
+    assert not any(isinstance(module, (GatedUnit, TaskNorm)) and module in modules for module in twin.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("resnet34", 36), ("resnet50", 53), ("densenet121", 120), ("mobilenetv2_100", 52), ("convnext_tiny", 58),
+        ("vit_small_patch16_224", 49), ("deit_small_patch16_224", 49), ("vit_base_patch16_224", 49),
+        ("swin_tiny_patch4_window7_224", 52),
+    ],
+)  # fmt: skip
+def test_published_networks(name, units):
+    """Full-size networks: units counted, base untouched, merged network loads into the unwrapped timm model."""
+    import timm
+
+    size = 224 if "224" in name else 64
+    net = taps.create_backbone(name, pretrained=False).eval()
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        base = net(x)
+        model = taps.adapt(net).eval()
+        model.add_task("a", num_classes=7)
+        assert len(model.report("a")) == units
+        assert torch.equal(model.heads["a"](base), model(x, "a"))
+        for parameter in model.roles("a")["delta"].values():
+            parameter.normal_(std=0.01)
+        plain = timm.create_model(name, num_classes=7)
+        plain.load_state_dict(model.merge("a").state_dict())
+        assert torch.equal(plain.eval()(x), model(x, "a"))
+        assert not torch.allclose(model.heads["a"](base), model(x, "a"))
+
+
+def test_resnet50_downsample_positions():
+    """Network order is the published one: the shortcut convolutions are layers 4, 14, 27 and 46."""
+    model = taps.adapt(taps.create_backbone("resnet50", pretrained=False))
+    model.add_task("a", num_classes=2)
+    names = [row["name"] for row in model.report("a")]
+    assert [index for index, name in enumerate(names) if "downsample" in name] == [4, 14, 27, 46]
+    assert sum(row["parameters"] for row in model.report("a")) == 23_454_912
+    assert model.base_parameters == 23_508_032
