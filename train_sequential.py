@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def main(arguments: Sequence[str]) -> None:
     if not accelerator.is_main_process:
         folder = results.RunFolder(path)
     announce(accelerator, options, tasks, model, path)
-    with StopSignals() as stop:
+    writer = SummaryWriter(path) if accelerator.is_main_process else None
+    with StopSignals() as stop, closing(writer) if writer is not None else nullcontext():
         for task in tasks:
             if not folder.is_finished(task.name):
-                train_task(model, task, prepare, options, folder, accelerator, stop, several=len(tasks) > 1)
+                suffix = f"_{task.name}" if len(tasks) > 1 else ""
+                train_task(model, task, prepare, options, folder, accelerator, stop, writer, suffix)
     if accelerator.is_main_process:
         finish(folder, options, tasks)
     accelerator.end_training()
@@ -110,7 +113,8 @@ def train_task(
     folder: results.RunFolder,
     accelerator: Accelerator,
     stop: StopSignals,
-    several: bool,
+    writer: SummaryWriter | None,
+    suffix: str,
 ) -> None:
     """Train one task, keep its best epoch, test that once, and leave the model as it was."""
     torch.manual_seed(options.seed)  # the head's start does not depend on which tasks came before
@@ -131,8 +135,6 @@ def train_task(
     resume = record is not None and record["task"] == task.name
     done = record["progress"]["epoch"] if resume else 0
     folder.keep_metrics(task.name, done)
-    suffix = f"_{task.name}" if several else ""
-    writer = SummaryWriter(folder.path, purge_step=done) if accelerator.is_main_process else None
     started = time.perf_counter()
 
     def on_epoch(numbers: dict, is_best: bool) -> None:
@@ -154,27 +156,23 @@ def train_task(
 
     if options.compile:
         model.compile()
-    try:
-        fit(
-            model,
-            task.name,
-            train_loader,
-            sampler,
-            recipe_of(options, model),
-            accelerator,
-            validate=lambda: score(validation_loader, "validation"),
-            on_epoch=on_epoch,
-            state_path=folder.state_path,
-            resume=resume,
-            stop=stop,
-        )
-        accelerator.wait_for_everyone()
-        model.remove_task(task.name)
-        model.load_task(folder.task_path(task.name))
-        tested = score(test_loader, "test")
-    finally:
-        if writer is not None:
-            writer.close()
+    fit(
+        model,
+        task.name,
+        train_loader,
+        sampler,
+        recipe_of(options, model),
+        accelerator,
+        validate=lambda: score(validation_loader, "validation"),
+        on_epoch=on_epoch,
+        state_path=folder.state_path,
+        resume=resume,
+        stop=stop,
+    )
+    accelerator.wait_for_everyone()
+    model.remove_task(task.name)
+    model.load_task(folder.task_path(task.name))
+    tested = score(test_loader, "test")
     if accelerator.is_main_process:
         stored = taps.taskfile.read_description(folder.task_path(task.name))
         about = {key: stored[key] for key in ("classes", "epoch", "val_error")}

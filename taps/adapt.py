@@ -105,7 +105,7 @@ def choose(found: list[Found], pattern: str | None) -> list[Found]:
     chosen = [unit for unit in found if expression.search(unit.name)]
     if not chosen:
         names = [unit.name for unit in found]
-        example = ", ".join(names[:3] + ["…"] + names[-2:]) if len(names) > 6 else ", ".join(names)
+        example = ", ".join([*names[:3], "…", *names[-2:]]) if len(names) > 6 else ", ".join(names)
         raise UserError(f"layers={pattern!r} matches none of the {len(found)} layers ({example})")
     return chosen
 

@@ -83,4 +83,3 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     for unit in model.units:
         unit.gates[task].set(unit.name in kept)
     return kept
-

@@ -73,7 +73,8 @@ def make_accelerator(options: Namespace) -> Accelerator:
 
 
 def make_base(options: Namespace) -> torch.nn.Module:
-    """The backbone that the options name, with its weights."""
+    """The backbone that the options name, with its weights; random ones follow from the seed."""
+    torch.manual_seed(options.seed)
     return create_backbone(options.model_type, pretrained=options.pretrained, path=options.model_path or None)
 
 

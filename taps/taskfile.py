@@ -44,11 +44,10 @@ def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
     """Write one task; see :meth:`taps.model.TaskModel.save_task`."""
     tensors: dict[str, Tensor] = {}
     for unit in model.units:
-        if task in unit.deltas and unit.gates[task].decide().specific is not None:
-            decision = unit.gates[task].decide()
-            if not isinstance(decision.specific, float) or decision.specific > 0:
-                for name in unit.parameter_names:
-                    tensors[f"delta/{unit.name}/{name}"] = unit.deltas[task][name]
+        specific = unit.gates[task].decide().specific
+        if task in unit.deltas and not (isinstance(specific, float) and specific == 0.0):
+            for name in unit.parameter_names:
+                tensors[f"delta/{unit.name}/{name}"] = unit.deltas[task][name]
     tensors.update(_pack("gate", [unit.gates[task].state_dict() for unit in model.units]))
     norms = [norm for norm in model.task_norms if norm.own(task) is not None]
     tensors.update(_pack("norm", [norm_tensors(norm.own(task)) for norm in norms]))
@@ -205,6 +204,9 @@ def _fill(
     model.heads[task] = head.to(like.device, like.dtype).train(model.training)
     _unpack("gate", tensors, [unit.gates[task].state_dict() for unit in model.units], path)
     _unpack("norm", tensors, [norm_tensors(norm.norms[task]) for norm in norms], path)
+    for unit in model.units:
+        if task not in unit.deltas and unit.gates[task].decide().specific != 0.0:
+            raise UserError(f"{path} lacks the delta of {unit.name}, whose gate is open")
     for key, target in head.state_dict().items():
         value = tensors.pop(f"head/{key}", None)
         if value is None or value.shape != target.shape:

@@ -44,7 +44,9 @@ def tree(tmp_path_factory) -> Path:
 def command():
     """Run a program as a user types it: ``command("train_sequential.py", "--epochs", "1", cwd=folder)``."""
 
-    def run(script: str, *arguments: object, cwd: Path, timeout: float = 180, check: int | None = 0, **environment: str):
+    def run(
+        script: str, *arguments: object, cwd: Path, timeout: float = 180, check: int | None = 0, **environment: str
+    ):
         line = [sys.executable, "-W", "error::ResourceWarning", str(ROOT / script), *map(str, arguments)]
         done = subprocess.run(
             line, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}

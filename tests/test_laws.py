@@ -32,7 +32,9 @@ def assert_same(before: dict, after: dict) -> None:
 def train(model, task: str, x: torch.Tensor, steps: int = 3) -> None:
     """A few steps with a weight decay and a penalty, so that everything that may move does."""
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9, weight_decay=1e-3
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         (model(x, task=task).square().mean() + model.penalty(task)).backward()

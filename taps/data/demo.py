@@ -39,7 +39,9 @@ FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "embossed": lambda image: image.filter(ImageFilter.EMBOSS),
     "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
     "original": lambda image: image,
-    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST),
+    "pixelated": lambda image: image.resize((16, 16), Image.Resampling.BOX).resize(
+        image.size, Image.Resampling.NEAREST
+    ),
     "posterized": lambda image: ImageOps.posterize(image, 2),
 }
 

@@ -180,6 +180,7 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global one
     )
     return loader, sampler
 

@@ -1,0 +1,368 @@
+"""The programs as a user types them, in a temporary folder, on small data."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+SMALL = ("--model_type", "resnet18", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
+SMALL += ("--warmup_epochs", "1", "--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
+
+
+def trained_arguments(tree, *more):
+    return ("--dataset", tree, *SMALL, "--epochs", 2, "--lam", 4, "--experiment_name", "run", *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tree, command, tmp_path_factory):
+    """A finished run of two tasks, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, command("train_sequential.py", *trained_arguments(tree), cwd=folder)
+
+
+def task_files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("results/run/*/task.*"))}
+
+
+def test_a_run_leaves_a_complete_results_folder(finished):
+    folder, done = finished
+    run = folder / "results" / "run"
+    names = {path.name for path in run.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert names - events == {
+        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "layers.png", "checkpoint", "ink-2", "paint"
+    }  # fmt: skip
+    assert os.listdir(folder) == ["results"], "nothing is left anywhere else"
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["lam"] == 4.0
+    assert {"versions", "commit", "seed", "command"} <= set(settings)
+    assert "lam=4.0" in (run / "settings.txt").read_text().splitlines()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["epoch"]) for row in rows] == [("ink-2", 1), ("ink-2", 2), ("paint", 1), ("paint", 2)]
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == {
+        "method", "seed", "seconds", "mean_accuracy", "parameters_x_base", "parameters_x_base_with_heads", "tasks"
+    }  # fmt: skip
+    for task, row in summary["tasks"].items():
+        assert set(row) == {"accuracy", "tuned_layers", "parameters", "bytes"}
+        assert row["bytes"] == (run / task / "task.safetensors").stat().st_size
+        assert 0 <= row["accuracy"] <= 100
+    with (run / "layers.png").open("rb") as picture:
+        assert picture.read(8) == b"\x89PNG\r\n\x1a\n"
+    for text in ("ink-2", "paint", "tuned layers %", "parameters × base", "layers.png"):
+        assert text in done.stdout
+
+
+def test_tensorboard_has_the_published_tags(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "results" / "run"))
+    events.Reload()
+    published = {"Validation Error", "Training Error", "Training Loss", "Learning Rate", "Percent Weights Activated"}
+    assert set(events.Tags()["scalars"]) == {f"{tag}_{task}" for tag in published for task in ("ink-2", "paint")}
+    assert [event.step for event in events.Scalars("Training Loss_paint")] == [1, 2]
+    assert events.Scalars("Learning Rate_paint")[1].value == pytest.approx(0.01)
+
+
+def test_one_task_has_the_plain_tags_and_all_options_run(tree, command, tmp_path):
+    arguments = (
+        "--dataset",
+        tree / "paint",
+        *SMALL,
+        "--epochs",
+        3,
+        "--optimizer",
+        "nag",
+        "--score_lr",
+        0.05,
+        "--momentum",
+        0.8,
+    )
+    arguments += (
+        "--wd",
+        1e-4,
+        "--accumulate",
+        2,
+        "--eval_epochs",
+        2,
+        "--limit_batches",
+        3,
+        "--seed",
+        3,
+        "--amp",
+        "bf16",
+    )
+    arguments += ("--norm", "follow", "--layers", "layer[234]", "--resize", 36, "--cropped", "--no_flip", "--multi_gpu")
+    arguments += ("--result_path", "out", "--settle_epochs", 1, "--skip_bad_images")
+    done = command("train_sequential.py", *arguments, cwd=tmp_path)
+    run = tmp_path / "out" / "paint_resnet18_taps"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_error" in row for row in rows] == [False, True, True]
+    assert rows[0]["lr"] == 0.02
+    assert len(rows[0]["scores"]) == 15
+    assert "at most one GPU" in done.stdout
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert "Validation Error" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("method", ["finetune", "norm_only", "linear_probe"])
+def test_baselines(tree, command, tmp_path, method):
+    command("train_sequential.py", *trained_arguments(tree / "paint", "--method", method), cwd=tmp_path)
+    row = json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"]["paint"]
+    assert row["tuned_layers"] == (1.0 if method == "finetune" else 0.0)
+    assert (row["parameters"] == 0) == (method == "linear_probe")
+
+
+def test_budget(tree, command, tmp_path):
+    command("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "3MB"), cwd=tmp_path)
+    row = json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"]["paint"]
+    assert 0 < row["tuned_layers"] < 1
+    assert 2_000_000 < row["bytes"] <= 3_000_000
+    done = command(
+        "train_sequential.py",
+        *trained_arguments(tree / "paint", "--budget", "1KB", "--overwrite"),
+        cwd=tmp_path,
+        check=2,
+    )
+    assert "too small; norms, head and scores need" in done.stderr
+
+
+def test_published_habit_of_selecting_on_test_is_said(tree, command, tmp_path):
+    done = command("train_sequential.py", *trained_arguments(tree / "paint", "--val_fraction", 0), cwd=tmp_path)
+    assert "selected on the test split" in done.stdout
+
+
+def test_evaluate_prints_the_stored_accuracies_and_exports(finished, command, tmp_path, tree):
+    folder, _ = finished
+    summary = json.loads((folder / "results/run/summary.json").read_text())
+    done = command("evaluate.py", "results/run", "--export", tmp_path / "out", "--device", "cpu", cwd=folder)
+    for name, row in summary["tasks"].items():
+        line = next(line for line in done.stdout.splitlines() if line.startswith(name))
+        assert f"{row['accuracy']:.2f}" in line
+        assert f"{row['bytes']:,}" in line
+        net = timm.create_model("resnet18", num_classes=4 if name == "ink-2" else 3)
+        net.load_state_dict(load_file(tmp_path / "out" / f"{name}.safetensors"))
+        program = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()
+        x = torch.randn(3, 3, 32, 32)
+        torch.testing.assert_close(program(x), net.eval()(x))
+    assert f"{summary['parameters_x_base']:.3f}" in done.stdout
+    assert f"{summary['parameters_x_base_with_heads']:.3f}" in done.stdout
+    stored = command("evaluate.py", "results/run", "--no_test", "--tasks", "paint", cwd=folder)
+    assert "ink-2" not in stored.stdout
+    wrong = command("evaluate.py", "results/run", "--tasks", "pant", cwd=folder, check=2)
+    assert "unknown task 'pant'; did you mean 'paint'" in wrong.stderr
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, command, tree):
+    folder, _ = finished
+    before = task_files(folder)
+    command("train_sequential.py", *trained_arguments(tree, "--resume"), cwd=folder)
+    assert task_files(folder) == before
+
+
+def start(folder: Path, *arguments) -> subprocess.Popen:
+    line = [sys.executable, str(ROOT / "train_sequential.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+
+
+def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) >= lines):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree, command, tmp_path, number):
+    """Killed during the second epoch of the first task."""
+    process = start(tmp_path, *trained_arguments(tree))
+    wait_for(tmp_path / "results/run/metrics.jsonl", 1, process)
+    time.sleep(0.15)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+    assert process.returncode == expected[number], stderr
+    if number != signal.SIGKILL:
+        assert "continue with --resume" in stderr
+        assert "Traceback" not in stderr
+    command("train_sequential.py", *trained_arguments(tree, "--resume"), cwd=tmp_path)
+    assert task_files(tmp_path) == task_files(finished[0])
+    ours, theirs = (
+        [{**json.loads(line), "seconds": 0} for line in (root / "results/run/metrics.jsonl").read_text().splitlines()]
+        for root in (tmp_path, finished[0])
+    )
+    assert ours == theirs
+
+
+def test_two_processes_reach_the_same_decisions(tree, tmp_path):
+    """torchrun with gloo on the CPU: both ranks hold bit-identical gates, and the run is complete."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys, json, os, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_sequential as program\n"
+        "import taps.train\n"
+        "original = taps.train.accuracy\n"
+        "def watch(model, task, *rest, **options):\n"
+        "    state = {n: t.tolist() for n, t in model.task_state(task).items() if n.endswith('score')}\n"
+        "    state['delta'] = sum(float(t.sum()) for n, t in model.task_state(task).items() if n.endswith('delta'))\n"
+        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps(state) + '\\n')\n"
+        "    return original(model, task, *rest, **options)\n"
+        "program.accuracy = watch\n"
+        "program.main(sys.argv[1:])\n"
+    )
+    arguments = [
+        str(argument) for argument in trained_arguments(tree / "paint", "--norm", "follow", "--settle_epochs", "0.5")
+    ]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        str(script),
+        *arguments,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
+    assert first == second
+    assert len(first.splitlines()) == 3
+    assert (tmp_path / "results/run/summary.json").is_file()
+    assert "2 × cpu" in done.stdout
+
+
+def make_bad(tree: Path, root: Path, kind: str) -> Path:
+    shutil.copytree(tree / "paint", root / "bad")
+    bad = root / "bad"
+    if kind == "no train":
+        shutil.rmtree(bad / "train")
+    elif kind == "no images":
+        for path in bad.glob("train/*/*.png"):
+            path.unlink()
+    elif kind == "extra class":
+        shutil.copytree(bad / "test/class0", bad / "test/class9")
+    elif kind == "bad image":
+        for path in bad.glob("train/class1/*.png"):
+            path.write_bytes(path.read_bytes()[:60])
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "nowhere does not exist"),
+        ("no train", "has no train/ folder"),
+        ("no images", "has no images"),
+        ("extra class", "test/ has classes that train/ lacks: class9"),
+        ("bad image", "cannot be read"),
+    ],
+)
+def test_bad_data_is_one_line_and_status_2(tree, command, tmp_path, kind, message):
+    data = tmp_path / "nowhere" if kind == "missing" else make_bad(tree, tmp_path, kind)
+    for workers in ("0", "2") if kind == "bad image" else ("0",):
+        done = command(
+            "train_sequential.py", *trained_arguments(data, "--workers", workers, "--overwrite"), cwd=tmp_path, check=2
+        )
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+    if kind == "bad image":
+        done = command(
+            "train_sequential.py",
+            *trained_arguments(tmp_path / "bad", "--overwrite", "--skip_bad_images"),
+            cwd=tmp_path,
+        )
+        assert "bad: 12 unreadable images are left out" in done.stdout
+    else:
+        assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--lam", "-1"), "argument --lam: '-1' is not a number of at least 0"),
+        (("--epochs", "0"), "argument --epochs: '0' is not a whole number of at least 1"),
+        (("--epochs", "two"), "'two' is not a whole number"),
+        (("--batch_size", "4000"), "larger than its 29 training images"),
+        (("--model_type", "resnet35"), "did you mean"),
+        (("--method", "tabs"), "invalid choice: 'tabs'"),
+        (("--lamda", "1"), "unknown option --lamda; did you mean --lam?"),
+        (("--resume", "--overwrite"), "exclude each other"),
+        (("--device", "cuda"), "--device cuda is not available"),
+        (("--layers", "nothing"), "matches none"),
+        (("--budget", "lots"), "is not a size"),
+        (("--model_path", "nothing.pth"), "nothing.pth does not exist"),
+        (("--val_fraction", "0.001"), "leaves none to validate on"),
+        (("--lr", "1e30"), "the loss is"),
+        (("--lr", "nan"), "is not a number above 0"),
+        (("--amp", "fp16"), "--amp fp16 needs a GPU"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(tree, command, tmp_path, arguments, message):
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("there is a GPU here")
+    done = command("train_sequential.py", *trained_arguments(tree / "paint", *arguments), cwd=tmp_path, check=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    if "loss" not in message:
+        assert not list(tmp_path.glob("results/run/*/task.json"))
+
+
+def test_an_experiment_is_never_overwritten_unasked(finished, tree, command, tmp_path):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = command("train_sequential.py", *trained_arguments(tree), cwd=folder, check=2)
+    assert "--resume, replace it with --overwrite" in done.stderr
+    done = command("train_sequential.py", *trained_arguments(tree, "--resume", "--lam", "2"), cwd=folder, check=2)
+    assert "cannot be resumed with other settings: lam=2.0 (was 4.0)" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    (tmp_path / "results/run").mkdir(parents=True)
+    (tmp_path / "results/run/thesis.tex").write_text("years of work")
+    done = command("train_sequential.py", *trained_arguments(tree, "--overwrite"), cwd=tmp_path, check=2)
+    assert "is not a run of this program" in done.stderr
+    assert (tmp_path / "results/run/thesis.tex").read_text() == "years of work"
+
+
+def test_evaluate_refuses_what_is_no_run(command, tmp_path):
+    assert "does not exist" in command("evaluate.py", "nothing", cwd=tmp_path, check=2).stderr
+    assert "holds no task files" in command("evaluate.py", ".", cwd=tmp_path, check=2).stderr
+
+
+def test_data_check_command(tree, tmp_path):
+    line = [sys.executable, "-m", "taps.data", str(tree / "paint")]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "3 classes, 36 train, 15 test" in done.stdout
+    done = subprocess.run([*line[:3], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: dataset folder nowhere does not exist\n"
+
+
+def test_help_explains_every_option(command, tmp_path):
+    text = command("train_sequential.py", "--help", cwd=tmp_path).stdout
+    from options import sequential_parser
+
+    for action in sequential_parser()._actions:
+        assert action.help, action.option_strings
+        assert action.option_strings[0] in text

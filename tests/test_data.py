@@ -1,0 +1,267 @@
+"""Data: families recognised, official labels kept, exact randomness, and one clear line for what is wrong."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from taps.data import Preprocessing, TaskData, domainnet, find_tasks, make_loader, split_validation, without_bad_images
+from taps.data.demo import DOMAINS, make_demo, read_demo
+from taps.data.images import read_image
+from taps.data.known import check
+
+LISTS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "domainnet_txt"
+needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the official DomainNet lists are not here")
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(path)
+
+
+def test_folders(tree):
+    tasks = find_tasks([tree])
+    assert [task.name for task in tasks] == ["ink-2", "paint"]
+    assert [task.name for task in find_tasks([tree / "paint", tree / "ink-2"])] == ["paint", "ink-2"]
+    paint = tasks[1]
+    assert paint.classes == ("class0", "class1", "class2")
+    assert Counter(label for _, label in paint.train) == {0: 12, 1: 12, 2: 12}
+    assert all(f"class{label}" in path and "/train/" in path for path, label in paint.train)
+    assert len(paint.test) == 15
+    assert paint.val is None
+
+
+def test_cropped_sets_are_squashed(tmp_path):
+    for name in ("cubs_cropped", "flowers"):
+        for split in ("train", "test"):
+            picture(tmp_path / name / split / "a" / "1.png")
+    assert {task.name: task.squash for task in find_tasks([tmp_path])} == {"cubs_cropped": True, "flowers": False}
+    assert all(task.squash for task in find_tasks([tmp_path], cropped=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "is not a dataset: it needs train/ and test/"),
+        (lambda root: picture(root / "train/a/1.png"), "has no test/ folder"),
+        (lambda root: picture(root / "test/a/1.png"), "has no train/ folder"),
+        (lambda root: [(root / s / "a").mkdir(parents=True) for s in ("train", "test")], "train has no images"),
+        (
+            lambda root: [picture(root / p) for p in ("train/a/1.png", "test/a/1.png", "test/b/1.png")],
+            "test/ has classes that train/ lacks: b",
+        ),
+        (lambda root: root.write_text("x"), "is not a folder"),
+    ],
+)
+def test_wrong_folders(tmp_path, make, message):
+    root = tmp_path / "set"
+    make(root)
+    with pytest.raises(ValueError, match=message) as caught:
+        find_tasks([root])
+    assert "\n" not in str(caught.value)
+
+
+def test_duplicate_names(tree):
+    with pytest.raises(ValueError, match="two tasks have the name 'paint'"):
+        find_tasks([tree / "paint", tree / "paint"])
+
+
+@needs_lists
+def test_official_lists_prove_labels_and_missing_classes():
+    names = domainnet.class_names(LISTS)
+    assert len(set(names)) == 345
+    assert not any(name.startswith("class_") for name in names)
+    assert (names[300], names[327], names[308]) == ("syringe", "t-shirt", "The_Eiffel_Tower")
+    assert domainnet.official_order(random.Random(0).sample(names, 345)) == list(names)
+    assert sum(a != b for a, b in zip(sorted(names), names, strict=True)) == 328
+    for domain in domainnet.listed_domains(LISTS):
+        for split in ("train", "test"):
+            for path, label in domainnet.read_list(LISTS / f"{domain}_{split}.txt"):
+                assert path.startswith(f"{domain}/{names[label]}/")
+    train = {label for _, label in domainnet.read_list(LISTS / "painting_train.txt")}
+    test = {label for _, label in domainnet.read_list(LISTS / "painting_test.txt")}
+    assert set(range(345)) - train == {327}
+    assert set(range(345)) - test == {300}
+    assert Counter(label for _, label in domainnet.read_list(LISTS / "painting_test.txt"))[327] == 2
+
+
+def domainnet_root(root: Path) -> Path:
+    """A root as the zips and lists leave it: two classes far apart, one missing from painting's training split."""
+    lines = {
+        "painting_train": ["painting/aircraft_carrier/a.png 0", "painting/aircraft_carrier/b.png 0"],
+        "painting_test": ["painting/t-shirt/c.png 327", "painting/aircraft_carrier/d.png 0"],
+        "sketch_train": ["sketch/aircraft_carrier/e.png 0", "sketch/t-shirt/f.png 327"],
+        "sketch_test": ["sketch/t-shirt/g.png 327"],
+    }
+    root.mkdir()
+    for name, entries in lines.items():
+        (root / f"{name}.txt").write_text("\n".join(entries) + "\n")
+        for entry in entries:
+            picture(root / entry.split()[0])
+    return root
+
+
+def test_domainnet_by_lists(tmp_path):
+    root = domainnet_root(tmp_path / "DomainNet")
+    tasks = find_tasks([root])
+    assert [task.name for task in tasks] == ["painting", "sketch"]
+    painting = find_tasks([root / "painting"])[0]
+    assert painting == tasks[0]
+    assert len(painting.classes) == 345
+    assert painting.classes[327] == "t-shirt"
+    assert [label for _, label in painting.test] == [327, 0]
+    assert [note.split(" has no image of ")[0] for note in painting.notes] == ["train", "test"]
+    (root / "painting_train.txt").write_text("painting/aircraft_carrier/a.png zero\n")
+    domainnet.read_list.cache_clear()
+    with pytest.raises(ValueError, match=r"painting_train.txt, line 1: expected"):
+        find_tasks([root])
+
+
+def test_domainnet_lists_without_images(tmp_path):
+    root = domainnet_root(tmp_path / "DomainNet")
+    domainnet.read_list.cache_clear()
+    import shutil
+
+    shutil.rmtree(root / "sketch")
+    with pytest.raises(ValueError, match=r"the images of sketch are not under .* unpack sketch.zip"):
+        find_tasks([root])
+    lines, wrong = check(root)
+    assert "sketch_test.txt: 1 images, not the official cleaned list" in "\n".join(lines)
+    assert "missing: sketch/t-shirt/g.png" in "\n".join(lines)
+    assert wrong == 8 + 4 + 3
+
+
+def test_domainnet_rearranged_keeps_official_order_and_missing_classes(tmp_path):
+    for path in ("train/zebra/1.png", "train/The_Eiffel_Tower/1.png", "test/t-shirt/1.png", "test/zebra/1.png"):
+        picture(tmp_path / "painting" / path)
+    painting = find_tasks([tmp_path / "painting"])[0]
+    assert painting.classes == ("The_Eiffel_Tower", "t-shirt", "zebra")
+    assert [label for _, label in painting.test] == [1, 2]
+    assert len(painting.notes) == 2
+
+
+def test_check_counts(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        for number in range(count):
+            picture(tmp_path / "flowers" / split / "a" / f"{number}.png")
+    lines, wrong = check(tmp_path / "flowers")
+    assert wrong == 3
+    assert "  train: 2037 missing (3 of 2040)" in lines
+    assert "  classes: 101 missing (1 of 102)" in lines
+
+
+def test_validation_split_is_seeded_stratified_and_disjoint():
+    train = tuple((f"{label}/{number}", label) for label, size in enumerate((40, 8, 8, 1, 3)) for number in range(size))
+    task = TaskData("t", tuple("abcde"), train, train[:1])
+    split = split_validation(task, 0.25, seed=1)
+    assert set(split.train) | set(split.val) == set(train)
+    assert not set(split.train) & set(split.val)
+    assert len(split.val) == 15
+    assert {label for _, label in split.train} == set(range(5)), "every class keeps a training image"
+    assert Counter(label for _, label in split.val)[0] == 10
+    assert split_validation(task, 0.25, seed=1) == split
+    assert split_validation(task, 0.25, seed=2) != split
+    assert split_validation(task, 0, seed=1) == task
+    given = replace(task, val=train[:2])
+    assert split_validation(given, 0.25, seed=1) == given
+    with pytest.raises(ValueError, match="leaves none to validate on"):
+        split_validation(task, 0.001, seed=1)
+
+
+def epoch_of(tree, workers: int, epoch: int, seed: int = 0):
+    paint = find_tasks([tree / "paint"])[0]
+    loader, sampler = make_loader(
+        paint.train, Preprocessing(16, 18).transform(True), 5, train=True, seed=seed, workers=workers
+    )
+    sampler.epoch = epoch
+    return list(loader)
+
+
+def test_order_and_transforms_depend_on_seed_and_epoch_alone(tree):
+    first = epoch_of(tree, 0, 3)
+    torch.rand(7)
+    again = epoch_of(tree, 2, 3)
+    for (x, y), (x2, y2) in zip(first, again, strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+    assert not torch.equal(first[0][0], epoch_of(tree, 0, 4)[0][0])
+    assert not torch.equal(first[0][0], epoch_of(tree, 0, 3, seed=1)[0][0])
+
+
+def test_loading_images_leaves_the_global_generator_alone(tree):
+    before = torch.get_rng_state()
+    epoch_of(tree, 0, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_single_left_over_image_is_left_out_of_training_only(tree):
+    paint = find_tasks([tree / "paint"])[0]
+    for train, expected in ((True, 35), (False, 36)):
+        loader, _ = make_loader(paint.train, Preprocessing(16, 18).transform(train), 35, train=train)
+        assert sum(len(labels) for _, labels in loader) == expected
+
+
+def test_transforms():
+    prepare = Preprocessing(32, 40, mean=(0.5,) * 3, std=(0.5,) * 3)
+    wide = Image.new("RGB", (200, 50))
+    wide.paste((255, 255, 255), (0, 0, 20, 50))  # a white left edge: only a squashed image still shows it
+    squashed, centre = prepare.transform(False, squash=True)(wide), prepare.transform(False)(wide)
+    assert squashed.shape == centre.shape == (3, 32, 32)
+    assert squashed[:, :, 0].min() > 0.9
+    assert centre.max() == -1
+    torch.manual_seed(0)
+    assert prepare.transform(True, squash=True, flip=False)(wide)[:, :, 0].min() > 0.9
+
+
+def test_odd_images_are_read_as_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "I;16"):
+        path = tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (4, 4)).save(path)
+        assert read_image(str(path)).mode == "RGB"
+
+
+def test_bad_images_are_named_or_skipped_and_counted(tmp_path):
+    for name in ("train/a/1.png", "train/a/2.png", "test/a/1.png"):
+        picture(tmp_path / name)
+    big = tmp_path / "train/a/3.jpg"
+    Image.effect_noise((64, 64), 50).save(big)
+    big.write_bytes(big.read_bytes()[:700])
+    (tmp_path / "train/a/4.png").write_text("no image")
+    task = find_tasks([tmp_path])[0]
+    for path in (big, tmp_path / "train/a/4.png"):
+        with pytest.raises(ValueError, match=f"image {path} cannot be read.*--skip_bad_images"):
+            read_image(str(path))
+    kept, bad = without_bad_images(task)
+    assert bad == sorted([str(big), str(tmp_path / "train/a/4.png")])
+    assert len(kept.train) == 2
+    (tmp_path / "test/a/1.png").write_text("no image")
+    with pytest.raises(ValueError, match="none of the 1 images in test can be read"):
+        without_bad_images(task)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets") / "demo"
+    make_demo(root)
+    return root
+
+
+def test_demo_data(demo):
+    tasks = read_demo(demo)
+    assert [task.name for task in tasks] == list(DOMAINS)
+    assert all((len(task.train), len(task.test)) == (480, 300) for task in tasks)
+    assert [len(task.classes) for task in tasks] == [10, 10, 10, 10, 8, 6]
+    for task in tasks:
+        train = {Path(path).read_bytes() for path, _ in task.train}
+        test = {Path(path).read_bytes() for path, _ in task.test}
+        if task.name.startswith("digits"):  # pieces of plain sky can be alike
+            assert not train & test, "no picture is in both splits"
+    stamp = (demo / "digits").stat().st_mtime_ns
+    make_demo(demo)
+    assert (demo / "digits").stat().st_mtime_ns == stamp, "it is written once"
+    assert [task.name for task in find_tasks([demo])] == sorted(DOMAINS), "an ordinary image-folder tree"

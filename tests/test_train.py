@@ -1,0 +1,238 @@
+"""The loop: averaging, flushing, resuming, phases, budgets, and what happens when the loss is lost."""
+
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader
+
+import taps
+from taps.budget import keep_within, parse_budget, smallest
+from taps.data.images import EpochSampler
+from taps.errors import DivergedError
+from taps.methods import METHODS, Method, Phase, always_own
+from taps.train import Interrupted, Recipe, StopSignals, fit
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True, rng_types=[])
+
+
+class Points(torch.utils.data.Dataset):
+    """Labelled points, by (index, epoch) as the sampler asks for them."""
+
+    def __init__(self, count: int = 22) -> None:
+        generator = torch.Generator().manual_seed(2)
+        self.x = torch.randn(count, 5, generator=generator)
+        self.y = (self.x[:, 0] > 0).long()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, key):
+        return self.x[key[0]], self.y[key[0]]
+
+
+def loader(batch_size: int = 4, count: int = 22):
+    data = Points(count)
+    sampler = EpochSampler(len(data), seed=0, shuffle=True)
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    return DataLoader(data, batch_sampler=batches, generator=torch.Generator()), sampler
+
+
+def perceptron(method: str = "taps", dropout: float = 0.0, **options) -> taps.TaskModel:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 8))
+    model = taps.adapt(net, method, **options)
+    model.add_task("a", num_classes=2)
+    return model
+
+
+def run(accelerator, recipe: Recipe, model=None, batch_size: int = 4, **options):
+    model = model or perceptron()
+    batches, sampler = loader(batch_size)
+    rows = []
+    fit(model, "a", batches, sampler, recipe, accelerator, on_epoch=lambda row, best: rows.append(row), **options)
+    return model, rows
+
+
+def same(a, b, **tolerance) -> bool:
+    b = b.task_state("a")
+    return all(torch.allclose(tensor, b[name], **tolerance) for name, tensor in a.task_state("a").items())
+
+
+def test_accumulation_is_the_large_batch(accelerator):
+    """Gradients are averaged over images and the left-over batches of an epoch are a step of their own."""
+    recipe = {"epochs": 3, "warmup_epochs": 1, "lr": 0.1}
+    small, _ = run(accelerator, Recipe(accumulate=4, **recipe), batch_size=4)  # windows of 16 and 6 images
+    large, _ = run(accelerator, Recipe(**recipe), batch_size=16)
+    assert same(small, large, atol=1e-6)
+    other, _ = run(accelerator, Recipe(accumulate=2, **recipe), batch_size=4)
+    assert not same(small, other, atol=1e-4)
+
+
+def test_it_learns_and_reports(accelerator):
+    model, rows = run(accelerator, Recipe(epochs=6, warmup_epochs=2, lr=0.2, penalty_weight=0.1))
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["train"] * 4
+    assert rows[0]["train_loss"] > rows[1]["train_loss"]
+    assert rows[-1]["train_error"] < 25
+    assert rows[-1]["lr"] > 0
+    assert len(rows[0]["scores"]) == 2
+    assert all(parameter.grad is None for parameter in model.parameters()), "nothing leaks into the next run"
+
+
+def test_larger_lambda_tunes_fewer_layers(accelerator):
+    tuned = [run(accelerator, Recipe(epochs=6, warmup_epochs=1, lr=0.05, penalty_weight=lam))[1][-1] for lam in (0, 5)]
+    assert tuned[0]["tuned_layers"] == 1.0
+    assert tuned[1]["tuned_layers"] < 1.0
+
+
+@pytest.mark.parametrize("stop_after", [3, 6, 8])
+@pytest.mark.parametrize("optimizer", ["sgd", "nag", "adam", "adamw"])
+def test_stopped_and_resumed_is_never_stopped(accelerator, tmp_path, stop_after, optimizer):
+    """In the middle of an epoch or at its end, dropout and momentum included, bit for bit."""
+    recipe = Recipe(epochs=3, warmup_epochs=0.5, settle_epochs=1, lr=0.05, optimizer=optimizer)
+    whole, rows = run(accelerator, recipe, perceptron(dropout=0.4))
+
+    stop = StopSignals()
+    model, steps = perceptron(dropout=0.4), []
+
+    def criterion(output, labels):
+        steps.append(1)
+        if len(steps) == stop_after:
+            stop.received = signal.SIGTERM
+        return nn.functional.cross_entropy(output, labels)
+
+    state = tmp_path / "checkpoint" / "state.safetensors"
+    with pytest.raises(Interrupted) as stopped:
+        run(accelerator, recipe, model, criterion=criterion, state_path=state, stop=stop)
+    assert stopped.value.status == 143
+    assert len(steps) == stop_after
+    torch.rand(3)
+    resumed, later = run(accelerator, recipe, perceptron(dropout=0.4), state_path=state, resume=True)
+    assert same(whole, resumed, atol=0, rtol=0)
+    for row, expected in zip(later, rows[-len(later) :], strict=True):
+        assert row == expected
+
+
+def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path):
+    state = tmp_path / "state.safetensors"
+    run(accelerator, Recipe(epochs=1), state_path=state)
+    other = taps.adapt(nn.Sequential(nn.Linear(5, 9)))
+    other.add_task("a", num_classes=2)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(accelerator, Recipe(epochs=1), other, state_path=state, resume=True)
+    state.write_bytes(state.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"checkpoint .* is damaged"):
+        run(accelerator, Recipe(epochs=1), state_path=state, resume=True)
+
+
+def test_a_lost_loss_stops_and_keeps_the_last_checkpoint(accelerator, tmp_path):
+    state, seen = tmp_path / "state.safetensors", []
+
+    def criterion(output, labels):
+        seen.append(1)
+        loss = nn.functional.cross_entropy(output, labels)
+        return loss * float("nan") if len(seen) == 9 else loss  # six batches an epoch
+
+    model = perceptron()
+    with pytest.raises(DivergedError, match=r"task a: the loss is nan at epoch 2, batch 2 of 6; .*kept.*lower --lr"):
+        run(accelerator, Recipe(epochs=3), model, criterion=criterion, state_path=state)
+    before = state.read_bytes()
+    reference = perceptron()
+    run(accelerator, Recipe(epochs=1, warmup_epochs=2, lr=0.01), reference)
+    assert taps.checkpoint.read_record(state)["progress"]["epoch"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in model.task_state("a").values())
+    assert state.read_bytes() == before
+
+
+def test_phases_are_data(accelerator, monkeypatch):
+    """A row with its own phases: first only the head learns, then everything."""
+
+    def phases(epochs, warmup, settle):
+        return (Phase("head first", 1, trains=("head",)), Phase("all", epochs - 1))
+
+    monkeypatch.setitem(METHODS, "staged", Method("head first", "a test", gate=always_own, phases=phases))
+    model = perceptron("staged")
+    run(accelerator, Recipe(epochs=1), model)
+    assert all(not delta.any() for delta in model.roles("a")["delta"].values())
+    _, rows = run(accelerator, Recipe(epochs=2, lr=0.1), model)
+    assert [row["phase"] for row in rows] == ["head first", "all"]
+    assert all(delta.any() for delta in model.roles("a")["delta"].values())
+
+
+def test_settled_gates_stand_still(accelerator):
+    model = perceptron(score_init=0.3)
+    _, rows = run(accelerator, Recipe(epochs=4, warmup_epochs=1, settle_epochs=2, lr=0.05), model)
+    assert rows[1]["scores"] != rows[0]["scores"]
+    assert rows[3]["scores"] == rows[2]["scores"] == rows[1]["scores"]
+    assert all(parameter.requires_grad for role in model.roles("a").values() for parameter in role.values())
+    assert "gate" in model.roles("a")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("600KB", 600_000), ("2 MiB", 2 * 1024**2), ("5%", 42), ("77", 77)])
+def test_budget_texts(text, expected):
+    model = perceptron()
+    assert model.base_parameters == 264
+    assert parse_budget(text, model) == (int(0.05 * 264 * 4) if "%" in text else expected)
+
+
+@pytest.mark.parametrize("text", ["5 apples", "0%", "101%", "-3MB", ""])
+def test_wrong_budgets(text):
+    with pytest.raises(ValueError, match="--budget"):
+        parse_budget(text, perceptron())
+
+
+@pytest.mark.parametrize("norm", ["task", "follow"])
+def test_a_budget_is_kept_and_well_used(accelerator, tmp_path, norm):
+    def network():
+        torch.manual_seed(0)
+        model = taps.adapt(taps.create_backbone("resnet18", pretrained=False), norm=norm)
+        model.add_task("a", num_classes=5)
+        generator = torch.Generator().manual_seed(1)
+        for index, unit in enumerate(model.units):
+            unit.deltas["a"]["weight"].data.normal_(std=0.01 * (1 + index % 7), generator=generator)
+        return model
+
+    model = network()
+    for budget in (smallest(model, "a"), 3_000_000, 20_000_000, 60_000_000):
+        model = network()
+        kept = keep_within(model, "a", budget)
+        size = (model.save_task("a", tmp_path) / "task.safetensors").stat().st_size
+        assert size <= budget
+        left_out = [unit for unit in model.units if unit.name not in kept]
+        assert all(budget - size < 4 * unit.base.weight.numel() + 12_000 for unit in left_out)
+        assert [row["name"] for row in model.report("a") if row["specific"]] == [
+            u.name for u in model.units if u.name in kept
+        ]
+    densest = max(model.units, key=lambda unit: float(unit.deltas["a"]["weight"].detach().square().mean()))
+    assert keep_within(network(), "a", smallest(model, "a") + 4 * densest.base.weight.numel() + 4000)[0] == densest.name
+    with pytest.raises(ValueError, match=rf"too small; norms, head and scores need {smallest(model, 'a'):,}"):
+        keep_within(network(), "a", 1000)
+
+
+def test_budget_training_resumes_with_its_decision(accelerator, tmp_path):
+    recipe = Recipe(epochs=3, warmup_epochs=1, lr=0.1, budget=2300)
+    whole, rows = run(accelerator, recipe)
+    assert 0 < rows[-1]["tuned_layers"] < 1
+    stop, model, steps = StopSignals(), perceptron(), []
+
+    def criterion(output, labels):
+        steps.append(1)
+        stop.received = signal.SIGINT if len(steps) == 9 else None
+        return nn.functional.cross_entropy(output, labels)
+
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(Interrupted):
+        run(accelerator, recipe, model, criterion=criterion, state_path=state, stop=stop)
+    resumed, _ = run(accelerator, recipe, state_path=state, resume=True)
+    assert same(whole, resumed, atol=0, rtol=0)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="unknown optimizer 'sdg'; did you mean 'sgd'"):
+        fit(perceptron(), "a", *loader(), Recipe(optimizer="sdg"), Accelerator(cpu=True))
