@@ -16,12 +16,12 @@ from taps.train import OPTIMIZERS
 
 #: defaults of the published program, and those of the demo where they differ
 PUBLISHED = {
-    "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "settle_epochs": 0.0, "lam": 1.0,
-    "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
+    "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "settle_epochs": 0.0,
+    "lam": 1.0, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 DEMO = {
-    "model_type": "tf_efficientnet_lite0", "epochs": 8, "batch_size": 16, "lr": 0.01, "warmup_epochs": 1.0, "settle_epochs": 5.0,
-    "input_size": 64, "workers": 0, "experiment_name": "demo",
+    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "warmup_epochs": 0.5,
+    "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
 
 

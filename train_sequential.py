@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 import taps
 from options import parse_sequential
@@ -26,6 +26,9 @@ from taps.data.demo import make_demo, read_demo
 from taps.data.images import Preprocessing
 from taps.errors import UserError
 from taps.train import Recipe, StopSignals, accuracy, fit
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,6 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     if not accelerator.is_main_process:
         folder = results.RunFolder(path)
     announce(accelerator, options, tasks, model, path)
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
+
     writer = SummaryWriter(path) if accelerator.is_main_process else None
     with StopSignals() as stop, closing(writer) if writer is not None else nullcontext():
         for task in tasks:

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from taps import budget, checkpoint
@@ -294,7 +293,8 @@ def _to_channels_last(model: nn.Module) -> None:
     """Reorder the memory of image convolutions' weights and their deltas; values, names and files stay the same."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            # a copy, since .contiguous() leaves 1 × 1 kernels with strides that their gradients will not have
+            parameter.data = torch.empty_like(parameter.data, memory_format=torch.channels_last).copy_(parameter.data)
 
 
 def _windows(batches: Iterable, size: int) -> Iterator[list]:
@@ -383,6 +383,8 @@ def accuracy(
     title: str = "",
 ) -> float:
     """Top-1 accuracy in percent over every image of a prepared loader, each counted once."""
+    from torchmetrics.classification import MulticlassAccuracy  # a second of import that --help need not wait for
+
     training = model.training
     model.eval()
     metric = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)

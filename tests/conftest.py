@@ -4,9 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
@@ -54,5 +57,38 @@ def command():
         if check is not None:
             assert done.returncode == check, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, capsys):
+    """Run a program in this process, in an empty folder, and give what it printed, as ``command`` does.
+
+    The same code as from a shell from its first line on, without the seconds that importing takes.
+    """
+    import importlib
+
+    from accelerate.state import AcceleratorState
+
+    from taps import commands
+
+    def run(script: str, *arguments: object, cwd: Path = tmp_path, check: int = 0) -> SimpleNamespace:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        try:
+            commands.run(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as ended:
+            done = SimpleNamespace(returncode=ended.code or 0, **capsys.readouterr()._asdict())
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+        text = {"stdout": done.out, "stderr": done.err}
+        assert done.returncode == check, text
+        return SimpleNamespace(returncode=done.returncode, **text)
 
     return run

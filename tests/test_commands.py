@@ -75,7 +75,7 @@ def test_tensorboard_has_the_published_tags(finished):
     assert events.Scalars("Learning Rate_paint")[1].value == pytest.approx(0.01)
 
 
-def test_one_task_has_the_plain_tags_and_all_options_run(tree, command, tmp_path):
+def test_one_task_has_the_plain_tags_and_all_options_run(tree, here, tmp_path):
     arguments = (
         "--dataset",
         tree / "paint",
@@ -105,7 +105,7 @@ def test_one_task_has_the_plain_tags_and_all_options_run(tree, command, tmp_path
     )
     arguments += ("--norm", "follow", "--layers", "layer[234]", "--resize", 36, "--cropped", "--no_flip", "--multi_gpu")
     arguments += ("--result_path", "out", "--settle_epochs", 1, "--skip_bad_images")
-    done = command("train_sequential.py", *arguments, cwd=tmp_path)
+    done = here("train_sequential.py", *arguments, cwd=tmp_path)
     run = tmp_path / "out" / "paint_resnet18_taps"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert ["val_error" in row for row in rows] == [False, True, True]
@@ -120,19 +120,19 @@ def test_one_task_has_the_plain_tags_and_all_options_run(tree, command, tmp_path
 
 
 @pytest.mark.parametrize("method", ["finetune", "norm_only", "linear_probe"])
-def test_baselines(tree, command, tmp_path, method):
-    command("train_sequential.py", *trained_arguments(tree / "paint", "--method", method), cwd=tmp_path)
+def test_baselines(tree, here, tmp_path, method):
+    here("train_sequential.py", *trained_arguments(tree / "paint", "--method", method), cwd=tmp_path)
     row = json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"]["paint"]
     assert row["tuned_layers"] == (1.0 if method == "finetune" else 0.0)
     assert (row["parameters"] == 0) == (method == "linear_probe")
 
 
-def test_budget(tree, command, tmp_path):
-    command("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "3MB"), cwd=tmp_path)
+def test_budget(tree, here, tmp_path):
+    here("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "3MB"), cwd=tmp_path)
     row = json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"]["paint"]
     assert 0 < row["tuned_layers"] < 1
     assert 2_000_000 < row["bytes"] <= 3_000_000
-    done = command(
+    done = here(
         "train_sequential.py",
         *trained_arguments(tree / "paint", "--budget", "1KB", "--overwrite"),
         cwd=tmp_path,
@@ -141,15 +141,15 @@ def test_budget(tree, command, tmp_path):
     assert "too small; norms, head and scores need" in done.stderr
 
 
-def test_published_habit_of_selecting_on_test_is_said(tree, command, tmp_path):
-    done = command("train_sequential.py", *trained_arguments(tree / "paint", "--val_fraction", 0), cwd=tmp_path)
+def test_published_habit_of_selecting_on_test_is_said(tree, here, tmp_path):
+    done = here("train_sequential.py", *trained_arguments(tree / "paint", "--val_fraction", 0), cwd=tmp_path)
     assert "selected on the test split" in done.stdout
 
 
-def test_evaluate_prints_the_stored_accuracies_and_exports(finished, command, tmp_path, tree):
+def test_evaluate_prints_the_stored_accuracies_and_exports(finished, here, tmp_path, tree):
     folder, _ = finished
     summary = json.loads((folder / "results/run/summary.json").read_text())
-    done = command("evaluate.py", "results/run", "--export", tmp_path / "out", "--device", "cpu", cwd=folder)
+    done = here("evaluate.py", "results/run", "--export", tmp_path / "out", "--device", "cpu", cwd=folder)
     for name, row in summary["tasks"].items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(name))
         assert f"{row['accuracy']:.2f}" in line
@@ -161,16 +161,16 @@ def test_evaluate_prints_the_stored_accuracies_and_exports(finished, command, tm
         torch.testing.assert_close(program(x), net.eval()(x))
     assert f"{summary['parameters_x_base']:.3f}" in done.stdout
     assert f"{summary['parameters_x_base_with_heads']:.3f}" in done.stdout
-    stored = command("evaluate.py", "results/run", "--no_test", "--tasks", "paint", cwd=folder)
+    stored = here("evaluate.py", "results/run", "--no_test", "--tasks", "paint", cwd=folder)
     assert "ink-2" not in stored.stdout
-    wrong = command("evaluate.py", "results/run", "--tasks", "pant", cwd=folder, check=2)
+    wrong = here("evaluate.py", "results/run", "--tasks", "pant", cwd=folder, check=2)
     assert "unknown task 'pant'; did you mean 'paint'" in wrong.stderr
 
 
-def test_resume_of_a_finished_run_changes_nothing(finished, command, tree):
+def test_resume_of_a_finished_run_changes_nothing(finished, here, tree):
     folder, _ = finished
     before = task_files(folder)
-    command("train_sequential.py", *trained_arguments(tree, "--resume"), cwd=folder)
+    here("train_sequential.py", *trained_arguments(tree, "--resume"), cwd=folder)
     assert task_files(folder) == before
 
 
@@ -235,15 +235,14 @@ def test_two_processes_reach_the_same_decisions(tree, tmp_path):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "0",
         str(script),
         *arguments,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
     assert first == second
@@ -278,17 +277,17 @@ def make_bad(tree: Path, root: Path, kind: str) -> Path:
         ("bad image", "cannot be read"),
     ],
 )
-def test_bad_data_is_one_line_and_status_2(tree, command, tmp_path, kind, message):
+def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
     data = tmp_path / "nowhere" if kind == "missing" else make_bad(tree, tmp_path, kind)
     for workers in ("0", "2") if kind == "bad image" else ("0",):
-        done = command(
+        done = here(
             "train_sequential.py", *trained_arguments(data, "--workers", workers, "--overwrite"), cwd=tmp_path, check=2
         )
         assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ")
     if kind == "bad image":
-        done = command(
+        done = here(
             "train_sequential.py",
             *trained_arguments(tmp_path / "bad", "--overwrite", "--skip_bad_images"),
             cwd=tmp_path,
@@ -319,34 +318,34 @@ def test_bad_data_is_one_line_and_status_2(tree, command, tmp_path, kind, messag
         (("--amp", "fp16"), "--amp fp16 needs a GPU"),
     ],
 )
-def test_wrong_options_are_one_line_and_status_2(tree, command, tmp_path, arguments, message):
+def test_wrong_options_are_one_line_and_status_2(tree, here, tmp_path, arguments, message):
     if torch.cuda.is_available() and "cuda" in arguments:
         pytest.skip("there is a GPU here")
-    done = command("train_sequential.py", *trained_arguments(tree / "paint", *arguments), cwd=tmp_path, check=2)
+    done = here("train_sequential.py", *trained_arguments(tree / "paint", *arguments), cwd=tmp_path, check=2)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     if "loss" not in message:
         assert not list(tmp_path.glob("results/run/*/task.json"))
 
 
-def test_an_experiment_is_never_overwritten_unasked(finished, tree, command, tmp_path):
+def test_an_experiment_is_never_overwritten_unasked(finished, tree, here, tmp_path):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = command("train_sequential.py", *trained_arguments(tree), cwd=folder, check=2)
+    done = here("train_sequential.py", *trained_arguments(tree), cwd=folder, check=2)
     assert "--resume, replace it with --overwrite" in done.stderr
-    done = command("train_sequential.py", *trained_arguments(tree, "--resume", "--lam", "2"), cwd=folder, check=2)
+    done = here("train_sequential.py", *trained_arguments(tree, "--resume", "--lam", "2"), cwd=folder, check=2)
     assert "cannot be resumed with other settings: lam=2.0 (was 4.0)" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     (tmp_path / "results/run").mkdir(parents=True)
     (tmp_path / "results/run/thesis.tex").write_text("years of work")
-    done = command("train_sequential.py", *trained_arguments(tree, "--overwrite"), cwd=tmp_path, check=2)
+    done = here("train_sequential.py", *trained_arguments(tree, "--overwrite"), cwd=tmp_path, check=2)
     assert "is not a run of this program" in done.stderr
     assert (tmp_path / "results/run/thesis.tex").read_text() == "years of work"
 
 
-def test_evaluate_refuses_what_is_no_run(command, tmp_path):
-    assert "does not exist" in command("evaluate.py", "nothing", cwd=tmp_path, check=2).stderr
-    assert "holds no task files" in command("evaluate.py", ".", cwd=tmp_path, check=2).stderr
+def test_evaluate_refuses_what_is_no_run(here, tmp_path):
+    assert "does not exist" in here("evaluate.py", "nothing", cwd=tmp_path, check=2).stderr
+    assert "holds no task files" in here("evaluate.py", ".", cwd=tmp_path, check=2).stderr
 
 
 def test_data_check_command(tree, tmp_path):
@@ -359,8 +358,8 @@ def test_data_check_command(tree, tmp_path):
     assert done.stderr == "error: dataset folder nowhere does not exist\n"
 
 
-def test_help_explains_every_option(command, tmp_path):
-    text = command("train_sequential.py", "--help", cwd=tmp_path).stdout
+def test_help_explains_every_option(here, tmp_path):
+    text = here("train_sequential.py", "--help", cwd=tmp_path).stdout
     from options import sequential_parser
 
     for action in sequential_parser()._actions:

@@ -66,6 +66,9 @@ def read_folder(path: Path, cropped: bool | None = None) -> TaskData:
         if not (path / split).is_dir():
             raise UserError(f"{path} has no {split}/ folder; a task needs train/<class>/ and test/<class>/")
     splits = {split: _class_folders(path / split) for split in ("train", "test", "val") if (path / split).is_dir()}
+    for split, found in splits.items():
+        if not any(found.values()):
+            raise UserError(f"{path / split} has no images; it needs one folder of images a class")
     notes: tuple[str, ...] = ()
     if path.name in domainnet.DOMAINS:
         classes = domainnet.official_order({name for split in splits.values() for name in split})
@@ -81,8 +84,6 @@ def read_folder(path: Path, cropped: bool | None = None) -> TaskData:
     samples: dict[str, tuple[Sample, ...]] = {}
     for split, found in splits.items():
         samples[split] = tuple((image, label[name]) for name in found for image in found[name])
-        if not samples[split]:
-            raise UserError(f"{path / split} has no images; it needs one folder of images a class")
     return TaskData(
         name=_task_name(path),
         classes=tuple(classes),
