@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +14,10 @@ _TUNED, _SHARED, _BORDER = "#d9542b", "#e9edf2", "#8793a3"
 def stage_of(name: str) -> str:
     """The part of the network a layer belongs to: ``layer3`` of ``layer3.0.conv1``, ``blocks.4`` of ``blocks.4.1.conv_pw``."""
     parts = name.split(".")
-    match = re.match(r"(.*?\D)\.?(\d+)\.", name)
-    if len(parts) > 2 and match and not parts[0][-1:].isdigit():
-        return f"{match.group(1).rstrip('.')}.{match.group(2)}"
-    return parts[0] if len(parts) > 1 else name
+    for index, part in enumerate(parts[:-1]):
+        if part[-1].isdigit():
+            return ".".join(parts[: index + 1])
+    return parts[0]
 
 
 def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[str, str] | None = None):

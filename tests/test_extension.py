@@ -164,8 +164,8 @@ def test_rows_that_are_not_kept_are_never_computed(monkeypatch):
         unit.gates["a"]._forward_hooks.clear()
         unit.gates["a"].register_forward_hook(lambda *arguments: Decision(run=1.0))
         torch.testing.assert_close(mixed[::2], model(x, "a")[::2])
+    unit.gates["a"].decide = lambda x=None: Decision(run=torch.ones(4))
     with pytest.raises(ValueError, match="cannot be merged"):
-        unit.gates["a"].decide = lambda x=None: Decision(run=torch.ones(4))
         model.merge("a")
 
 

@@ -11,7 +11,7 @@ belong to one split each, so no pixel is in both.
 | digits_outline   | 10      | only the contour, in a random colour               |
 | digits_on_photo  | 10      | drawn into a piece of a photograph                 |
 | photo_filter     | 8       | a piece of a photograph: how was it processed?     |
-| photo_place      | 6       | a piece of a photograph: from which part of which? |
+| photo_pattern    | 6       | a piece of a photograph: how was it rearranged?    |
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from taps.data.folders import read_folder
 from taps.data.images import TaskData
 
 SIZE = 64
-DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_place")
+DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_pattern")
 TRAIN_IMAGES, TEST_IMAGES = 480, 300
-STRIP, HEIGHTS = 80, 3
+STRIP = 80
 FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.6)),
     "contoured": lambda image: image.filter(ImageFilter.CONTOUR),
@@ -43,6 +43,39 @@ FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
         image.size, Image.Resampling.NEAREST
     ),
     "posterized": lambda image: ImageOps.posterize(image, 2),
+}
+
+
+def _halves(
+    image: Image.Image, flip: Callable[[Image.Image], Image.Image], box: tuple[int, int, int, int]
+) -> Image.Image:
+    """The image with its mirror image in ``box``."""
+    both = image.copy()
+    both.paste(flip(image).crop(box), box)
+    return both
+
+
+def _tiled(image: Image.Image, count: int) -> Image.Image:
+    tile = image.resize((SIZE // count, SIZE // count), Image.Resampling.BICUBIC)
+    tiles = Image.new("RGB", (SIZE, SIZE))
+    for index in range(count * count):
+        tiles.paste(tile, (index % count * tile.width, index // count * tile.height))
+    return tiles
+
+
+def _waves(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image)
+    shifts = (5 * np.sin(np.arange(SIZE) * 2 * np.pi / 16)).astype(int)
+    return Image.fromarray(np.stack([np.roll(row, shift, axis=0) for row, shift in zip(pixels, shifts, strict=True)]))
+
+
+PATTERNS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "left_is_right": lambda image: _halves(image, ImageOps.mirror, (SIZE // 2, 0, SIZE, SIZE)),
+    "original": lambda image: image,
+    "tiles_of_four": lambda image: _tiled(image, 2),
+    "tiles_of_sixteen": lambda image: _tiled(image, 4),
+    "top_is_bottom": lambda image: _halves(image, ImageOps.flip, (0, SIZE // 2, SIZE, SIZE)),
+    "waves": _waves,
 }
 
 
@@ -86,28 +119,26 @@ def _images(domain: str, split: str, count: int, generator: np.random.Generator)
             yield _digit(domain, digits.images[index], photos, split, generator), str(digits.target[index])
         return
     for number in range(count):
-        if domain == "photo_filter":
-            name = sorted(FILTERS)[number % len(FILTERS)]
-            yield FILTERS[name](_piece(photos[generator.integers(2)], split, generator)), name
-        else:
-            which, band = divmod(number % (2 * HEIGHTS), HEIGHTS)
-            piece = _piece(photos[which], split, generator, band)
-            yield (
-                ImageEnhance.Color(piece).enhance(0.3),
-                f"{('palace', 'flower')[which]}_{('top', 'middle', 'foot')[band]}",
-            )
+        operations = FILTERS if domain == "photo_filter" else PATTERNS
+        name = sorted(operations)[number % len(operations)]
+        yield operations[name](_piece(photos[generator.integers(2)], split, generator)), name
 
 
-def _piece(photo: Image.Image, split: str, generator: np.random.Generator, band: int | None = None) -> Image.Image:
-    """A random square of a photograph, SIZE × SIZE, from the split's strips: of every three, the third is for testing."""
+def _piece(photo: Image.Image, split: str, generator: np.random.Generator) -> Image.Image:
+    """A random square of a photograph, SIZE × SIZE, with something to see in it.
+
+    It comes from the split's strips: of every three strips of the photograph the third is for testing.
+    """
     width, height = photo.size
     strips = [index for index in range(width // STRIP) if (index % 3 == 2) == (split == "test")]
-    side = int(generator.integers(56, STRIP))
-    left = int(generator.choice(strips)) * STRIP
-    x = int(generator.integers(left, left + STRIP - side + 1))
-    top, bottom = (0, height) if band is None else (band * height // HEIGHTS, (band + 1) * height // HEIGHTS)
-    y = int(generator.integers(top, bottom - side + 1))
-    return photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    while True:
+        side = int(generator.integers(56, STRIP))
+        left = int(generator.choice(strips)) * STRIP
+        x = int(generator.integers(left, left + STRIP - side + 1))
+        y = int(generator.integers(0, height - side + 1))
+        piece = photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+        if np.asarray(ImageOps.grayscale(piece)).std() > 25:
+            return piece
 
 
 def _digit(

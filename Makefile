@@ -1,0 +1,26 @@
+# Every target sets up what it needs in .venv; `make demo PYTHON=python3.12` chooses another Python.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## six small domains on one network, about two minutes on two CPU cores
+	$(BIN)/python train_sequential.py --overwrite
+
+test: .venv/ready  ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready  ## ratios against plain networks, measured side by side
+	$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""The house: imports go one way, every option is used, and what the README says is so."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+#: module of taps -> the modules of taps that it may import at its top
+LAYERS = {
+    "errors": (), "gates": ("errors",), "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
+    "methods": ("adapt", "gates"), "files": ("errors",), "backbones": ("errors", "files"), "cost": (),
+    "taskfile": ("cost", "errors", "files"), "budget": ("cost", "errors"),
+    "model": ("adapt", "backbones", "errors", "gates", "layer", "methods", "taskfile"),
+    "checkpoint": ("errors", "files"),
+    "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model"),
+    "results": ("cost", "errors", "files", "taskfile"), "plots": ("cost", "files"),
+    "commands": ("backbones", "data", "errors", "train"),
+    "__init__": ("backbones", "errors", "gates", "methods", "model"),
+}  # fmt: skip
+
+
+def imports(path, top_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" if node.module == "taps" else node.module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_go_one_way(module):
+    names = {name.split(".")[1] for name in imports(ROOT / "taps" / f"{module}.py", True) if name.startswith("taps.")}
+    assert names <= set(LAYERS[module])
+
+
+def test_every_module_is_in_the_table_and_none_imports_the_options():
+    files = list((ROOT / "taps").rglob("*.py"))
+    assert {path.stem for path in files if path.parent.name == "taps"} == set(LAYERS)
+    assert not any("options" in imports(path, False) for path in files)
+
+
+def test_import_taps_loads_no_optional_part():
+    code = "import taps, sys; print([m for m in ('matplotlib', 'tensorboard', 'sklearn.datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_library_never_prints_nor_asserts():
+    for path in (ROOT / "taps").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], path
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
+        assert not calls or path.name in ("commands.py", "__main__.py"), path
+
+
+def test_every_option_is_read():
+    from options import evaluate_parser, sequential_parser
+
+    source = "".join((ROOT / name).read_text() for name in ("train_sequential.py", "evaluate.py", "taps/commands.py"))
+    for parser in (sequential_parser(), evaluate_parser()):
+        for action in parser._actions:
+            if action.dest != "help":
+                assert re.search(rf"\b(options|given)\.{action.dest}\b", source), action.dest
+
+
+def test_readme_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    from options import sequential_parser
+
+    known = set(sequential_parser()._option_string_actions) | {"--export", "--no_test"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        assert path.startswith("http") or (ROOT / path).exists(), path
+    for target in re.findall(r"`make (\w+)`", text):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+def test_readme_python_example_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("pretrained=True", "pretrained=False").replace("224, 224", "64, 64")
+    namespace: dict = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert (tmp_path / "tasks/sketch/task.safetensors").is_file()
