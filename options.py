@@ -17,10 +17,10 @@ from taps.train import OPTIMIZERS
 #: defaults of the published program, and those of the demo where they differ
 PUBLISHED = {
     "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "settle_epochs": 0.0,
-    "lam": 1.0, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
+    "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 DEMO = {
-    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "warmup_epochs": 0.5,
+    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.02, "score_lr": 0.03, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def boolean(group, name: str, text: str) -> None:
 
 def _default(name: str) -> str:
     demo = f"; demo: {DEMO[name]}" if name in DEMO and DEMO[name] != PUBLISHED.get(name) else ""
-    return f"(default: {PUBLISHED[name]}{demo})"
+    return f"(default: {'that of --lr' if PUBLISHED[name] is None else PUBLISHED[name]}{demo})"
 
 
 def sequential_parser() -> Parser:
@@ -194,7 +194,10 @@ def sequential_parser() -> Parser:
         help=f"learning rate of the first epoch; falls with a cosine {_default('lr')}",
     )
     training.add_argument(
-        "--score_lr", type=number(float, 0, above=True), metavar="X", help="that of the gate scores (default: --lr)"
+        "--score_lr",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help=f"that of the gate scores {_default('score_lr')}",
     )
     training.add_argument(
         "--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd and nag (default: 0.9)"
@@ -233,7 +236,11 @@ def sequential_parser() -> Parser:
     machine.add_argument(
         "--amp", default="none", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)"
     )
-    machine.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    machine.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the training step with torch.compile (takes minutes, for long runs)",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -82,6 +82,8 @@ def prepare_tasks(options: Namespace, accelerator: Accelerator) -> list[TaskData
             raise UserError(
                 f"task {task.name}: --batch_size {options.batch_size} is larger than its {len(task.train)} training images"
             )
+        if task.name == "checkpoint":
+            raise UserError("a task cannot be named 'checkpoint', which the results folder needs; rename its folder")
         if len(task.train) == 1:
             raise UserError(f"task {task.name}: one training image is not enough")
         prepared.append(task)
@@ -159,8 +161,6 @@ def train_task(
             about = {"classes": list(task.classes), "epoch": numbers["epoch"], "val_error": numbers.get("val_error")}
             model.save_task(task.name, folder.task_path(task.name), about)
 
-    if options.compile:
-        model.compile()
     fit(
         model,
         task.name,
@@ -202,6 +202,7 @@ def recipe_of(options: Namespace, model: taps.TaskModel) -> Recipe:
         eval_epochs=options.eval_epochs,
         seed=options.seed,
         limit_batches=options.limit_batches,
+        compile=options.compile,
     )
 
 

@@ -51,6 +51,7 @@ class Recipe:
         eval_epochs: validate after every so many epochs and after the last.
         seed: of the order of the data, dropout and the like.
         limit_batches: use only so many batches of an epoch; ``None`` for all.
+        compile: run training steps through ``torch.compile``; validation is short and runs as it is.
         channels_last: keep images and their convolutions' weights in the memory order that CPUs and CUDA run fastest.
     """
 
@@ -68,6 +69,7 @@ class Recipe:
     eval_epochs: int = 1
     seed: int = 0
     limit_batches: int | None = None
+    compile: bool = False
     channels_last: bool = True
 
     def phases(self, model: TaskModel) -> tuple[Phase, ...]:
@@ -207,6 +209,7 @@ def fit(
     if recipe.channels_last and accelerator.device.type != "mps":
         _to_channels_last(model)
     parallel, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    forward = torch.compile(parallel) if recipe.compile else parallel
     phases = recipe.phases(model)
     roles = model.roles(task)
     batches = min(len(loader), recipe.limit_batches or len(loader))
@@ -248,7 +251,9 @@ def fit(
             if recipe.budget is not None and phase is phases[-1] and not progress.decided:
                 budget.keep_within(model, task, recipe.budget)
                 progress.decided = True
-            loss = _step(parallel, model, task, window, optimizer, accelerator, criterion, recipe, phase, progress)
+            loss = _step(
+                forward, parallel, model, task, window, optimizer, accelerator, criterion, recipe, phase, progress
+            )
             if not math.isfinite(loss):
                 kept = f"; the state after epoch {epoch} is kept in {state_path.parent}" if state_path and epoch else ""
                 raise DivergedError(
@@ -304,6 +309,7 @@ def _windows(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def _step(
+    forward: Callable,
     parallel: nn.Module,
     model: TaskModel,
     task: str,
@@ -322,7 +328,7 @@ def _step(
     for index, (x, labels) in enumerate(window):
         last = index == len(window) - 1
         with nullcontext() if last else accelerator.no_sync(parallel):
-            output = parallel(x, task=task)
+            output = forward(x, task=task)
             loss = criterion(output, labels)
             if weight:
                 loss = loss + weight * model.penalty(task)

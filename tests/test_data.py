@@ -254,7 +254,7 @@ def demo(tmp_path_factory):
 def test_demo_data(demo):
     tasks = read_demo(demo)
     assert [task.name for task in tasks] == list(DOMAINS)
-    assert all((len(task.train), len(task.test)) == (480, 300) for task in tasks)
+    assert all((len(task.train), len(task.test)) == (400, 300) for task in tasks)
     assert [len(task.classes) for task in tasks] == [10, 10, 10, 10, 8, 6]
     for task in tasks:
         train = {Path(path).read_bytes() for path, _ in task.train}

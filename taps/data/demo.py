@@ -30,7 +30,7 @@ from taps.data.images import TaskData
 
 SIZE = 64
 DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_pattern")
-TRAIN_IMAGES, TEST_IMAGES = 480, 300
+TRAIN_IMAGES, TEST_IMAGES = 400, 300
 STRIP = 80
 FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.6)),
@@ -46,15 +46,6 @@ FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def _halves(
-    image: Image.Image, flip: Callable[[Image.Image], Image.Image], box: tuple[int, int, int, int]
-) -> Image.Image:
-    """The image with its mirror image in ``box``."""
-    both = image.copy()
-    both.paste(flip(image).crop(box), box)
-    return both
-
-
 def _tiled(image: Image.Image, count: int) -> Image.Image:
     tile = image.resize((SIZE // count, SIZE // count), Image.Resampling.BICUBIC)
     tiles = Image.new("RGB", (SIZE, SIZE))
@@ -63,19 +54,31 @@ def _tiled(image: Image.Image, count: int) -> Image.Image:
     return tiles
 
 
-def _waves(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image)
+def _waves(image: Image.Image, axis: int) -> Image.Image:
+    lines = np.moveaxis(np.asarray(image), axis, 0)
     shifts = (5 * np.sin(np.arange(SIZE) * 2 * np.pi / 16)).astype(int)
-    return Image.fromarray(np.stack([np.roll(row, shift, axis=0) for row, shift in zip(pixels, shifts, strict=True)]))
+    moved = np.stack([np.roll(line, shift, axis=0) for line, shift in zip(lines, shifts, strict=True)])
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(moved, 0, axis)))
+
+
+def _shuffled(image: Image.Image) -> Image.Image:
+    """Sixteen squares in another order."""
+    side = SIZE // 4
+    mixed = Image.new("RGB", (SIZE, SIZE))
+    for index in range(16):
+        to, source = divmod(index, 4), divmod(index * 7 % 16, 4)
+        square = image.crop((source[0] * side, source[1] * side, (source[0] + 1) * side, (source[1] + 1) * side))
+        mixed.paste(square, (to[0] * side, to[1] * side))
+    return mixed
 
 
 PATTERNS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "left_is_right": lambda image: _halves(image, ImageOps.mirror, (SIZE // 2, 0, SIZE, SIZE)),
     "original": lambda image: image,
+    "shuffled": _shuffled,
     "tiles_of_four": lambda image: _tiled(image, 2),
     "tiles_of_sixteen": lambda image: _tiled(image, 4),
-    "top_is_bottom": lambda image: _halves(image, ImageOps.flip, (0, SIZE // 2, SIZE, SIZE)),
-    "waves": _waves,
+    "waves_across": lambda image: _waves(image, 0),
+    "waves_upright": lambda image: _waves(image, 1),
 }
 
 
