@@ -30,13 +30,13 @@ def main(arguments: Sequence[str]) -> None:
         if name not in descriptions:
             raise unknown("task", name, descriptions)
     names = given.tasks or list(descriptions)
-    options = Namespace(**{**files.read_json(folder / "settings.json"), "device": given.device})
+    options = Namespace(**{**files.read_json(folder / "settings.json"), "device": given.device, "amp": "none"})
     accelerator = commands.make_accelerator(options)
     net = commands.make_base(options)
     prepare = commands.make_preprocessing(options, net)
     model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers).to(accelerator.device)
     for name in names:
-        model.load_task(folder / name)
+        model.load_task(folder / name, name=name)
     if given.no_test:
         accuracies = {name: descriptions[name].get("accuracy") for name in names}
         missing = [name for name in names if accuracies[name] is None]
@@ -121,6 +121,11 @@ def summarise(
 
 def export(model: taps.TaskModel, names: list[str], target: Path, options: Namespace) -> None:
     """Each task as a state dict that timm loads and as a program that needs neither timm nor this library."""
+    existing = [
+        path for name in names for path in (target / f"{name}.safetensors", target / f"{name}.pt2") if path.exists()
+    ]
+    if existing:
+        raise UserError(f"{existing[0]} exists; export to another folder or remove it")
     image = torch.zeros(2, 3, options.input_size, options.input_size)
     batch = torch.export.Dim("batch", min=1)
     for name in names:

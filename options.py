@@ -20,7 +20,7 @@ PUBLISHED = {
     "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 DEMO = {
-    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.02, "score_lr": 0.03, "warmup_epochs": 0.5,
+    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
 
@@ -264,7 +264,9 @@ def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and fill in the defaults, which for the demo are the demo's."""
     parser = sequential_parser()
     options = parser.parse_args(arguments)
-    defaults = PUBLISHED if options.dataset else {**PUBLISHED, **DEMO}
+    defaults = dict(PUBLISHED) if options.dataset else {**PUBLISHED, **DEMO}
+    if not options.dataset and options.epochs is not None:  # the demo's share of settling epochs
+        defaults["settle_epochs"] = 0.75 * options.epochs
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -273,6 +275,14 @@ def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
     if options.experiment_name is None:
         data = "_".join(Path(path).name or Path(path).resolve().name for path in options.dataset)
         options.experiment_name = f"{data}_{options.model_type}_{options.method}"
+    options.dataset = [os.path.abspath(path) for path in options.dataset] if options.dataset else None
+    options.model_path = os.path.abspath(options.model_path) if options.model_path else None
+    penalised = options.method == "taps" and options.lam > 0 and options.budget is None
+    if penalised and options.settle_epochs > 0 and options.warmup_epochs + options.settle_epochs >= options.epochs:
+        parser.error(
+            f"--warmup_epochs {options.warmup_epochs:g} and --settle_epochs {options.settle_epochs:g} leave none of "
+            f"{options.epochs} epochs for --lam"
+        )
     if options.resume and options.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if options.budget is not None and options.method != "taps":

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 import taps
 from options import parse_sequential
 from taps import checkpoint, commands, plots, results
-from taps.budget import parse_budget
+from taps.budget import check_size, parse_budget
 from taps.data import TaskData, find_tasks, make_loader, split_validation, without_bad_images
 from taps.data.demo import make_demo, read_demo
 from taps.data.images import Preprocessing
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     net = commands.make_base(options)
     prepare = commands.make_preprocessing(options, net)
     model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers)
+    check_budget(options, model, tasks)
     settings = {**vars(options), "tasks": [task.name for task in tasks]}
     path = Path(options.result_path) / options.experiment_name
     if accelerator.is_main_process:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def prepare_tasks(options: Namespace, accelerator: Accelerator) -> list[TaskData]:
     """Find the data, split off validation images, and refuse what cannot be trained."""
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         if options.dataset:
             tasks = find_tasks(options.dataset, cropped=True if options.cropped else None)
         else:
@@ -84,10 +85,21 @@ def prepare_tasks(options: Namespace, accelerator: Accelerator) -> list[TaskData
             )
         if task.name == "checkpoint":
             raise UserError("a task cannot be named 'checkpoint', which the results folder needs; rename its folder")
+        if len(task.classes) < 2:
+            raise UserError(f"task {task.name}: there is one class ({task.classes[0]}); a task needs at least two")
         if len(task.train) == 1:
             raise UserError(f"task {task.name}: one training image is not enough")
         prepared.append(task)
     return prepared
+
+
+def check_budget(options: Namespace, model: taps.TaskModel, tasks: list[TaskData]) -> None:
+    """Refuse a budget that cannot be kept before anything is written or trained."""
+    size = recipe_of(options, model).budget
+    for task in tasks if size is not None else ():
+        model.add_task(task.name, num_classes=len(task.classes))
+        check_size(model, task.name, size)
+        model.remove_task(task.name)
 
 
 def announce(
@@ -127,6 +139,7 @@ def train_task(
     torch.manual_seed(options.seed)  # the head's start does not depend on which tasks came before
     model.add_task(task.name, num_classes=len(task.classes))
     kind = {"batch_size": options.batch_size, "seed": options.seed, "workers": options.workers}
+    kind["processes"] = accelerator.num_processes
     train_loader, sampler = make_loader(task.train, prepare.transform(True, task.squash, task.flip), train=True, **kind)
     evaluation = prepare.transform(False, task.squash)
     test_loader, _ = make_loader(task.test, evaluation, train=False, **kind)

@@ -142,14 +142,19 @@ def wrap(
     units: list[GatedUnit] = []
     norms: list[TaskNorm] = []
     inside_norm: set[int] = set()
+    layers = {id(layer.module) for layer in find_layers(net)}
+    feeder: GatedUnit | None = None  # of the next norm; a layer that is no unit feeds norms that stay shared
     for name, module in net.named_modules():
+        if id(module) in layers and id(module) not in by_module:
+            feeder = None
         if id(module) in by_module:
             unit = by_module[id(module)]
             wrapper = GatedUnit(name, module, unit.parameter_names, state, unit.shortcut)
             units.append(wrapper)
+            feeder = wrapper
             replacement[id(module)] = wrapper
         elif id(module) not in inside_norm and is_norm(module):
-            wrapper = TaskNorm(name, module, state, norm, units[-1] if units else None, frozen)
+            wrapper = TaskNorm(name, module, state, norm, feeder, frozen)
             inside_norm.update(id(inner) for inner in module.modules())
             norms.append(wrapper)
             replacement[id(module)] = wrapper

@@ -34,6 +34,8 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
     """
     if not timm.is_model(name.split(".")[0]):
         raise unknown("backbone", name, timm.list_models())
+    if "." in name and name not in timm.list_pretrained(name.split(".")[0] + "*"):
+        raise unknown("backbone", name, timm.list_pretrained(name.split(".")[0] + ".*"))
     if path is not None:
         net = timm.create_model(name, pretrained=False, num_classes=0, **options)
         load_weights(net, path)
@@ -48,12 +50,18 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
     with _offline_if_unreachable():
         try:
             return timm.create_model(name, pretrained=True, num_classes=0, **options)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # whatever the download client, the network or a damaged cache comes up with
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise UserError(
                 f"the pretrained weights of {name!r} are neither cached nor can they be downloaded ({first}); "
                 "give a local file with --model_path (path= in Python) or start without them: --no-pretrained"
             ) from None
+
+
+def needs_image_size(name: str, pixels: int) -> bool:
+    """Whether a network is built for one image size (vision transformers) and that is not ``pixels``."""
+    config = timm.get_pretrained_cfg(name.split(".")[0], allow_unregistered=True)
+    return config is not None and config.fixed_input_size and config.input_size[-1] != pixels
 
 
 def _embedded_weights() -> Path | None:

@@ -44,6 +44,20 @@ def smallest(model: TaskModel, task: str) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 12 * _TENSOR_HEADER
 
 
+def check_size(model: TaskModel, task: str, budget: int) -> int:
+    """Bytes that a budget leaves for deltas.
+
+    Raises:
+        UserError: if not even the head and the norms fit; the smallest possible size is named.
+    """
+    needed = smallest(model, task)
+    if budget < needed:
+        raise UserError(
+            f"task {task}: a budget of {budget:,} bytes is too small; norms, head and scores need {needed:,}"
+        )
+    return budget - needed
+
+
 @torch.no_grad()
 def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     """Set every gate of a task: open for the units whose deltas are densest, within the budget.
@@ -62,11 +76,7 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     Raises:
         UserError: if not even the head and the norms fit; the smallest possible size is named.
     """
-    left = budget - smallest(model, task)
-    if left < 0:
-        raise UserError(
-            f"task {task}: a budget of {budget:,} bytes is too small; norms, head and scores need {budget - left:,}"
-        )
+    left = check_size(model, task, budget)
     prices, densities = {}, {}
     for unit in model.units:
         deltas = [unit.deltas[task][name] for name in unit.parameter_names]

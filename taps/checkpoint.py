@@ -49,7 +49,14 @@ def save(
     for rank, states in enumerate(random_states):
         tensors.update((f"random/{rank}/{name}", tensor) for name, tensor in states.items())
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    record = {"task": task, "progress": progress, "optimizer": numbers, "scaler": scaler}
+    record = {
+        "task": task,
+        "progress": progress,
+        "optimizer": numbers,
+        "scaler": scaler,
+        "processes": accelerator.num_processes,
+        "base": None if model.row.trains_base else model.fingerprint(),
+    }
     write_tensors(path, tensors, {"record": json.dumps(record)})
 
 
@@ -80,6 +87,15 @@ def restore(
         UserError: if the checkpoint does not fit the model.
     """
     record = read_record(path)
+    if record["processes"] != accelerator.num_processes:
+        raise UserError(
+            f"checkpoint {path} was written by {record['processes']} processes, this run has {accelerator.num_processes}; "
+            "continue with as many, or start again with --overwrite"
+        )
+    if record["base"] is not None and record["base"] != model.fingerprint():
+        raise UserError(
+            f"checkpoint {path} belongs to another base ({record['base'][:16]}…, now {model.fingerprint()[:16]}…)"
+        )
     with safe_open(path, "pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     targets = {f"task/{name}": tensor for name, tensor in model.task_state(task).items()}
@@ -102,6 +118,10 @@ def restore(
         index, key = name.split("/", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:  # in the order that fresh state would have
+                values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     if record["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(record["scaler"])
     prefix = f"random/{accelerator.process_index}/"

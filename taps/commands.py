@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from taps.backbones import create_backbone, preprocessing
+from taps.backbones import create_backbone, needs_image_size, preprocessing
 from taps.data.images import Preprocessing
 from taps.errors import UserError
 from taps.train import Interrupted
@@ -30,7 +30,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         line = str(error).strip().splitlines()[-1]
         for kind in (UserError, *UserError.__subclasses__()):
             line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-        print(f"error: {line}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one line, not one a process
+            print(f"error: {line}", file=sys.stderr)
         status = 2
     except Interrupted as stopped:
         print(f"stopped by {stopped}; continue with --resume", file=sys.stderr)
@@ -41,6 +42,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        print(
+            f"error: {error.strerror or error}: {error.filename}" if error.filename else f"error: {error}",
+            file=sys.stderr,
+        )
+        status = 2
     sys.exit(status)
 
 
@@ -75,7 +82,8 @@ def make_accelerator(options: Namespace) -> Accelerator:
 def make_base(options: Namespace) -> torch.nn.Module:
     """The backbone that the options name, with its weights; random ones follow from the seed."""
     torch.manual_seed(options.seed)
-    return create_backbone(options.model_type, pretrained=options.pretrained, path=options.model_path or None)
+    size = {"img_size": options.input_size} if needs_image_size(options.model_type, options.input_size) else {}
+    return create_backbone(options.model_type, pretrained=options.pretrained, path=options.model_path or None, **size)
 
 
 def make_preprocessing(options: Namespace, net: torch.nn.Module) -> Preprocessing:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class _AddDelta(torch.autograd.Function):
     def forward(ctx, base: Tensor, delta: Tensor, specific: Tensor, delta_gradient: Tensor) -> Tensor:
         ctx.save_for_backward(delta, delta_gradient)
         ctx.specific_shape = specific.shape
+        if _on_host(specific) == 0.0:
+            return base.detach()
         return torch.addcmul(base, delta, specific.to(delta.dtype))
 
     @staticmethod
@@ -63,8 +66,13 @@ class _AddDelta(torch.autograd.Function):
         base_gradient = gradient if ctx.needs_input_grad[0] else None
         delta_gradient = specific_gradient = None
         if ctx.needs_input_grad[1]:
-            on_host = factor.numel() == 1 and factor.device.type == "cpu" and not torch.compiler.is_compiling()
-            delta_gradient = gradient if on_host and factor.item() == 1 else gradient * factor.to(gradient.dtype)
+            known = _on_host(factor)
+            if known == 1.0:
+                delta_gradient = gradient
+            elif known == 0.0:
+                delta_gradient = torch.zeros_like(delta)
+            else:
+                delta_gradient = gradient * factor.to(gradient.dtype)
         if ctx.needs_input_grad[2]:
             if len(ctx.specific_shape) == 0 and _same_dense_order(gradient, delta):
                 flat = (delta.numel(),), (1,)  # memory order: any order gives the same sum of products
@@ -72,6 +80,13 @@ class _AddDelta(torch.autograd.Function):
             else:
                 specific_gradient = (gradient * delta).sum_to_size(ctx.specific_shape)
         return base_gradient, delta_gradient, specific_gradient, None
+
+
+def _on_host(factor: Tensor) -> float | None:
+    """A scalar's value where reading it is free, so that whole passes over the weights can be left out."""
+    if factor.numel() != 1 or factor.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return factor.item()
 
 
 def _same_dense_order(a: Tensor, b: Tensor) -> bool:
@@ -223,6 +238,11 @@ class GatedUnit(nn.Module):
             if gate is not None:
                 effective = self.effective_parameters(self.state.task, gate(None, self.state))
                 return effective.get(name, self.base.get_parameter(name))
+        inner = tuple(parameter for parameter in self.parameter_names if parameter.startswith(f"{name}."))
+        if inner and self.state.task in self.gates:  # e.g. attention.out_proj.weight, which fast paths read
+            effective = self.effective_parameters(self.state.task, self.gates[self.state.task](None, self.state))
+            values = {parameter: effective.get(parameter, self.base.get_parameter(parameter)) for parameter in inner}
+            return SimpleNamespace(**{parameter[len(name) + 1 :]: value for parameter, value in values.items()})
         return getattr(self.base, name)
 
     def merged(self, task: str, memo: dict) -> nn.Module:

@@ -79,9 +79,9 @@ class TaskModel(nn.Module):
         self.num_features = out_features(net)
         self.base_name = (getattr(net, "pretrained_cfg", None) or {}).get("architecture") or type(net).__name__
         self.base_parameters = sum(parameter.numel() for parameter in net.parameters())
-        if not row.trains_base:
-            net.requires_grad_(False)
         backbone, units, norms = wrap(net, found, self.state, norm, frozen=not row.trains_base)
+        if not row.trains_base:
+            backbone.requires_grad_(False)
         self.backbone = backbone
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
@@ -157,9 +157,14 @@ class TaskModel(nn.Module):
     def remove_task(self, task: str) -> None:
         """Forget a task and everything it holds."""
         self.check_task(task)
+        self.forget(task)
+
+    def forget(self, task: str) -> None:
+        """Drop whatever there is of ``task``, a task that was only half added included."""
         for module in (*self._units, *self._norms):
             module.remove_task(task)
-        del self.heads[task]
+        if task in self.heads:
+            del self.heads[task]
 
     # -- running -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,9 @@ from taps.errors import UserError
 from taps.files import read_json, write_json, write_text
 
 #: options that may differ when a run is continued: they do not change its result
-FREE_ON_RESUME = ("resume", "overwrite", "workers", "device", "multi_gpu", "compile")
+FREE_ON_RESUME = (
+    "resume", "overwrite", "workers", "device", "multi_gpu", "compile", "result_path", "experiment_name"
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -86,6 +88,9 @@ class RunFolder:
                     f"experiment folder {path} exists; continue it with --resume, replace it with --overwrite, "
                     "or choose another --experiment_name"
                 )
+            nested = [inner.parent for inner in path.rglob("settings.json") if inner.parent != path]
+            if nested:
+                raise UserError(f"{path} also holds the run {nested[0]}; move that away before overwriting")
             shutil.rmtree(path)
         lines = [f"{key}={value}" for key, value in settings.items()]
         write_text(path / "settings.txt", "\n".join(lines) + "\n")

@@ -155,8 +155,7 @@ def load(model: TaskModel, folder: Path, name: str | None, head: nn.Module | Non
     try:
         _fill(model, task, head, description, tensors, path, trainable)
     except BaseException:
-        if task in model.heads:
-            model.remove_task(task)
+        model.forget(task)
         raise
     return task
 

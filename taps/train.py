@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -216,11 +217,23 @@ def fit(
     progress, random_state = Progress(), None
     if resume:
         counters, random_state = checkpoint.restore(state_path, model, task, optimizer, accelerator)
+        if not accelerator.is_main_process:
+            counters.update(loss=0.0, wrong=0.0, images=0.0)
         progress = Progress(**counters)
 
     def save() -> None:
+        if not all(torch.isfinite(tensor).all() for tensor in model.task_state(task).values()):
+            kept = f"; an earlier state is kept in {state_path.parent}" if state_path and state_path.exists() else ""
+            raise DivergedError(
+                f"task {task}: weights are no longer finite in epoch {progress.epoch}{kept}; lower --lr"
+            )
         if state_path is not None:
-            checkpoint.save(state_path, model, task, optimizer, accelerator, vars(progress))
+            counters = dict(vars(progress))
+            if accelerator.num_processes > 1:  # sums over the processes; the first one goes on with them
+                for name in ("loss", "wrong", "images"):
+                    value = torch.tensor(counters[name], device=accelerator.device, dtype=torch.float32)
+                    counters[name] = float(accelerator.reduce(value, "sum"))
+            checkpoint.save(state_path, model, task, optimizer, accelerator, counters)
 
     current: Phase | None = None
     while progress.epoch < recipe.epochs:
@@ -248,7 +261,8 @@ def fit(
             if phase is not current:
                 current = phase
                 set_trainable(roles, phase.trains)
-            if recipe.budget is not None and phase is phases[-1] and not progress.decided:
+            is_last_step = epoch + 1 == recipe.epochs and progress.batch + len(window) >= batches
+            if recipe.budget is not None and not progress.decided and (phase is phases[-1] or is_last_step):
                 budget.keep_within(model, task, recipe.budget)
                 progress.decided = True
             loss = _step(
@@ -267,8 +281,10 @@ def fit(
                 save()
                 raise Interrupted(stop.received or signal.SIGTERM)
         bar.close()
+        _share_buffers(model, task, accelerator)
         numbers = _epoch_numbers(model, task, progress, accelerator, recipe, phase)
-        competes = phase_at(phases, epoch + 1) is phases[-1] and phase is phases[-1]
+        # A task of an earlier phase is not what was asked for; the last epoch is, however short its phase.
+        competes = phase is phases[-1] or epoch + 1 == recipe.epochs
         is_best = False
         if validate is not None and ((epoch + 1) % recipe.eval_epochs == 0 or epoch + 1 == recipe.epochs):
             accuracy = validate()
@@ -284,6 +300,15 @@ def fit(
     set_trainable(roles, ROLES)
     accelerator.free_memory()
     return progress
+
+
+def _share_buffers(model: TaskModel, task: str, accelerator: Accelerator) -> None:
+    """Give every process the first one's running statistics: those are validated and saved."""
+    if accelerator.num_processes > 1:
+        buffers = {name for name, _ in model.named_buffers()}
+        for name, tensor in model.task_state(task).items():
+            if name in buffers:
+                tensor.copy_(broadcast(tensor.clone(), from_process=0))
 
 
 def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[str]) -> None:

@@ -316,6 +316,9 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--lr", "1e30"), "the loss is"),
         (("--lr", "nan"), "is not a number above 0"),
         (("--amp", "fp16"), "--amp fp16 needs a GPU"),
+        (("--settle_epochs", "1"), "leave none of 2 epochs for --lam"),
+        (("--model_type", "resnet18.of_mine"), "unknown backbone 'resnet18.of_mine'"),
+        (("--result_path", "/proc/nowhere"), "/proc/nowhere"),
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(tree, here, tmp_path, arguments, message):
@@ -365,3 +368,17 @@ def test_help_explains_every_option(here, tmp_path):
     for action in sequential_parser()._actions:
         assert action.help, action.option_strings
         assert action.option_strings[0] in text
+
+
+def test_a_mistake_with_overwrite_costs_no_earlier_run(finished, tree, here, tmp_path):
+    shutil.copytree(finished[0] / "results", tmp_path / "results")
+    before = task_files(tmp_path)
+    for wrong in (("--budget", "lots"), ("--budget", "1KB"), ("--layers", "nothing"), ("--model_path", "nothing.pth")):
+        here("train_sequential.py", *trained_arguments(tree, "--overwrite", *wrong), cwd=tmp_path, check=2)
+    assert task_files(tmp_path) == before
+
+
+def test_a_vision_transformer_at_another_size(tree, here, tmp_path):
+    arguments = trained_arguments(tree / "paint", "--model_type", "vit_tiny_patch16_224", "--limit_batches", 1)
+    here("train_sequential.py", *arguments, cwd=tmp_path)
+    here("evaluate.py", "results/run", "--device", "cpu", cwd=tmp_path)

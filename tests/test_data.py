@@ -137,12 +137,25 @@ def test_domainnet_lists_without_images(tmp_path):
 
 
 def test_domainnet_rearranged_keeps_official_order_and_missing_classes(tmp_path):
-    for path in ("train/zebra/1.png", "train/The_Eiffel_Tower/1.png", "test/t-shirt/1.png", "test/zebra/1.png"):
+    names = ["syringe", "t-shirt", "The_Eiffel_Tower", *(f"kind_{number:03}" for number in range(342))]
+    for name in names:
+        for split in ("train", "test"):
+            (tmp_path / "painting" / split / name).mkdir(parents=True)
+    for path in ("train/syringe/1.png", "train/The_Eiffel_Tower/1.png", "test/t-shirt/1.png", "test/syringe/1.png"):
         picture(tmp_path / "painting" / path)
     painting = find_tasks([tmp_path / "painting"])[0]
-    assert painting.classes == ("The_Eiffel_Tower", "t-shirt", "zebra")
-    assert [label for _, label in painting.test] == [1, 2]
-    assert len(painting.notes) == 2
+    assert [painting.classes[label] for _, label in painting.test] == ["syringe", "t-shirt"]
+    assert painting.classes.index("The_Eiffel_Tower") < painting.classes.index("t-shirt"), "case does not matter"
+    assert len(painting.classes) == 345
+
+
+def test_a_folder_that_only_shares_a_domain_s_name_is_an_ordinary_one(tmp_path):
+    for path in ("train/b/1.png", "train/A/1.png", "test/b/1.png"):
+        picture(tmp_path / "sketch" / path)
+    assert find_tasks([tmp_path / "sketch"])[0].classes == ("A", "b")
+    picture(tmp_path / "sketch/test/c/1.png")
+    with pytest.raises(ValueError, match="classes that train/ lacks: c"):
+        find_tasks([tmp_path / "sketch"])
 
 
 def test_check_counts(tmp_path):

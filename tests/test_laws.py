@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import CASES, METHODS, NETWORKS, make
+from torch import nn
 
 import taps
 from taps.layer import GatedUnit, TaskNorm, plain_state
@@ -231,6 +232,27 @@ def test_follow_shares_everything_before_the_first_tuned_layer(network):
     assert torch.equal(inputs[0], inputs[1])
     owned = [norm.name for norm in model.task_norms if norm.own("a") is not None]
     assert len(owned) < len(model.task_norms)
+
+
+def test_follow_with_chosen_layers_shares_the_norms_of_the_others():
+    model = taps.adapt(NETWORKS["resnet"][0](), norm="follow", layers="layer2")
+    model.add_task("a", num_classes=2)
+    owned = [norm.name for norm in model.task_norms if norm.own("a") is not None]
+    assert owned
+    assert all(name.startswith("layer2.") for name in owned)
+
+
+def test_a_transformer_s_fast_path_sees_the_deltas():
+    """In evaluation without gradients ``nn.TransformerEncoderLayer`` reads weights of its children's children."""
+    model = taps.adapt(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten())).eval()
+    model.add_task("a", head=nn.Identity())
+    for parameter in model.roles("a")["delta"].values():
+        parameter.data.normal_()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        fast = model(x, "a")
+    torch.testing.assert_close(fast, model(x, "a"))
+    torch.testing.assert_close(fast, model.merge("a")(x))
 
 
 def test_frozen_base_statistics_never_move():

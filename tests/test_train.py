@@ -124,11 +124,44 @@ def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path):
     run(accelerator, Recipe(epochs=1), state_path=state)
     other = taps.adapt(nn.Sequential(nn.Linear(5, 9)))
     other.add_task("a", num_classes=2)
-    with pytest.raises(ValueError, match="belongs to another run"):
+    with pytest.raises(ValueError, match="belongs to another base"):
         run(accelerator, Recipe(epochs=1), other, state_path=state, resume=True)
     state.write_bytes(state.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"checkpoint .* is damaged"):
         run(accelerator, Recipe(epochs=1), state_path=state, resume=True)
+
+
+def test_a_run_always_ends_with_a_task(accelerator):
+    """Even if the last phase is shorter than a step."""
+    kept = []
+    recipe = Recipe(epochs=2, warmup_epochs=1.95, accumulate=8, lr=0.1)
+    batches, sampler = loader()
+    fit(
+        perceptron(),
+        "a",
+        batches,
+        sampler,
+        recipe,
+        accelerator,
+        validate=lambda: 50.0,
+        on_epoch=lambda r, b: kept.append(b),
+    )
+    assert kept == [False, True]
+    model, _ = run(accelerator, Recipe(epochs=2, warmup_epochs=1.95, accumulate=8, lr=0.1, budget=2300))
+    assert 0 < sum(row["specific"] for row in model.report("a")) < 2
+
+
+def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(accelerator, tmp_path):
+    state, model = tmp_path / "state.safetensors", perceptron()
+
+    def lose(row, best):
+        if row["epoch"] == 2:
+            model.heads["a"].weight.data[0, 0] = float("inf")
+
+    batches, sampler = loader()
+    with pytest.raises(DivergedError, match="no longer finite in epoch 2; an earlier state is kept"):
+        fit(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, state_path=state)
+    assert taps.checkpoint.read_record(state)["progress"]["epoch"] == 1
 
 
 def test_a_lost_loss_stops_and_keeps_the_last_checkpoint(accelerator, tmp_path):

@@ -27,6 +27,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from taps.data.folders import read_folder
 from taps.data.images import TaskData
+from taps.errors import UserError
 
 SIZE = 64
 DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "photo_filter", "photo_pattern")
@@ -98,6 +99,9 @@ def make_demo(root: Path) -> None:
                     image.save(folder / f"{number:04d}.png")
         temporary.chmod(0o755)
         if root.exists():
+            others = sorted(path.name for path in root.iterdir() if path.name not in DOMAINS)
+            if others:
+                raise UserError(f"{root} holds {others[0]}, which is not of the demo; move it away")
             shutil.rmtree(root)
         temporary.rename(root)
     finally:

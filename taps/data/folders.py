@@ -55,8 +55,8 @@ def _tasks_of(path: Path, cropped: bool | None) -> list[TaskData]:
 def read_folder(path: Path, cropped: bool | None = None) -> TaskData:
     """One task from ``train/``, ``test/`` and optionally ``val/``; labels are the sorted class folders of ``train/``.
 
-    A folder named like a DomainNet domain gets the official order of labels instead, and classes that the official
-    split leaves without training or test images keep theirs.
+    A folder named like a DomainNet domain with its 345 classes in train or test gets the official order of labels
+    instead, and classes that the official split leaves without training or test images keep theirs.
 
     Raises:
         UserError: if a split is missing or empty, or a class is tested that is not trained.
@@ -70,8 +70,9 @@ def read_folder(path: Path, cropped: bool | None = None) -> TaskData:
         if not any(found.values()):
             raise UserError(f"{path / split} has no images; it needs one folder of images a class")
     notes: tuple[str, ...] = ()
-    if path.name in domainnet.DOMAINS:
-        classes = domainnet.official_order({name for split in splits.values() for name in split})
+    union = {name for split in splits.values() for name in split}
+    if path.name in domainnet.DOMAINS and len(union) == domainnet.NUM_CLASSES:
+        classes = domainnet.official_order(union)
         notes = domainnet.missing_notes(classes, {split: set(found) for split, found in splits.items()})
     else:
         classes = sorted(name for name, images in splits["train"].items() if images)

@@ -6,6 +6,7 @@ gives the same numbers for any count of worker processes, and continues in the m
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,7 @@ def read_image(path: str) -> Image.Image:
                 return (image.convert("RGBA") if has_alpha else image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(repr(path), "the file")
         raise UserError(f"image {path} cannot be read ({reason}); remove it, or use --skip_bad_images") from None
 
@@ -127,7 +128,8 @@ class ImageSet(Dataset):
         path, label = self.samples[index]
         image = read_image(path)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self.seed, epoch, index))
+            # the CPU's generator alone: torch.manual_seed would also set back the accelerator's
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return self.transform(image), label
 
 
@@ -166,23 +168,32 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    processes: int = 1,
 ) -> tuple[DataLoader, EpochSampler]:
     """A loader and its sampler.
 
     Training shuffles and uses every image of an epoch once; only a last batch of a single image, which batch
-    normalisation cannot take, is left out (a different image each epoch).
+    normalisation cannot take, is left out (a different image each epoch). With several ``processes`` short batches are
+    filled up instead.
     """
     sampler = EpochSampler(len(samples), seed, shuffle=train)
-    single_left = train and len(samples) % batch_size == 1 and len(samples) > 1
+    single_left = train and processes == 1 and len(samples) % batch_size == 1 and len(samples) > 1
     loader = DataLoader(
         ImageSet(samples, transform, seed),
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=single_left),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global one
     )
     return loader, sampler
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one finishes its step and ends the workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
@@ -235,7 +246,11 @@ def without_bad_images(task: TaskData, workers: int = 8) -> tuple[TaskData, list
     samples = [sample for split in splits.values() for sample in split]
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         checks = pool.map(_is_readable, [path for path, _ in samples])
-        readable = list(tqdm(checks, total=len(samples), desc=f"checking {task.name}", disable=None, leave=False))
+        try:
+            readable = list(tqdm(checks, total=len(samples), desc=f"checking {task.name}", disable=None, leave=False))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     bad = {path for (path, _), good in zip(samples, readable, strict=True) if not good}
     kept = {name: tuple(sample for sample in split if sample[0] not in bad) for name, split in splits.items()}
     for name, split in kept.items():
