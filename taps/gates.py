@@ -141,12 +141,17 @@ class ThresholdGate(Gate):
         return Decision(specific=specific, delta_gradient=self.score.detach() if self.ste == "paper" else None)
 
     def decide(self, x: Tensor | None = None) -> Decision:
+        # A score that stands still was read before compilation; reading it there would split the compiled program.
+        if not (torch.compiler.is_compiling() and self._seen is not None and not self.score.requires_grad):
+            self._read_score()
+        return Decision(specific=1.0 if self._open else 0.0)
+
+    def _read_score(self) -> None:
         # Reading a scalar is free on a CPU and stalls an accelerator, so there it is read once a change.
         version = (id(self.score), self.score._version)
         if self.score.device.type == "cpu" or self._seen != version:
             self._open = bool(self.score.detach() >= self.threshold)
             self._seen = version
-        return Decision(specific=1.0 if self._open else 0.0)
 
     def set(self, open: bool) -> None:
         """Open or close the gate by moving its score across the threshold."""

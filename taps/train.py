@@ -235,13 +235,13 @@ def fit(
                     counters[name] = float(accelerator.reduce(value, "sum"))
             checkpoint.save(state_path, model, task, optimizer, accelerator, counters)
 
-    current: Phase | None = None
     while progress.epoch < recipe.epochs:
         epoch = progress.epoch
         factor = recipe.learning_rate(epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         parallel.train()
+        current: Phase | None = None
         sampler.epoch = epoch
         if progress.batch == 0:
             torch.manual_seed(mix_seed(recipe.seed, epoch, accelerator.process_index))
@@ -261,6 +261,8 @@ def fit(
             if phase is not current:
                 current = phase
                 set_trainable(roles, phase.trains)
+                for gate in model.gates(task) if recipe.compile else ():
+                    gate.decide()  # before the compiler looks
             is_last_step = epoch + 1 == recipe.epochs and progress.batch + len(window) >= batches
             if recipe.budget is not None and not progress.decided and (phase is phases[-1] or is_last_step):
                 budget.keep_within(model, task, recipe.budget)

@@ -266,6 +266,14 @@ def test_budget_training_resumes_with_its_decision(accelerator, tmp_path):
     assert same(whole, resumed, atol=0, rtol=0)
 
 
+def test_compiled_steps_compute_the_same(accelerator):
+    recipe = {"epochs": 3, "warmup_epochs": 1, "settle_epochs": 1, "lr": 0.1}
+    plain, rows = run(accelerator, Recipe(**recipe), perceptron())
+    compiled, others = run(accelerator, Recipe(compile=True, **recipe), perceptron())
+    assert same(plain, compiled, atol=1e-5)
+    assert others[-1]["train_loss"] == pytest.approx(rows[-1]["train_loss"], abs=1e-5)
+
+
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="unknown optimizer 'sdg'; did you mean 'sgd'"):
         fit(perceptron(), "a", *loader(), Recipe(optimizer="sdg"), Accelerator(cpu=True))
