@@ -19,7 +19,7 @@ from taps import commands, cost, files, results
 from taps.data import TaskData, find_tasks, make_loader, without_bad_images
 from taps.data.demo import make_demo, read_demo
 from taps.errors import UserError, unknown
-from taps.train import accuracy
+from taps.metrics import accuracy
 
 
 def main(arguments: Sequence[str]) -> None:

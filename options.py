@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from taps.methods import METHODS
-from taps.train import OPTIMIZERS
+from taps.recipe import OPTIMIZERS
 
 #: defaults of the published program, and those of the demo where they differ
 PUBLISHED = {
@@ -20,7 +20,7 @@ PUBLISHED = {
     "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 DEMO = {
-    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "warmup_epochs": 0.5,
+    "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
 

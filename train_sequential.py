@@ -25,7 +25,10 @@ from taps.data import TaskData, find_tasks, make_loader, split_validation, witho
 from taps.data.demo import make_demo, read_demo
 from taps.data.images import Preprocessing
 from taps.errors import UserError
-from taps.train import Recipe, StopSignals, accuracy, fit
+from taps.metrics import accuracy
+from taps.recipe import Recipe
+from taps.signals import StopSignals
+from taps.train import fit
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

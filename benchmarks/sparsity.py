@@ -20,7 +20,9 @@ from taps.backbones import preprocessing
 from taps.cost import accounting
 from taps.data import Preprocessing, TaskData, make_loader, split_validation
 from taps.data.demo import DOMAINS, make_demo, read_demo
-from taps.train import Recipe, accuracy, fit
+from taps.metrics import accuracy
+from taps.recipe import Recipe
+from taps.train import fit
 
 
 def run(task: TaskData, lam: float, seed: int, accelerator: Accelerator) -> tuple[float, float]:
@@ -33,9 +35,7 @@ def run(task: TaskData, lam: float, seed: int, accelerator: Accelerator) -> tupl
     model.add_task(task.name, num_classes=len(task.classes))
     loader, sampler = make_loader(task.train, prepare.transform(True, True, flip=False), 16, train=True, seed=seed)
     validation, _ = make_loader(task.val, prepare.transform(False, True), 64, train=False)
-    recipe = Recipe(
-        epochs=6, warmup_epochs=0.5, settle_epochs=4.5, lr=0.02, score_lr=0.03, penalty_weight=lam, seed=seed
-    )
+    recipe = Recipe(epochs=6, warmup_epochs=0.5, settle_epochs=4.5, lr=0.03, penalty_weight=lam, seed=seed)
     fit(model, task.name, loader, sampler, recipe, accelerator)
     share = accounting(model, task.name)["tuned_layers"]
     return share, accuracy(model, task.name, accelerator.prepare(validation), accelerator, len(task.classes))

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from taps.backbones import create_backbone, needs_image_size, preprocessing
 from taps.data.images import Preprocessing
 from taps.errors import UserError
-from taps.train import Interrupted
+from taps.signals import Interrupted
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

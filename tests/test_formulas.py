@@ -12,7 +12,7 @@ import taps
 from taps.gates import State
 from taps.layer import add_delta
 from taps.methods import METHODS, Phase
-from taps.train import Recipe, make_optimizer, phase_at
+from taps.recipe import Recipe, make_optimizer, phase_at
 
 
 @pytest.mark.parametrize("score", [0.15, 0.1, 0.0999999, -0.3])

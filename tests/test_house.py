@@ -15,9 +15,10 @@ LAYERS = {
     "taskfile": ("cost", "errors", "files"), "budget": ("cost", "errors"),
     "model": ("adapt", "backbones", "errors", "gates", "layer", "methods", "taskfile"),
     "checkpoint": ("errors", "files"),
-    "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model"),
+    "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),
+    "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),
     "results": ("cost", "errors", "files", "taskfile"), "plots": ("cost", "files"),
-    "commands": ("backbones", "data", "errors", "train"),
+    "commands": ("backbones", "data", "errors", "signals"),
     "__init__": ("backbones", "errors", "gates", "methods", "model"),
 }  # fmt: skip
 

@@ -13,7 +13,9 @@ from taps.budget import keep_within, parse_budget, smallest
 from taps.data.images import EpochSampler
 from taps.errors import DivergedError
 from taps.methods import METHODS, Method, Phase, always_own
-from taps.train import Interrupted, Recipe, StopSignals, fit
+from taps.recipe import Recipe
+from taps.signals import Interrupted, StopSignals
+from taps.train import fit
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(ac
             model.heads["a"].weight.data[0, 0] = float("inf")
 
     batches, sampler = loader()
-    with pytest.raises(DivergedError, match="no longer finite in epoch 2; an earlier state is kept"):
+    with pytest.raises(DivergedError, match="no longer finite in epoch 2; the last good state is kept"):
         fit(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, state_path=state)
     assert taps.checkpoint.read_record(state)["progress"]["epoch"] == 1
 

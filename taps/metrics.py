@@ -1,0 +1,38 @@
+"""What is measured of a trained task."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from taps.model import TaskModel
+
+
+@torch.no_grad()
+def accuracy(
+    model: TaskModel,
+    task: str,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    num_classes: int,
+    limit_batches: int | None = None,
+    title: str = "",
+) -> float:
+    """Top-1 accuracy in percent over every image of a prepared loader, each counted once."""
+    from torchmetrics.classification import MulticlassAccuracy  # a second of import that --help need not wait for
+
+    training = model.training
+    model.eval()
+    metric = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)
+    count = min(len(loader), limit_batches or len(loader))
+    quiet = None if accelerator.is_main_process else True
+    for x, labels in tqdm(islice(loader, count), total=count, desc=title or task, disable=quiet, leave=False):
+        with accelerator.autocast():
+            output = model(x, task=task)
+        metric.update(*accelerator.gather_for_metrics((output.argmax(1), labels)))
+    model.train(training)
+    return 100.0 * float(metric.compute())
