@@ -244,7 +244,10 @@ def sequential_parser() -> Parser:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--result_path", default="results", metavar="DIR", help="where experiment folders go; with several machines a folder they share (default: results)"
+        "--result_path",
+        default="results",
+        metavar="DIR",
+        help="where experiment folders go; with several machines a folder they share (default: results)",
     )
     output.add_argument(
         "--experiment_name",
