@@ -54,12 +54,12 @@ def main(arguments: Sequence[str]) -> None:
     announce(accelerator, options, tasks, model, path)
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
 
-    writer = SummaryWriter(path) if accelerator.is_main_process else None
+    unfinished = [task for task in tasks if not folder.is_finished(task.name)]
+    writer = SummaryWriter(path) if unfinished and accelerator.is_main_process else None
     with StopSignals() as stop, closing(writer) if writer is not None else nullcontext():
-        for task in tasks:
-            if not folder.is_finished(task.name):
-                suffix = f"_{task.name}" if len(tasks) > 1 else ""
-                train_task(model, task, prepare, options, folder, accelerator, stop, writer, suffix)
+        for task in unfinished:
+            suffix = f"_{task.name}" if len(tasks) > 1 else ""
+            train_task(model, task, prepare, options, folder, accelerator, stop, writer, suffix)
     if accelerator.is_main_process:
         finish(folder, options, tasks)
     accelerator.end_training()
