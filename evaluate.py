@@ -16,8 +16,8 @@ from accelerate import Accelerator
 import taps
 from options import evaluate_parser
 from taps import commands, cost, files, results
-from taps.data import TaskData, find_tasks, make_loader, without_bad_images
-from taps.data.demo import make_demo, read_demo
+from taps.data import TaskData, make_loader, without_bad_images
+from taps.data.images import Preprocessing
 from taps.errors import UserError, unknown
 from taps.metrics import accuracy
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         if missing:
             raise UserError(f"{folder}: task {missing[0]} has not been tested; leave out --no_test")
     else:
-        data = {task.name: task for task in read_data(given, options)}
+        data = {task.name: task for task in commands.read_data(given.dataset or options.dataset, options)}
         absent = [name for name in names if name not in data]
         if absent:
             raise UserError(f"task {absent[0]} has no data; the folders given hold {', '.join(data)}")
@@ -51,25 +51,21 @@ def main(arguments: Sequence[str]) -> None:
             name: test(model, data[name], descriptions[name], prepare, given, options, accelerator) for name in names
         }
     if accelerator.is_main_process:
-        print(results.table(summarise(model, names, accuracies, descriptions, options)))
+        tested = {
+            name: {**descriptions[name], "accounting": cost.accounting(model, name), "accuracy": accuracies[name]}
+            for name in names
+        }
+        print(results.table({"method": options.method, **results.summarise(tested)}))
         if given.export:
             export(model, names, Path(given.export), options)
     accelerator.end_training()
-
-
-def read_data(given: Namespace, options: Namespace) -> list[TaskData]:
-    paths = given.dataset or options.dataset
-    if paths:
-        return find_tasks(paths, cropped=True if options.cropped else None)
-    make_demo(Path("datasets/demo"))
-    return read_demo(Path("datasets/demo"))
 
 
 def test(
     model: taps.TaskModel,
     task: TaskData,
     description: dict,
-    prepare,
+    prepare: Preprocessing,
     given: Namespace,
     options: Namespace,
     accelerator: Accelerator,
@@ -92,31 +88,6 @@ def test(
     return accuracy(
         model, task.name, loader, accelerator, len(task.classes), given.limit_batches, title=f"testing {task.name}"
     )
-
-
-def summarise(
-    model: taps.TaskModel,
-    names: list[str],
-    accuracies: dict[str, float],
-    descriptions: dict[str, dict],
-    options: Namespace,
-) -> dict:
-    accounts = {name: cost.accounting(model, name) for name in names}
-    return {
-        "method": options.method,
-        "mean_accuracy": sum(accuracies.values()) / len(names),
-        "parameters_x_base": cost.parameters_x_base(accounts.values()),
-        "parameters_x_base_with_heads": cost.parameters_x_base(accounts.values(), heads=True),
-        "tasks": {
-            name: {
-                "accuracy": accuracies[name],
-                "tuned_layers": accounts[name]["tuned_layers"],
-                "parameters": accounts[name]["parameters"],
-                "bytes": descriptions[name]["bytes"],
-            }
-            for name in names
-        },
-    }
 
 
 def export(model: taps.TaskModel, names: list[str], target: Path, options: Namespace) -> None:

@@ -21,8 +21,7 @@ import taps
 from options import parse_sequential
 from taps import checkpoint, commands, plots, results
 from taps.budget import check_size, parse_budget
-from taps.data import TaskData, find_tasks, make_loader, split_validation, without_bad_images
-from taps.data.demo import make_demo, read_demo
+from taps.data import TaskData, make_loader, split_validation, without_bad_images
 from taps.data.images import Preprocessing
 from taps.errors import UserError
 from taps.metrics import accuracy
@@ -68,11 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 def prepare_tasks(options: Namespace, accelerator: Accelerator) -> list[TaskData]:
     """Find the data, split off validation images, and refuse what cannot be trained."""
     with accelerator.local_main_process_first():
-        if options.dataset:
-            tasks = find_tasks(options.dataset, cropped=True if options.cropped else None)
-        else:
-            make_demo(Path("datasets/demo"))
-            tasks = read_demo(Path("datasets/demo"))
+        tasks = commands.read_data(options.dataset, options)
     prepared = []
     for task in tasks:
         if options.skip_bad_images:

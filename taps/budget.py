@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from taps.cost import norm_tensors
 from taps.errors import UserError
@@ -41,7 +43,11 @@ def smallest(model: TaskModel, task: str) -> int:
     tensors = [tensor for norm in norms for tensor in norm_tensors(norm).values()]
     tensors += [*model.heads[task].state_dict().values()]
     tensors += [tensor for gate in model.gates(task) for tensor in gate.state_dict().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 12 * _TENSOR_HEADER
+    return _bytes(tensors) + 12 * _TENSOR_HEADER
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check_size(model: TaskModel, task: str, budget: int) -> int:
@@ -80,10 +86,11 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     prices, densities = {}, {}
     for unit in model.units:
         deltas = [unit.deltas[task][name] for name in unit.parameter_names]
-        size = sum(delta.numel() * delta.element_size() for delta in deltas)
         followers = [norm.norms[task] for norm in model.task_norms if norm.follows(unit) and task in norm.norms]
-        size += sum(t.numel() * t.element_size() for norm in followers for t in norm_tensors(norm).values())
-        prices[unit.name] = size + sum(_TENSOR_HEADER + len(unit.name + name) for name in unit.parameter_names)
+        stored = [*deltas, *(tensor for norm in followers for tensor in norm_tensors(norm).values())]
+        prices[unit.name] = _bytes(stored) + sum(
+            _TENSOR_HEADER + len(unit.name + name) for name in unit.parameter_names
+        )
         densities[unit.name] = float(sum(delta.square().sum() for delta in deltas)) / sum(d.numel() for d in deltas)
     kept = []
     for name in sorted(prices, key=lambda name: -densities[name]):

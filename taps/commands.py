@@ -7,13 +7,15 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from taps.backbones import create_backbone, needs_image_size, preprocessing
-from taps.data.images import Preprocessing
+from taps.data import Preprocessing, TaskData, find_tasks
+from taps.data.demo import make_demo, read_demo
 from taps.errors import UserError
 from taps.signals import Interrupted
 
@@ -77,6 +79,15 @@ def make_accelerator(options: Namespace) -> Accelerator:
     some_unused = options.norm == "follow" or bool(options.budget) or options.settle_epochs > 0
     unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
+
+
+def read_data(paths: Sequence[str] | None, options: Namespace) -> list[TaskData]:
+    """The tasks in ``paths``, or those of the demo, which is made where it is missing."""
+    if paths:
+        return find_tasks(paths, cropped=True if options.cropped else None)
+    root = Path("datasets/demo")
+    make_demo(root)
+    return read_demo(root)
 
 
 def make_base(options: Namespace) -> torch.nn.Module:

@@ -50,6 +50,11 @@ class Decision(NamedTuple):
     specific: float | Tensor | Mapping[str, Tensor] = 0.0
     delta_gradient: float | Tensor | None = None
 
+    @property
+    def uses_delta(self) -> bool:
+        """Whether any of the delta is used: false only where ``specific`` is the number 0."""
+        return not (isinstance(self.specific, float) and self.specific == 0.0)
+
 
 class Gate(nn.Module):
     """One task's gate on one unit. Subclasses write :meth:`relax` and :meth:`decide`."""

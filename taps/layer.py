@@ -179,7 +179,7 @@ class GatedUnit(nn.Module):
         """The parameters that differ from the base's under ``decision``, by name: W + specific ⊙ δ."""
         deltas = self.deltas.get(task)
         specific = decision.specific
-        if deltas is None or (isinstance(specific, float) and specific == 0.0):
+        if deltas is None or not decision.uses_delta:
             return {}
         return {
             name: add_delta(
@@ -310,8 +310,7 @@ class TaskNorm(nn.Module):
         norm = self.norms.get(task)
         if norm is None or self.policy == "task":
             return norm
-        specific = self._feeder[0].gates[task].decide().specific
-        return norm if not isinstance(specific, float) or specific > 0.0 else None
+        return norm if self._feeder[0].gates[task].decide().uses_delta else None
 
     def forward(self, *args, **kwargs):
         norm = self.own(self.state.task)

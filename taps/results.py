@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from taps import cost, taskfile
@@ -136,26 +136,29 @@ class RunFolder:
     def write_summary(self, method: str, seed: int, tasks: Iterable[str]) -> dict:
         """Gather the finished tasks' files into ``summary.json``."""
         descriptions = {task: taskfile.read_description(self.task_path(task)) for task in tasks}
-        accounts = [description["accounting"] for description in descriptions.values()]
-        summary = {
-            "method": method,
-            "seed": seed,
-            "seconds": round(sum(row["seconds"] for row in self.rows), 1),
-            "mean_accuracy": sum(d["accuracy"] for d in descriptions.values()) / len(descriptions),
-            "parameters_x_base": cost.parameters_x_base(accounts),
-            "parameters_x_base_with_heads": cost.parameters_x_base(accounts, heads=True),
-            "tasks": {
-                task: {
-                    "accuracy": description["accuracy"],
-                    "tuned_layers": description["accounting"]["tuned_layers"],
-                    "parameters": description["accounting"]["parameters"],
-                    "bytes": description["bytes"],
-                }
-                for task, description in descriptions.items()
-            },
-        }
+        seconds = round(sum(row["seconds"] for row in self.rows), 1)
+        summary = {"method": method, "seed": seed, "seconds": seconds, **summarise(descriptions)}
         write_json(self.path / "summary.json", summary)
         return summary
+
+
+def summarise(descriptions: Mapping[str, dict]) -> dict:
+    """The part of ``summary.json`` that follows from the tasks' descriptions, their accuracies included."""
+    accounts = [description["accounting"] for description in descriptions.values()]
+    return {
+        "mean_accuracy": sum(description["accuracy"] for description in descriptions.values()) / len(descriptions),
+        "parameters_x_base": cost.parameters_x_base(accounts),
+        "parameters_x_base_with_heads": cost.parameters_x_base(accounts, heads=True),
+        "tasks": {
+            task: {
+                "accuracy": description["accuracy"],
+                "tuned_layers": description["accounting"]["tuned_layers"],
+                "parameters": description["accounting"]["parameters"],
+                "bytes": description["bytes"],
+            }
+            for task, description in descriptions.items()
+        },
+    }
 
 
 def read_tasks(path: Path) -> dict[str, dict]:

@@ -44,8 +44,7 @@ def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
     """Write one task; see :meth:`taps.model.TaskModel.save_task`."""
     tensors: dict[str, Tensor] = {}
     for unit in model.units:
-        specific = unit.gates[task].decide().specific
-        if task in unit.deltas and not (isinstance(specific, float) and specific == 0.0):
+        if task in unit.deltas and unit.gates[task].decide().uses_delta:
             for name in unit.parameter_names:
                 tensors[f"delta/{unit.name}/{name}"] = unit.deltas[task][name]
     tensors.update(_pack("gate", [unit.gates[task].state_dict() for unit in model.units]))
@@ -204,7 +203,7 @@ def _fill(
     _unpack("gate", tensors, [unit.gates[task].state_dict() for unit in model.units], path)
     _unpack("norm", tensors, [norm_tensors(norm.norms[task]) for norm in norms], path)
     for unit in model.units:
-        if task not in unit.deltas and unit.gates[task].decide().specific != 0.0:
+        if task not in unit.deltas and unit.gates[task].decide().uses_delta:
             raise UserError(f"{path} lacks the delta of {unit.name}, whose gate is open")
     for key, target in head.state_dict().items():
         value = tensors.pop(f"head/{key}", None)

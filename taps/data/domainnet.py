@@ -19,7 +19,7 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 NUM_CLASSES = 345
 
 
-def _lists_folder(root: Path) -> Path:
+def lists_folder(root: Path) -> Path:
     """The lists lie in the root or in its ``txt`` folder."""
     return root / "txt" if (root / "txt").is_dir() else root
 
@@ -31,7 +31,7 @@ def has_lists(root: Path) -> bool:
 
 def listed_domains(root: Path) -> list[str]:
     """Domains that have both lists."""
-    folder = _lists_folder(root)
+    folder = lists_folder(root)
     return [
         domain
         for domain in DOMAINS
@@ -64,7 +64,7 @@ def read_list(path: Path) -> tuple[Sample, ...]:
 def class_names(root: Path) -> tuple[str, ...]:
     """Class names by official label, gathered from every list in the folder; ``class_<label>`` where none has it."""
     names = [f"class_{label}" for label in range(NUM_CLASSES)]
-    for path in sorted(_lists_folder(root).glob("*_t*.txt")):
+    for path in sorted(lists_folder(root).glob("*_t*.txt")):
         if path.stem in {f"{domain}_{split}" for domain in DOMAINS for split in ("train", "test")}:
             for sample, label in read_list(path):
                 names[label] = sample.split("/")[1]
@@ -77,7 +77,7 @@ def read_domain(root: Path, domain: str) -> TaskData:
     Raises:
         UserError: for a damaged list, or if none of the listed images is there.
     """
-    folder = _lists_folder(root)
+    folder = lists_folder(root)
     splits = {split: read_list(folder / f"{domain}_{split}.txt") for split in ("train", "test")}
     if not any((root / name).exists() for name, _ in splits["train"][:50]):
         raise UserError(

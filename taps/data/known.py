@@ -94,7 +94,7 @@ def _task_folders(path: Path) -> list[Path]:
 
 def _check_lists(root: Path) -> tuple[list[str], int]:
     lines, wrong = [], 0
-    folder = root / "txt" if (root / "txt").is_dir() else root
+    folder = domainnet.lists_folder(root)
     for domain, known in DOMAINNET.items():
         for split in ("train", "test"):
             path = folder / f"{domain}_{split}.txt"
