@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from taps.model import TaskModel
@@ -58,3 +60,15 @@ def parameters_x_base(accounts: Iterable[dict], heads: bool = False) -> float:
         return 1.0
     stored = sum(account["parameters"] + heads * account["head_parameters"] for account in accounts)
     return 1.0 + stored / accounts[0]["base_parameters"]
+
+
+def macs(function: Callable, *args) -> int:
+    """Multiply-accumulate operations of ``function(*args)`` in convolutions, matrix products and attention."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+    try:
+        with FlopCounterMode(display=False) as counter:
+            function(*args)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2

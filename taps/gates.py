@@ -24,13 +24,14 @@ class State:
     """What every unit of one model shares by reference: the task being run and how soft its gates are.
 
     Attributes:
-        task: name of the task, or ``None`` for the base network alone.
+        task: name of the task, ``None`` for the base network alone, or several tasks: an object of
+            :mod:`taps.several`, to which units hand their calls.
         temperature: of relaxations that have one (Gumbel-softmax, hard concrete), > 0.
         generator: source of the gates' random draws; ``None`` is torch's default one.
     """
 
     def __init__(self) -> None:
-        self.task: str | None = None
+        self.task: str | object | None = None
         self.temperature: float = 1.0
         self.generator: torch.Generator | None = None
 

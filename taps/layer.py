@@ -11,6 +11,7 @@ than expressed as deltas.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from taps.gates import Decision, Gate, State
+
+#: layers whose output is linear in their parameters
+_LINEAR_IN_PARAMETERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class TaskDict(nn.Module):
@@ -89,9 +93,33 @@ def _on_host(factor: Tensor) -> float | None:
     return factor.item()
 
 
+def _any_nonzero(tensor: Tensor) -> bool:
+    """Whether anything is not zero; a trained tensor's first few elements tell without reading the others."""
+    return bool(tensor.flatten()[:64].any()) or bool(tensor.any())
+
+
 def _same_dense_order(a: Tensor, b: Tensor) -> bool:
     dense = a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))
     return dense and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+class _TeachGates(torch.autograd.Function):
+    """The identity of y with a gradient for gates that are closed: see :meth:`GatedUnit.teach_gates`."""
+
+    @staticmethod
+    def forward(
+        ctx, y: Tensor, slopes: list[Callable[[], Tensor] | None], rows: list[slice], *specifics: Tensor
+    ) -> Tensor:
+        ctx.slopes, ctx.rows = slopes, rows
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        along = [
+            torch.sum(gradient[rows] * slope().to(gradient.dtype)) if slope is not None else gradient.new_zeros(())
+            for slope, rows in zip(ctx.slopes, ctx.rows, strict=True)
+        ]
+        return gradient, None, None, *along
 
 
 def add_delta(
@@ -193,14 +221,69 @@ class GatedUnit(nn.Module):
 
     def forward(self, *args, **kwargs):
         task = self.state.task
-        gate = self.gates.get(task)
-        if gate is None:
+        if task is None:
             return self.base(*args, **kwargs)
+        if not isinstance(task, str):
+            return task.run(self, args, kwargs)
         x = args[0] if args else next(iter(kwargs.values()), None)
-        decision = gate(x, self.state)
+        return self.carry_out(task, self.ask(task, x), args, kwargs)
+
+    def ask(self, task: str, x: Tensor | None) -> Decision:
+        """The gate's decision; a task without a gate here runs the base."""
+        gate = self.gates.get(task)
+        return Decision() if gate is None else gate(x, self.state)
+
+    def shared(self, decision: Decision) -> str | None:
+        """``"base"`` or ``"skip"`` where every task that decides so computes the same, ``None`` where this one differs."""
+        if isinstance(decision.run, Tensor):
+            return None
+        if decision.run == 0.0:
+            return "skip"
+        return "base" if decision.run == 1.0 and not decision.uses_delta else None
+
+    def is_closed(self, decision: Decision) -> bool:
+        """Whether a relaxed decision computes the base's output and only its gate learns from it: see :meth:`teach_gates`."""
+        specific = decision.specific
+        return (
+            isinstance(self.base, _LINEAR_IN_PARAMETERS)
+            and decision.delta_gradient is None
+            and not isinstance(decision.run, Tensor)
+            and decision.run == 1.0
+            and isinstance(specific, Tensor)
+            and specific.dim() == 0
+            and bool(specific.detach() == 0)
+        )
+
+    def teach_gates(self, y: Tensor, x: Tensor, rows: Mapping[str, slice], decisions: Mapping[str, Decision]) -> Tensor:
+        """``y`` = f(x; W) unchanged, with the gradients of closed gates added.
+
+        A closed unit's output is the base's, so tasks can share it, but each gate's specific·δ is still part of the
+        graph: dL/dspecific = ⟨dL/dy, ∂y/∂specific⟩ with ∂y/∂specific = f(x_task; δ_task), since f is linear in its
+        parameters. That is one more run of the layer on the task's rows, in the backward pass.
+        """
+        learning = [
+            task for task, decision in decisions.items() if task in self.deltas and decision.specific.requires_grad
+        ]
+        if not learning:
+            return y
+        slopes = []
+        for task in learning:
+            deltas = {name: self.deltas[task][name].detach() for name in self.parameter_names}
+            moved = any(_any_nonzero(delta) for delta in deltas.values())
+            own = (x.detach()[rows[task]],)
+            slopes.append(
+                functools.partial(functional_call, self.base, deltas, own, tie_weights=False) if moved else None
+            )
+        return _TeachGates.apply(
+            y, slopes, [rows[task] for task in learning], *(decisions[task].specific for task in learning)
+        )
+
+    def carry_out(self, task: str, decision: Decision, args: tuple, kwargs: dict):
+        """The equation."""
+        x = args[0] if args else next(iter(kwargs.values()), None)
         run = decision.run
         if isinstance(run, Tensor):
-            return self._blend(x, run, decision, args, kwargs)
+            return self._blend(task, x, run, decision, args, kwargs)
         if run == 0.0:
             return self.shortcut(x)
         y = self._call(task, decision, args, kwargs)
@@ -212,9 +295,8 @@ class GatedUnit(nn.Module):
             return self.base(*args, **kwargs)
         return functional_call(self.base, effective, args, kwargs, tie_weights=False)
 
-    def _blend(self, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
+    def _blend(self, task: str, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         """The equation with a tensor ``run``: one value for all, or one a sample, shape (B,)."""
-        task = self.state.task
         if self.training or run.dim() == 0:
             y = self._call(task, decision, args, kwargs)
             run = run.reshape(-1, *[1] * (y.dim() - 1)) if run.dim() else run
@@ -234,16 +316,23 @@ class GatedUnit(nn.Module):
             if "base" not in modules:
                 raise
         if name in self.parameter_names:
-            gate = self.gates.get(self.state.task)
-            if gate is not None:
-                effective = self.effective_parameters(self.state.task, gate(None, self.state))
-                return effective.get(name, self.base.get_parameter(name))
-        inner = tuple(parameter for parameter in self.parameter_names if parameter.startswith(f"{name}."))
-        if inner and self.state.task in self.gates:  # e.g. attention.out_proj.weight, which fast paths read
-            effective = self.effective_parameters(self.state.task, self.gates[self.state.task](None, self.state))
-            values = {parameter: effective.get(parameter, self.base.get_parameter(parameter)) for parameter in inner}
-            return SimpleNamespace(**{parameter[len(name) + 1 :]: value for parameter, value in values.items()})
+            return self._parameter(name)
+        inner = [parameter for parameter in self.parameter_names if parameter.startswith(f"{name}.")]
+        if inner and self.state.task is not None:  # e.g. attention.out_proj.weight, which fast paths read
+            return SimpleNamespace(**{parameter[len(name) + 1 :]: self._parameter(parameter) for parameter in inner})
         return getattr(self.base, name)
+
+    def _parameter(self, name: str) -> Tensor:
+        """One parameter as the current task sees it."""
+
+        def value(task: str | None) -> Tensor:
+            base = self.base.get_parameter(name)
+            if task not in self.gates:
+                return base
+            return self.effective_parameters(task, self.gates[task](None, self.state)).get(name, base)
+
+        task = self.state.task
+        return value(task) if task is None or isinstance(task, str) else task.read(value)
 
     def merged(self, task: str, memo: dict) -> nn.Module:
         """An ordinary copy of the base with ``task``'s decision carried out. ``memo`` as in ``copy.deepcopy``.
@@ -252,7 +341,7 @@ class GatedUnit(nn.Module):
             ValueError: where the decision depends on the input, so no fixed network equals it.
         """
         decision = self.gates[task].decide() if task in self.gates else Decision()
-        if isinstance(decision.run, Tensor):
+        if isinstance(decision.run, Tensor) or decision.run not in (0.0, 1.0):
             raise ValueError(f"unit {self.name!r} is run or skipped for each sample, so it cannot be merged")
         if decision.run == 0.0:
             return copy.deepcopy(self.shortcut, memo)
@@ -313,8 +402,26 @@ class TaskNorm(nn.Module):
         return norm if self._feeder[0].gates[task].decide().uses_delta else None
 
     def forward(self, *args, **kwargs):
-        norm = self.own(self.state.task)
-        return (self.base if norm is None else norm)(*args, **kwargs)
+        task = self.state.task
+        if task is None:
+            return self.base(*args, **kwargs)
+        if not isinstance(task, str):
+            return task.run(self, args, kwargs)
+        return self.carry_out(task, self.own(task), args, kwargs)
+
+    def ask(self, task: str, x: Tensor | None) -> nn.Module | None:
+        return self.own(task)
+
+    def shared(self, own: nn.Module | None) -> str | None:
+        """``"base"`` where tasks can share one call: not where each task's samples make statistics of their own."""
+        makes_statistics = self.base.training and next(self.base.buffers(), None) is not None
+        return "base" if own is None and not makes_statistics else None
+
+    def is_closed(self, own: nn.Module | None) -> bool:
+        return False
+
+    def carry_out(self, task: str, own: nn.Module | None, args: tuple, kwargs: dict):
+        return (self.base if own is None else own)(*args, **kwargs)
 
     def train(self, mode: bool = True) -> TaskNorm:
         super().train(mode)
@@ -329,8 +436,14 @@ class TaskNorm(nn.Module):
             modules = self.__dict__.get("_modules", {})
             if "base" not in modules:
                 raise
-        norm = self.own(self.state.task)
-        return getattr(modules["base"] if norm is None else norm, name)
+        task = self.state.task
+        if task is None or isinstance(task, str):
+            return self._attribute(name, task)
+        return task.read(functools.partial(self._attribute, name))
+
+    def _attribute(self, name: str, task: str | None):
+        norm = self.own(task)
+        return getattr(self.base if norm is None else norm, name)
 
     def merged(self, task: str, memo: dict) -> nn.Module:
         norm = self.own(task)

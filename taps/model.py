@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taps import taskfile
+from taps import cost, several, taskfile
 from taps.adapt import Unit, choose, out_features, wrap
 from taps.backbones import attach_head
 from taps.errors import UserError, unknown
@@ -85,6 +86,7 @@ class TaskModel(nn.Module):
         self.backbone = backbone
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
+        self._mixable: dict[torch.Size, str | None] = {}
         self._fingerprint: tuple[tuple, str] | None = None
         make = [
             Unit(u.name, type(u.base).__name__, {k: p.shape for k, p in u.base_parameters().items()}) for u in units
@@ -168,14 +170,9 @@ class TaskModel(nn.Module):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def using(self, task: str | None) -> Iterator[None]:
-        """Run the backbone as ``task`` sees it inside the ``with`` block; ``None`` is the base alone."""
-        before, self.state.task = self.state.task, task
-        try:
-            yield
-        finally:
-            self.state.task = before
+    def using(self, task: str | None):
+        """Run the backbone as ``task`` sees it inside a ``with`` block; ``None`` is the base alone."""
+        return several.running(self.state, task)
 
     def features(self, x: Tensor, task: str | None = None):
         """The backbone's output as ``task`` sees it; ``None`` is the base alone."""
@@ -184,25 +181,66 @@ class TaskModel(nn.Module):
         with self.using(task):
             return self.backbone(x)
 
-    def forward(self, x: Tensor, task: str):
-        """Run one task.
+    def forward(self, x: Tensor, task: str | Sequence[str]):
+        """Run one task, or a batch whose samples belong to different tasks.
 
         Args:
             x: a batch, (B, ...) as the backbone takes it.
-            task: the task's name.
+            task: the task's name, or B names, one a sample. What the tasks share is then computed once for the whole
+                batch; the result is that of running each task on its samples, batch statistics included.
 
         Returns:
-            What the task's head returns, (B, num_classes) for a linear head.
+            What the task's head returns, (B, num_classes) for a linear head. For several tasks the outputs in the order
+            of the batch: a tensor if their shapes agree, else a list of B outputs.
 
         Raises:
-            UserError: for an unknown task.
+            UserError: for an unknown task, or a number of names that is not B.
         """
-        self.check_task(task)
-        return self.heads[task](self.features(x, task))
+        if isinstance(task, str):
+            self.check_task(task)
+            return self.heads[task](self.features(x, task))
+        return self._mixed(x, list(task))
 
-    @torch.no_grad()
+    def _mixed(self, x: Tensor, names: list[str]):
+        if len(names) != len(x):
+            raise UserError(f"task= has {len(names)} names for a batch of {len(x)} samples; give one a sample")
+        rows: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            rows.setdefault(name, []).append(index)
+        for name in rows:
+            self.check_task(name)
+        if len(rows) == 1:
+            return self(x, names[0])
+        order = [index for indices in rows.values() for index in indices]
+        in_order = order == sorted(order)
+        if not in_order:
+            x = x[order]
+        sizes = {name: len(indices) for name, indices in rows.items()}
+        if self._why_not_mixed(x) is None:
+            with self.using(several.Mixed(self.state, sizes)):
+                features = several.split(self.backbone(x), list(sizes.values()))
+        else:
+            features = [self.features(part, name) for name, part in zip(sizes, x.split([*sizes.values()]), strict=True)]
+        outputs = [self.heads[name](part) for name, part in zip(sizes, features, strict=True)]
+        tensors = all(isinstance(output, Tensor) for output in outputs)
+        if tensors and len({output.shape[1:] for output in outputs}) == 1:
+            y = torch.cat(outputs)
+            return y if in_order else y[torch.tensor(order, device=y.device).argsort()]
+        each = [row for output, size in zip(outputs, sizes.values(), strict=True) for row in several.rows(output, size)]
+        return [row for _, row in sorted(zip(order, each, strict=True), key=lambda pair: pair[0])]
+
+    def _why_not_mixed(self, x: Tensor) -> str | None:
+        if x.shape[1:] not in self._mixable:
+            modules = (*self._units, *self._norms)
+            self._mixable[x.shape[1:]] = several.why_not_mixed(self.backbone, modules, self.state, x)
+        return self._mixable[x.shape[1:]]
+
     def predict(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Every task's output on the same batch, in evaluation mode and without gradients.
+
+        What tasks share up to their first difference is computed once, along the network's own data flow. With
+        ``norm="task"`` tasks differ from their first norm on; ``norm="follow"`` shares everything before the first
+        tuned layer. A network whose code cannot be followed is run task by task, with a warning that says why.
 
         Args:
             x: a batch, (B, ...).
@@ -211,15 +249,76 @@ class TaskModel(nn.Module):
         Returns:
             ``{task: output}`` in the order asked for.
         """
-        tasks = self.tasks if tasks is None else list(tasks)
-        for task in tasks:
+        with self._evaluating(), torch.inference_mode(False), torch.no_grad():
+            return self._predict(x.clone() if x.is_inference() else x, self._names(tasks))
+
+    def _predict(self, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
+        if not tasks:
+            return {}
+        try:
+            features = several.run_together(self.backbone, self.state, x, tasks)
+        except Exception as error:
+            # Code that a value for several tasks cannot go through fails in any way; a mistake fails again below.
+            outputs = {task: self(x, task) for task in tasks}
+            reason = str(error) if isinstance(error, several.Inseparable) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"predict runs the tasks one by one: {reason}", stacklevel=3)
+            return outputs
+        return {task: self.heads[task](several.select(features, (task,))) for task in tasks}
+
+    def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
+        """Multiply-accumulate operations (MACs) of :meth:`predict` on ``x``; convolutions, matrix products, attention.
+
+        Returns:
+            ``macs``, what the network computes for all tasks in one pass; ``macs_separate``, what as many separate
+            passes would compute; ``macs_heads``, what the heads add to either.
+        """
+        tasks = self._names(tasks)
+        with self._evaluating(), torch.no_grad():
+            heads = sum(cost.macs(self.heads[task], self.features(x, task)) for task in tasks)
+            together = cost.macs(self._predict, x, tasks)
+            separate = sum(cost.macs(self.features, x, task) for task in tasks)
+        return {"macs": together - heads, "macs_separate": separate, "macs_heads": heads}
+
+    def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
+        """An ordinary module from a batch to ``{task: output}`` that computes what :meth:`predict` computes.
+
+        The tasks' decisions are carried out, so it holds one plain module for each different behaviour of a layer. It
+        is in evaluation mode; ``torch.export.export(predictor, (x,))`` makes one program with an output for each task.
+
+        Raises:
+            ValueError: where a decision depends on the input, so no fixed network equals it.
+        """
+        tasks = self._names(tasks)
+        memo: dict[int, object] = {}
+        state = State()
+        with self._evaluating():
+            for module in self._inner_first():
+                choices, variants = {}, {}
+                for task in tasks:
+                    name = module.shared(module.ask(task, None)) or task
+                    choices[task] = name
+                    if name not in variants:
+                        variants[name] = module.merged(task, dict(memo))
+                memo[id(module)] = several.Variants(state, choices, variants)
+            backbone = copy.deepcopy(self.backbone, memo).requires_grad_(False)
+        heads = nn.ModuleList([copy.deepcopy(self.heads[task]) for task in tasks])
+        return several.Predictor(backbone, heads, tasks, state).eval()
+
+    def _names(self, tasks: Sequence[str] | None) -> list[str]:
+        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        for task in names:
             self.check_task(task)
-        training = self.training
+        return names
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            return {task: self(x, task) for task in tasks}
+            yield
         finally:
-            self.train(training)
+            for module, mode in modes.items():
+                module.training = mode
 
     # -- what a task has learned ---------------------------------------------------------------------------------
 
@@ -358,13 +457,14 @@ class TaskModel(nn.Module):
         """
         self.check_task(task)
         memo: dict[int, object] = {}
-        inner_first = sorted(
-            (*self._units, *self._norms), key=lambda module: -len(module.name.split(".")) * bool(module.name)
-        )
-        for module in inner_first:
+        for module in self._inner_first():
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)
         return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
+
+    def _inner_first(self) -> list[GatedUnit | TaskNorm]:
+        """Units and norms, those inside others before these."""
+        return sorted((*self._units, *self._norms), key=lambda module: -len(module.name.split(".")) * bool(module.name))
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, norm={self.norm!r}, units={len(self._units)}, tasks={self.tasks}"

@@ -10,10 +10,10 @@ from conftest import ROOT
 
 #: module of taps -> the modules of taps that it may import at its top
 LAYERS = {
-    "errors": (), "gates": ("errors",), "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
+    "errors": (), "gates": ("errors",), "several": ("gates",), "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
     "methods": ("adapt", "gates"), "files": ("errors",), "backbones": ("errors", "files"), "cost": (),
     "taskfile": ("cost", "errors", "files"), "budget": ("cost", "errors"),
-    "model": ("adapt", "backbones", "errors", "gates", "layer", "methods", "taskfile"),
+    "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "methods", "several", "taskfile"),
     "checkpoint": ("errors", "files"),
     "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),
     "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),

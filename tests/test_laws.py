@@ -127,18 +127,6 @@ def test_merged_network_computes_the_same_without_a_class_of_ours(trained):
     assert not any(parameter is own for parameter in plain.parameters() for own in model.parameters())
 
 
-def test_predict_is_each_task_by_itself(trained):
-    model, x, _ = trained
-    model.train()
-    outputs = model.predict(x)
-    assert model.training
-    model.eval()
-    assert list(outputs) == ["a", "b"]
-    with torch.no_grad():
-        for task, output in outputs.items():
-            assert torch.equal(output, model(x, task))
-
-
 def test_saved_task_loads_exactly_into_a_fresh_base(trained, case, tmp_path):
     model, x, _ = trained
     model.save_task("a", tmp_path)

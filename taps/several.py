@@ -1,0 +1,531 @@
+"""Several tasks in one forward pass: a batch whose samples belong to different tasks, or all tasks on the same batch.
+
+Either way :attr:`taps.gates.State.task` holds an object of this module instead of a task's name, and every unit and norm
+hands its call to that object. It asks the module what each task wants there, and lets tasks that want the same share
+one call. Everything else in the network runs as it is.
+
+- :class:`Mixed`: one tensor holds the samples of all tasks, task after task. What tasks share runs once on all rows.
+- :class:`Together`: all tasks see the same samples. A tensor stays an ordinary one while all tasks agree on it. From
+  their first difference on it is a :class:`Branches`, one tensor a group of tasks that still agree. Branches travel
+  along the network's own data flow, whatever code it is made of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from taps.gates import Decision, State
+
+
+class Inseparable(Exception):  # noqa: N818 (it is no error of the user's)
+    """This network cannot run several tasks in one pass; the message says why. Callers run them one by one."""
+
+
+@contextmanager
+def running(state: State, task) -> Iterator[None]:
+    """Inside the ``with`` block units run ``task``: a name, ``None``, :class:`Mixed` or :class:`Together`."""
+    before, state.task = state.task, task
+    try:
+        yield
+    finally:
+        state.task = before
+
+
+def _first(args: tuple, kwargs: dict):
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+# -- samples of different tasks in one batch ---------------------------------------------------------------------------
+
+
+class Mixed:
+    """A batch that holds the samples of several tasks, task after task.
+
+    Args:
+        state: of the model.
+        sizes: number of samples of each task, > 0, in the order they lie in the batch.
+    """
+
+    def __init__(self, state: State, sizes: dict[str, int]) -> None:
+        self.state = state
+        self.sizes = sizes
+        self.samples = sum(sizes.values())
+
+    def rows(self, size: int) -> dict[str, slice]:
+        """Where each task's rows lie in a tensor of ``size`` rows: a sample has one row or as many as every other."""
+        each, rest = divmod(size, self.samples)
+        if rest:
+            raise Inseparable(f"a layer's input has {size} rows for {self.samples} samples")
+        places, start = {}, 0
+        for task, count in self.sizes.items():
+            places[task] = slice(start, start + each * count)
+            start += each * count
+        return places
+
+    def run(self, module, args: tuple, kwargs: dict):
+        """Run a unit or norm: once on the rows of all tasks that share it, and for each other task on its own rows."""
+        x = _first(args, kwargs)
+        places = self.rows(len(x))
+        answers, groups, closed = {}, {}, {}
+        for task, place in places.items():
+            with running(self.state, task):
+                answers[task] = module.ask(task, x[place])
+            if module.is_closed(answers[task]):
+                closed[task], answers[task] = answers[task], Decision()
+            groups.setdefault(module.shared(answers[task]) or (task,), []).append(task)
+        pieces: dict[str, object] = {}
+        own: dict[str, tuple] = {}
+        for tasks in groups.values():
+            everyone = len(tasks) == len(places)
+            group = self if everyone else Mixed(self.state, {task: self.sizes[task] for task in tasks})
+            if everyone:
+                inputs = args, kwargs
+            else:
+                own = own or dict(zip(places, split((args, kwargs), self._lengths(places)), strict=True))
+                inputs = _cat([own[task] for task in tasks])
+            with running(self.state, tasks[0] if len(tasks) == 1 else group):
+                y = module.carry_out(tasks[0], answers[tasks[0]], *inputs)
+            its = group.rows(len(_first(*inputs)))
+            learning = {task: closed[task] for task in tasks if task in closed}
+            if learning:
+                y = module.teach_gates(y, _first(*inputs), its, learning)
+            if everyone:
+                return y
+            pieces.update(zip(tasks, split(y, self._lengths(its)), strict=True))
+        return _cat([pieces[task] for task in places])
+
+    @staticmethod
+    def _lengths(places: dict[str, slice]) -> list[int]:
+        return [place.stop - place.start for place in places.values()]
+
+    def read(self, value: Callable[[str], object]):
+        raise Inseparable("the network reads a layer's weights instead of calling it")
+
+
+def split(tree, sizes: list[int]) -> list:
+    """A tree of tensors as one tree a task, cut along the rows; what has not as many rows is handed to all."""
+    if len(sizes) == 1:
+        return [tree]
+    leaves, spec = tree_flatten(tree)
+    cut = [
+        leaf.split(sizes) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == sum(sizes) else None
+        for leaf in leaves
+    ]
+    return [
+        tree_unflatten([leaf if part is None else part[index] for leaf, part in zip(leaves, cut, strict=True)], spec)
+        for index in range(len(sizes))
+    ]
+
+
+def rows(tree, count: int) -> list:
+    """A tree of tensors as one tree a sample."""
+    return [tree_map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
+
+
+def _cat(trees: list):
+    if len(trees) == 1:
+        return trees[0]
+    flat = [tree_flatten(tree) for tree in trees]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns], flat[0][1])
+
+
+@torch.no_grad()
+def why_not_mixed(backbone: nn.Module, modules: Sequence[nn.Module], state: State, x: Tensor) -> str | None:
+    """Why the samples of a batch cannot be told apart by rows in this network; ``None`` if they can.
+
+    The base network runs twice on two samples of which only the second one is changed. In the input of every unit and
+    norm, and in the output, the first half of the rows has to stay as it was, and the second half has to change: then a
+    row belongs to one sample, and samples lie one after another. Sequence-first transformers, for example, fail this.
+    """
+    noise = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(0))  # the run's own draws stay as they are
+    other = noise.to(x) if x.is_floating_point() else x[1:2].flip(-1)
+    pairs = (torch.cat([x[:1], x[1:2]]), torch.cat([x[:1], other]))
+    runs: list[list[Tensor]] = [[], []]
+    training = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    hooks = []
+    try:
+        for seen, pair in zip(runs, pairs, strict=True):
+            hooks = [
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, seen=seen: seen.extend(
+                        leaf.clone() for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)
+                    ),
+                    with_kwargs=True,
+                )
+                for module in modules
+            ]
+            with running(state, _Reading()):
+                seen.extend(leaf for leaf in tree_flatten(backbone(pair))[0] if isinstance(leaf, Tensor))
+            for hook in hooks:
+                hook.remove()
+    except Inseparable as reason:
+        return str(reason)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    for before, after in zip(*runs, strict=True):
+        half = len(before) // 2 if before.dim() else 0
+        kept = half and len(before) % 2 == 0 and torch.equal(before[:half], after[:half])
+        if not kept or torch.equal(before[half:], after[half:]):
+            return "the rows of some layer's input are not the samples, one after another"
+    return None
+
+
+class _Reading:
+    """Runs the base alone and refuses networks that read weights."""
+
+    def run(self, module, args: tuple, kwargs: dict):
+        return module.base(*args, **kwargs)
+
+    read = Mixed.read
+
+
+# -- all tasks on the same batch ---------------------------------------------------------------------------------------
+
+
+class Together:
+    """Several tasks that all see the same samples.
+
+    Args:
+        state: of the model.
+        tasks: their names.
+    """
+
+    def __init__(self, state: State, tasks: Sequence[str]) -> None:
+        self.state = state
+        self.tasks = tuple(tasks)
+
+    def run(self, module, args: tuple, kwargs: dict):
+        """Run a unit or norm once for each group of tasks that want the same of it, on each input that they have."""
+        Changes.check((args, kwargs), self.tasks)
+        answers, groups = {}, {}
+        x = _first(args, kwargs)
+        for task in self.tasks:
+            with running(self.state, task):
+                answers[task] = module.ask(task, select(x, (task,)))
+            groups.setdefault(module.shared(answers[task]) or (task,), []).append(task)
+        results = []
+        for tasks in groups.values():
+            inner = tasks[0] if len(tasks) == 1 else Together(self.state, tasks)
+            arguments, keywords = select((args, kwargs), tasks)
+            plain = [leaf for leaf in tree_flatten((arguments, keywords))[0] if type(leaf) is Tensor]
+            with running(self.state, inner):
+                versions = [leaf._version for leaf in plain]
+                results.append((tuple(tasks), module.carry_out(tasks[0], answers[tasks[0]], arguments, keywords)))
+                if len(groups) > 1 and versions != [leaf._version for leaf in plain]:
+                    raise Inseparable("a layer changes its input in place")
+        return join(results)
+
+    def read(self, value: Callable[[str], object]):
+        """An attribute whose value depends on the task."""
+        results = []
+        for task in self.tasks:
+            with running(self.state, task):
+                results.append(((task,), value(task)))
+        return join(results)
+
+
+class Branches:
+    """A tensor that has become a different one for different tasks; to the code of a network it looks like a tensor.
+
+    Every torch function and method runs once for each group of tasks that agree on all of its arguments.
+
+    Args:
+        parts: groups of tasks and the tensor each of them sees; a task is in one group.
+    """
+
+    __class__ = property(lambda self: Tensor)  # so that isinstance(x, Tensor) in a network's code holds
+
+    def __init__(self, parts: list[tuple[tuple[str, ...], Tensor]]) -> None:
+        self.parts = parts
+
+    def of(self, task: str) -> Tensor:
+        return next(tensor for tasks, tensor in self.parts if task in tasks)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return _each(function, args, kwargs or {})
+
+    def __getattr__(self, name: str):
+        attribute = getattr(Tensor, name)
+        if callable(attribute):
+            return functools.partial(_each_of, attribute, self)
+        return _each(lambda tensor: getattr(tensor, name), (self,), {})
+
+    def __bool__(self) -> bool:
+        return _each(bool, (self,), {})
+
+    def __int__(self) -> int:
+        return _each(int, (self,), {})
+
+    def __float__(self) -> float:
+        return _each(float, (self,), {})
+
+    def __len__(self) -> int:
+        return len(self.parts[0][1])
+
+    def __iter__(self):
+        return iter(self.unbind(0))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _each_of(method, self, *args, **kwargs):
+    return _each(method, (self, *args), kwargs)
+
+
+def _operator(name: str):
+    method = getattr(Tensor, name)
+    return lambda self, *args: _each(method, (self, *args), {})
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+for _name in (
+    *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i")),
+    *("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"),
+    *("__neg__", "__abs__", "__invert__", "__getitem__", "__setitem__"),
+):
+    if hasattr(Tensor, _name):
+        setattr(Branches, _name, _operator(_name))
+
+
+def select(tree, tasks: Sequence[str]):
+    """What ``tasks`` see of a tree of values: an ordinary tensor where they agree, else fewer branches."""
+
+    def of_leaf(leaf):
+        if type(leaf) is not Branches:
+            return leaf
+        kept = [(tuple(task for task in group if task in tasks), tensor) for group, tensor in leaf.parts]
+        kept = [(group, tensor) for group, tensor in kept if group]
+        return kept[0][1] if len(kept) == 1 else Branches(kept)
+
+    return tree_map(of_leaf, tree)
+
+
+def join(results: list[tuple[tuple[str, ...], object]]):
+    """One value out of those of several groups of tasks."""
+    if len(results) == 1:
+        return results[0][1]
+    flat = [(tasks, *tree_flatten(value)) for tasks, value in results]
+    spec = flat[0][2]
+    if any(other != spec for _, _, other in flat):
+        raise Inseparable("a layer returns differently built values for different tasks")
+    leaves = []
+    for index in range(len(flat[0][1])):
+        column = [(tasks, values[index]) for tasks, values, _ in flat]
+        first = column[0][1]
+        if isinstance(first, Tensor):
+            parts: dict[int, tuple[tuple[str, ...], Tensor]] = {}
+            for tasks, value in column:
+                for group, tensor in value.parts if type(value) is Branches else [(tasks, value)]:
+                    parts[id(tensor)] = (parts.get(id(tensor), ((), None))[0] + group, tensor)
+            leaves.append(Branches([*parts.values()]) if len(parts) > 1 else next(iter(parts.values()))[1])
+        elif all(type(value) is type(first) and value == first for _, value in column):
+            leaves.append(first)
+        else:
+            raise Inseparable("the network decides by values that differ between tasks")
+    return tree_unflatten(leaves, spec)
+
+
+def _each(function, args: tuple, kwargs: dict):
+    """Call ``function`` once for each group of tasks that agree on every argument."""
+    with Changes.checked_here():
+        return _each_group(function, args, kwargs)
+
+
+def _each_group(function, args: tuple, kwargs: dict):
+    branches = [leaf for leaf in tree_flatten((args, kwargs))[0] if type(leaf) is Branches]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for task in (task for group, _ in branches[0].parts for task in group):
+        groups.setdefault(tuple(id(branch.of(task)) for branch in branches), []).append(task)
+    in_place = _works_in_place(function, kwargs)
+    if in_place:
+        if "out" in kwargs:
+            raise Inseparable("the network writes into a tensor (out=) that tasks share")
+        args = (_owned(args[0], [*groups.values()]), *args[1:])
+    results = []
+    for group in groups.values():
+        arguments, keywords = select((args, kwargs), group)
+        Changes.check((arguments, keywords), group)
+        results.append((tuple(group), function(*arguments, **keywords)))
+        if in_place:
+            Changes.record(arguments[0], group)
+    return join(results)
+
+
+def _works_in_place(function, kwargs: dict) -> bool:
+    name = getattr(function, "__name__", "")
+    if kwargs.get("inplace") or "out" in kwargs or name == "__setitem__":
+        return True
+    if name.startswith("__"):
+        return name.startswith("__i") and name[3:-2] in _BINARY
+    return name.endswith("_")
+
+
+def _owned(target, groups: list[list[str]]) -> Branches:
+    """A target of an in-place function in which no two groups share memory."""
+    if type(target) is not Branches:
+        Changes.record(target, ())  # x += y gives the name x a new value; every other name of it is out of date
+        return Branches([(tuple(group), target.clone()) for group in groups])
+    parts = []
+    for members, tensor in target.parts:
+        inside = [tuple(group) for group in groups if group[0] in members]
+        if len(inside) > 1:
+            Changes.record(tensor, ())
+        parts.extend((group, tensor.clone() if len(inside) > 1 else tensor) for group in inside)
+    target.parts = parts
+    return target
+
+
+class Changes(TorchFunctionMode):
+    """Remembers memory that in-place functions changed, and for which tasks; refuses to use it for others."""
+
+    current: Changes | None = None
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
+        self.watching = True
+        self.valid: dict[StorageWeakRef, frozenset[str]] = {}
+
+    @classmethod
+    def record(cls, tensor: Tensor, tasks: Sequence[str]) -> None:
+        """From now on the memory of ``tensor`` holds what ``tasks`` see, and only they."""
+        if cls.current is not None:
+            valid = {reference: those for reference, those in cls.current.valid.items() if not reference.expired()}
+            reference = StorageWeakRef(tensor.untyped_storage())
+            valid[reference] = frozenset(tasks) & valid.get(reference, frozenset(tasks))
+            cls.current.valid = valid
+
+    @classmethod
+    def check(cls, tree, tasks: Sequence[str]) -> None:
+        """Raise ``Inseparable`` if ``tasks`` would read memory that is out of date for one of them."""
+        if cls.current is None or not cls.current.valid:
+            return
+        for leaf in tree_flatten(tree)[0]:
+            if isinstance(leaf, Tensor) and type(leaf) is not Branches:
+                those = cls.current.valid.get(StorageWeakRef(leaf.untyped_storage()))
+                if those is not None and not those.issuperset(tasks):
+                    raise Inseparable("the network changes a tensor in place that other tasks use again")
+
+    @classmethod
+    @contextmanager
+    def checked_here(cls) -> Iterator[None]:
+        """Inside, functions on the tensors of one group of tasks are not taken for functions on what all share."""
+        changes = cls.current
+        before = changes is not None and changes.watching
+        try:
+            if changes is not None:
+                changes.watching = False
+            yield
+        finally:
+            if changes is not None:
+                changes.watching = before
+
+    def __enter__(self) -> Changes:
+        self.outer, Changes.current = Changes.current, self
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        Changes.current = self.outer
+        super().__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.valid and self.watching and isinstance(self.state.task, Together) and Branches not in map(type, args):
+            self.watching = False
+            try:
+                self.check((args, kwargs), self.state.task.tasks)
+            finally:
+                self.watching = True
+        return function(*args, **kwargs)
+
+
+def run_together(backbone: nn.Module, state: State, x: Tensor, tasks: Sequence[str]):
+    """The backbone's output for several tasks on the same batch: a tree of tensors and :class:`Branches`.
+
+    Raises:
+        Inseparable: if the network's code cannot be followed.
+    """
+    with Changes(state), running(state, Together(state, tasks) if len(tasks) > 1 else tasks[0]):
+        features = backbone(x)
+        Changes.check(features, tasks)
+    return features
+
+
+class Variants(nn.Module):
+    """What is left of a unit or norm when its tasks' decisions are carried out: one plain module a distinct behaviour.
+
+    Args:
+        state: of the predictor.
+        choices: for each task the name of its variant.
+        variants: plain modules by name.
+    """
+
+    def __init__(self, state: State, choices: dict[str, str], variants: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.state = state
+        self.choices = choices
+        self.variants = nn.ModuleList(variants.values())
+        self._index = {name: index for index, name in enumerate(variants)}
+
+    def ask(self, task: str, x) -> str:
+        return self.choices[task]
+
+    def shared(self, answer: str) -> str:
+        return answer
+
+    def carry_out(self, task: str, answer: str, args: tuple, kwargs: dict):
+        return self.variants[self._index[answer]](*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        task = self.state.task
+        if isinstance(task, str):
+            return self.carry_out(task, self.choices[task], args, kwargs)
+        return task.run(self, args, kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "variants" not in self.__dict__.get("_modules", {}):
+                raise
+
+        def value(task: str):
+            return getattr(self.variants[self._index[self.choices[task]]], name)
+
+        task = self.state.task
+        if task is None:
+            return getattr(self.variants[0], name)
+        return value(task) if isinstance(task, str) else task.read(value)
+
+
+class Predictor(nn.Module):
+    """From a batch to ``{task: output}``: what tasks share is computed once, and no gate is left to ask.
+
+    Made by :meth:`taps.model.TaskModel.predictor`. ``torch.export`` turns it into one program with many outputs.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: nn.ModuleList, tasks: Sequence[str], state: State) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.state = state
+        self.backbone = backbone
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = run_together(self.backbone, self.state, x, self.tasks)
+        return {task: head(select(features, (task,))) for task, head in zip(self.tasks, self.heads, strict=True)}
