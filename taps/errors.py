@@ -17,6 +17,10 @@ class DivergedError(UserError):
     """The training loss is no longer a finite number."""
 
 
+class Inseparable(Exception):  # noqa: N818 (no mistake of anyone's)
+    """This network cannot run several tasks in one pass; the message says why. Callers run them one by one."""
+
+
 def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> UserError:
     """The error for a name that is not one of ``allowed``; offers the nearest ones.
 

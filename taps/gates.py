@@ -11,7 +11,8 @@ A gate has two faces. In training mode it is *relaxed*: tensors that gradients f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class State:
 
     Attributes:
         task: name of the task, ``None`` for the base network alone, or several tasks: an object of
-            :mod:`taps.several`, to which units hand their calls.
+            :mod:`taps.mixed` or :mod:`taps.together`, to which units hand their calls.
         temperature: of relaxations that have one (Gumbel-softmax, hard concrete), > 0.
         generator: source of the gates' random draws; ``None`` is torch's default one.
     """
@@ -34,6 +35,15 @@ class State:
         self.task: str | object | None = None
         self.temperature: float = 1.0
         self.generator: torch.Generator | None = None
+
+    @contextmanager
+    def running(self, task: str | object | None) -> Iterator[None]:
+        """Inside the ``with`` block units run ``task``."""
+        before, self.task = self.task, task
+        try:
+            yield
+        finally:
+            self.task = before
 
 
 class Decision(NamedTuple):

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taps import cost, several, taskfile
+from taps import cost, mixed, taskfile, together
 from taps.adapt import Unit, choose, out_features, wrap
 from taps.backbones import attach_head
-from taps.errors import UserError, unknown
+from taps.errors import Inseparable, UserError, unknown
 from taps.gates import Gate, State
 from taps.layer import GatedUnit, TaskDict, TaskNorm, plain_state
 from taps.methods import METHODS, Method
@@ -172,7 +172,7 @@ class TaskModel(nn.Module):
 
     def using(self, task: str | None):
         """Run the backbone as ``task`` sees it inside a ``with`` block; ``None`` is the base alone."""
-        return several.running(self.state, task)
+        return self.state.running(task)
 
     def features(self, x: Tensor, task: str | None = None):
         """The backbone's output as ``task`` sees it; ``None`` is the base alone."""
@@ -217,8 +217,8 @@ class TaskModel(nn.Module):
             x = x[order]
         sizes = {name: len(indices) for name, indices in rows.items()}
         if self._why_not_mixed(x) is None:
-            with self.using(several.Mixed(self.state, sizes)):
-                features = several.split(self.backbone(x), list(sizes.values()))
+            with self.using(mixed.Mixed(self.state, sizes)):
+                features = mixed.split(self.backbone(x), list(sizes.values()))
         else:
             features = [self.features(part, name) for name, part in zip(sizes, x.split([*sizes.values()]), strict=True)]
         outputs = [self.heads[name](part) for name, part in zip(sizes, features, strict=True)]
@@ -226,13 +226,13 @@ class TaskModel(nn.Module):
         if tensors and len({output.shape[1:] for output in outputs}) == 1:
             y = torch.cat(outputs)
             return y if in_order else y[torch.tensor(order, device=y.device).argsort()]
-        each = [row for output, size in zip(outputs, sizes.values(), strict=True) for row in several.rows(output, size)]
+        each = [row for output, size in zip(outputs, sizes.values(), strict=True) for row in mixed.rows(output, size)]
         return [row for _, row in sorted(zip(order, each, strict=True), key=lambda pair: pair[0])]
 
     def _why_not_mixed(self, x: Tensor) -> str | None:
         if x.shape[1:] not in self._mixable:
             modules = (*self._units, *self._norms)
-            self._mixable[x.shape[1:]] = several.why_not_mixed(self.backbone, modules, self.state, x)
+            self._mixable[x.shape[1:]] = mixed.why_not_mixed(self.backbone, modules, self.state, x)
         return self._mixable[x.shape[1:]]
 
     def predict(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -256,14 +256,14 @@ class TaskModel(nn.Module):
         if not tasks:
             return {}
         try:
-            features = several.run_together(self.backbone, self.state, x, tasks)
+            features = together.run_together(self.backbone, self.state, x, tasks)
         except Exception as error:
             # Code that a value for several tasks cannot go through fails in any way; a mistake fails again below.
             outputs = {task: self(x, task) for task in tasks}
-            reason = str(error) if isinstance(error, several.Inseparable) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, Inseparable) else f"{type(error).__name__}: {error}"
             warnings.warn(f"predict runs the tasks one by one: {reason}", stacklevel=3)
             return outputs
-        return {task: self.heads[task](several.select(features, (task,))) for task in tasks}
+        return {task: self.heads[task](together.select(features, (task,))) for task in tasks}
 
     def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
         """Multiply-accumulate operations (MACs) of :meth:`predict` on ``x``; convolutions, matrix products, attention.
@@ -275,9 +275,9 @@ class TaskModel(nn.Module):
         tasks = self._names(tasks)
         with self._evaluating(), torch.no_grad():
             heads = sum(cost.macs(self.heads[task], self.features(x, task)) for task in tasks)
-            together = cost.macs(self._predict, x, tasks)
+            one_pass = cost.macs(self._predict, x, tasks)
             separate = sum(cost.macs(self.features, x, task) for task in tasks)
-        return {"macs": together - heads, "macs_separate": separate, "macs_heads": heads}
+        return {"macs": one_pass - heads, "macs_separate": separate, "macs_heads": heads}
 
     def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
         """An ordinary module from a batch to ``{task: output}`` that computes what :meth:`predict` computes.
@@ -299,10 +299,10 @@ class TaskModel(nn.Module):
                     choices[task] = name
                     if name not in variants:
                         variants[name] = module.merged(task, dict(memo))
-                memo[id(module)] = several.Variants(state, choices, variants)
+                memo[id(module)] = together.Variants(state, choices, variants)
             backbone = copy.deepcopy(self.backbone, memo).requires_grad_(False)
         heads = nn.ModuleList([copy.deepcopy(self.heads[task]) for task in tasks])
-        return several.Predictor(backbone, heads, tasks, state).eval()
+        return together.Predictor(backbone, heads, tasks, state).eval()
 
     def _names(self, tasks: Sequence[str] | None) -> list[str]:
         names = self.tasks if tasks is None else list(dict.fromkeys(tasks))

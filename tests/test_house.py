@@ -10,10 +10,11 @@ from conftest import ROOT
 
 #: module of taps -> the modules of taps that it may import at its top
 LAYERS = {
-    "errors": (), "gates": ("errors",), "several": ("gates",), "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
+    "errors": (), "gates": ("errors",), "mixed": ("errors", "gates"), "together": ("errors", "gates"),
+    "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
     "methods": ("adapt", "gates"), "files": ("errors",), "backbones": ("errors", "files"), "cost": (),
     "taskfile": ("cost", "errors", "files"), "budget": ("cost", "errors"),
-    "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "methods", "several", "taskfile"),
+    "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "methods", "mixed", "taskfile", "together"),
     "checkpoint": ("errors", "files"),
     "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),
     "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),

@@ -1,13 +1,8 @@
-"""Several tasks in one forward pass: a batch whose samples belong to different tasks, or all tasks on the same batch.
+"""All tasks on the same batch, in one pass that computes what they share once.
 
-Either way :attr:`taps.gates.State.task` holds an object of this module instead of a task's name, and every unit and norm
-hands its call to that object. It asks the module what each task wants there, and lets tasks that want the same share
-one call. Everything else in the network runs as it is.
-
-- :class:`Mixed`: one tensor holds the samples of all tasks, task after task. What tasks share runs once on all rows.
-- :class:`Together`: all tasks see the same samples. A tensor stays an ordinary one while all tasks agree on it. From
-  their first difference on it is a :class:`Branches`, one tensor a group of tasks that still agree. Branches travel
-  along the network's own data flow, whatever code it is made of.
+While it runs, :attr:`taps.gates.State.task` is a :class:`Together`, and every unit and norm hands its call to it. A tensor
+stays an ordinary one while all tasks agree on it. From their first difference on it is a :class:`Branches`, one tensor a
+group of tasks that still agree. Branches travel along the network's own data flow, whatever code it is made of.
 """
 
 from __future__ import annotations
@@ -16,183 +11,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from taps.gates import Decision, State
-
-
-class Inseparable(Exception):  # noqa: N818 (it is no error of the user's)
-    """This network cannot run several tasks in one pass; the message says why. Callers run them one by one."""
-
-
-@contextmanager
-def running(state: State, task) -> Iterator[None]:
-    """Inside the ``with`` block units run ``task``: a name, ``None``, :class:`Mixed` or :class:`Together`."""
-    before, state.task = state.task, task
-    try:
-        yield
-    finally:
-        state.task = before
-
-
-def _first(args: tuple, kwargs: dict):
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-# -- samples of different tasks in one batch ---------------------------------------------------------------------------
-
-
-class Mixed:
-    """A batch that holds the samples of several tasks, task after task.
-
-    Args:
-        state: of the model.
-        sizes: number of samples of each task, > 0, in the order they lie in the batch.
-    """
-
-    def __init__(self, state: State, sizes: dict[str, int]) -> None:
-        self.state = state
-        self.sizes = sizes
-        self.samples = sum(sizes.values())
-
-    def rows(self, size: int) -> dict[str, slice]:
-        """Where each task's rows lie in a tensor of ``size`` rows: a sample has one row or as many as every other."""
-        each, rest = divmod(size, self.samples)
-        if rest:
-            raise Inseparable(f"a layer's input has {size} rows for {self.samples} samples")
-        places, start = {}, 0
-        for task, count in self.sizes.items():
-            places[task] = slice(start, start + each * count)
-            start += each * count
-        return places
-
-    def run(self, module, args: tuple, kwargs: dict):
-        """Run a unit or norm: once on the rows of all tasks that share it, and for each other task on its own rows."""
-        x = _first(args, kwargs)
-        places = self.rows(len(x))
-        answers, groups, closed = {}, {}, {}
-        for task, place in places.items():
-            with running(self.state, task):
-                answers[task] = module.ask(task, x[place])
-            if module.is_closed(answers[task]):
-                closed[task], answers[task] = answers[task], Decision()
-            groups.setdefault(module.shared(answers[task]) or (task,), []).append(task)
-        pieces: dict[str, object] = {}
-        own: dict[str, tuple] = {}
-        for tasks in groups.values():
-            everyone = len(tasks) == len(places)
-            group = self if everyone else Mixed(self.state, {task: self.sizes[task] for task in tasks})
-            if everyone:
-                inputs = args, kwargs
-            else:
-                own = own or dict(zip(places, split((args, kwargs), self._lengths(places)), strict=True))
-                inputs = _cat([own[task] for task in tasks])
-            with running(self.state, tasks[0] if len(tasks) == 1 else group):
-                y = module.carry_out(tasks[0], answers[tasks[0]], *inputs)
-            its = group.rows(len(_first(*inputs)))
-            learning = {task: closed[task] for task in tasks if task in closed}
-            if learning:
-                y = module.teach_gates(y, _first(*inputs), its, learning)
-            if everyone:
-                return y
-            pieces.update(zip(tasks, split(y, self._lengths(its)), strict=True))
-        return _cat([pieces[task] for task in places])
-
-    @staticmethod
-    def _lengths(places: dict[str, slice]) -> list[int]:
-        return [place.stop - place.start for place in places.values()]
-
-    def read(self, value: Callable[[str], object]):
-        raise Inseparable("the network reads a layer's weights instead of calling it")
-
-
-def split(tree, sizes: list[int]) -> list:
-    """A tree of tensors as one tree a task, cut along the rows; what has not as many rows is handed to all."""
-    if len(sizes) == 1:
-        return [tree]
-    leaves, spec = tree_flatten(tree)
-    cut = [
-        leaf.split(sizes) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == sum(sizes) else None
-        for leaf in leaves
-    ]
-    return [
-        tree_unflatten([leaf if part is None else part[index] for leaf, part in zip(leaves, cut, strict=True)], spec)
-        for index in range(len(sizes))
-    ]
-
-
-def rows(tree, count: int) -> list:
-    """A tree of tensors as one tree a sample."""
-    return [tree_map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
-
-
-def _cat(trees: list):
-    if len(trees) == 1:
-        return trees[0]
-    flat = [tree_flatten(tree) for tree in trees]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return tree_unflatten([torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns], flat[0][1])
-
-
-@torch.no_grad()
-def why_not_mixed(backbone: nn.Module, modules: Sequence[nn.Module], state: State, x: Tensor) -> str | None:
-    """Why the samples of a batch cannot be told apart by rows in this network; ``None`` if they can.
-
-    The base network runs twice on two samples of which only the second one is changed. In the input of every unit and
-    norm, and in the output, the first half of the rows has to stay as it was, and the second half has to change: then a
-    row belongs to one sample, and samples lie one after another. Sequence-first transformers, for example, fail this.
-    """
-    noise = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(0))  # the run's own draws stay as they are
-    other = noise.to(x) if x.is_floating_point() else x[1:2].flip(-1)
-    pairs = (torch.cat([x[:1], x[1:2]]), torch.cat([x[:1], other]))
-    runs: list[list[Tensor]] = [[], []]
-    training = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    hooks = []
-    try:
-        for seen, pair in zip(runs, pairs, strict=True):
-            hooks = [
-                module.register_forward_pre_hook(
-                    lambda module, args, kwargs, seen=seen: seen.extend(
-                        leaf.clone() for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)
-                    ),
-                    with_kwargs=True,
-                )
-                for module in modules
-            ]
-            with running(state, _Reading()):
-                seen.extend(leaf for leaf in tree_flatten(backbone(pair))[0] if isinstance(leaf, Tensor))
-            for hook in hooks:
-                hook.remove()
-    except Inseparable as reason:
-        return str(reason)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    for before, after in zip(*runs, strict=True):
-        half = len(before) // 2 if before.dim() else 0
-        kept = half and len(before) % 2 == 0 and torch.equal(before[:half], after[:half])
-        if not kept or torch.equal(before[half:], after[half:]):
-            return "the rows of some layer's input are not the samples, one after another"
-    return None
-
-
-class _Reading:
-    """Runs the base alone and refuses networks that read weights."""
-
-    def run(self, module, args: tuple, kwargs: dict):
-        return module.base(*args, **kwargs)
-
-    read = Mixed.read
-
-
-# -- all tasks on the same batch ---------------------------------------------------------------------------------------
+from taps.errors import Inseparable
+from taps.gates import State
 
 
 class Together:
@@ -211,9 +36,9 @@ class Together:
         """Run a unit or norm once for each group of tasks that want the same of it, on each input that they have."""
         Changes.check((args, kwargs), self.tasks)
         answers, groups = {}, {}
-        x = _first(args, kwargs)
+        x = args[0] if args else next(iter(kwargs.values()), None)
         for task in self.tasks:
-            with running(self.state, task):
+            with self.state.running(task):
                 answers[task] = module.ask(task, select(x, (task,)))
             groups.setdefault(module.shared(answers[task]) or (task,), []).append(task)
         results = []
@@ -221,7 +46,7 @@ class Together:
             inner = tasks[0] if len(tasks) == 1 else Together(self.state, tasks)
             arguments, keywords = select((args, kwargs), tasks)
             plain = [leaf for leaf in tree_flatten((arguments, keywords))[0] if type(leaf) is Tensor]
-            with running(self.state, inner):
+            with self.state.running(inner):
                 versions = [leaf._version for leaf in plain]
                 results.append((tuple(tasks), module.carry_out(tasks[0], answers[tasks[0]], arguments, keywords)))
                 if len(groups) > 1 and versions != [leaf._version for leaf in plain]:
@@ -232,7 +57,7 @@ class Together:
         """An attribute whose value depends on the task."""
         results = []
         for task in self.tasks:
-            with running(self.state, task):
+            with self.state.running(task):
                 results.append(((task,), value(task)))
         return join(results)
 
@@ -460,7 +285,7 @@ def run_together(backbone: nn.Module, state: State, x: Tensor, tasks: Sequence[s
     Raises:
         Inseparable: if the network's code cannot be followed.
     """
-    with Changes(state), running(state, Together(state, tasks) if len(tasks) > 1 else tasks[0]):
+    with Changes(state), state.running(Together(state, tasks) if len(tasks) > 1 else tasks[0]):
         features = backbone(x)
         Changes.check(features, tasks)
     return features
