@@ -32,9 +32,12 @@ def main(arguments: Sequence[str]) -> None:
     names = given.tasks or list(descriptions)
     options = Namespace(**{**files.read_json(folder / "settings.json"), "device": given.device, "amp": "none"})
     accelerator = commands.make_accelerator(options)
-    net = commands.make_base(options)
+    base = results.RunFolder(folder).base_path
+    net = commands.make_base(options, base if base.is_file() else None)
     prepare = commands.make_preprocessing(options, net)
-    model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers).to(accelerator.device)
+    model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False).to(
+        accelerator.device
+    )
     for name in names:
         model.load_task(folder / name, name=name)
     if given.no_test:

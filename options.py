@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from taps.data.tasks import SAMPLINGS
 from taps.methods import METHODS
 from taps.recipe import OPTIMIZERS
 
@@ -19,6 +20,7 @@ PUBLISHED = {
     "model_type": "resnet34", "epochs": 30, "batch_size": 32, "lr": 0.01, "warmup_epochs": 2.0, "settle_epochs": 0.0,
     "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
+JOINT = {**PUBLISHED, "batch_size": 12, "epochs": 60}
 DEMO = {
     "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
@@ -65,11 +67,11 @@ def _default(name: str) -> str:
     return f"(default: {'that of --lr' if PUBLISHED[name] is None else PUBLISHED[name]}{demo})"
 
 
-def sequential_parser() -> Parser:
-    """Options of ``train_sequential.py``."""
+def training_parser(prog: str, description: str) -> Parser:
+    """The options that all training programs have."""
     parser = Parser(
-        prog="train_sequential.py",
-        description="Adapt one pretrained network to one task after another. Without --dataset it runs the demo.",
+        prog=prog,
+        description=description,
         epilog="Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume.",
         allow_abbrev=False,
     )
@@ -236,12 +238,6 @@ def sequential_parser() -> Parser:
     machine.add_argument(
         "--amp", default="none", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)"
     )
-    machine.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the training step with torch.compile (takes minutes, for long runs)",
-    )
-
     output = parser.add_argument_group("output")
     output.add_argument(
         "--result_path",
@@ -263,11 +259,88 @@ def sequential_parser() -> Parser:
     return parser
 
 
+def sequential_parser() -> Parser:
+    """Options of ``train_sequential.py``."""
+    parser = training_parser(
+        "train_sequential.py",
+        "Adapt one pretrained network to one task after another. Without --dataset it runs the demo.",
+    )
+    parser.add_argument_group("sequential").add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the training step with torch.compile (takes minutes, for long runs)",
+    )
+    return parser
+
+
+def joint_parser() -> Parser:
+    """Options of ``train_joint.py``."""
+    parser = training_parser(
+        "train_joint.py",
+        "Train one network for many tasks together. Without --dataset it runs the demo. "
+        "--batch_size counts the images of each task (default: 12), --epochs is 60 by default; the demo's are 16 and 6.",
+    )
+    joint = parser.add_argument_group("joint")
+    joint.add_argument(
+        "--variant",
+        default="joint",
+        choices=("joint", "lite"),
+        help="joint: the base and all tasks' deltas at once, whose memory grows with the number of tasks; "
+        "lite: one network shared by all first, then one task after another on it, in the memory of one task (default: joint)",
+    )
+    joint.add_argument(
+        "--sampling",
+        default="equal",
+        choices=SAMPLINGS,
+        help="whose images a batch holds: equally many of each task, in proportion to the tasks' sizes, or to their "
+        "1/T-th power; an epoch always has as many images as all tasks together (default: equal)",
+    )
+    joint.add_argument(
+        "--sampling_temperature",
+        type=number(float, 0, above=True),
+        default=2.0,
+        metavar="T",
+        help="of --sampling temperature: 1 is proportional, large values are equal (default: 2)",
+    )
+    joint.add_argument(
+        "--base_lr",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help="learning rate of the shared base (default: that of --lr divided by the number of tasks)",
+    )
+    joint.add_argument(
+        "--shared_epochs",
+        type=number(int, 1),
+        metavar="N",
+        help="epochs of the shared network in the lite variant (default: as --epochs)",
+    )
+    return parser
+
+
 def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and fill in the defaults, which for the demo are the demo's."""
     parser = sequential_parser()
+    return _complete(parser, parser.parse_args(arguments), PUBLISHED, DEMO)
+
+
+def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and fill in the defaults, which for the demo are the demo's."""
+    parser = joint_parser()
     options = parser.parse_args(arguments)
-    defaults = dict(PUBLISHED) if options.dataset else {**PUBLISHED, **DEMO}
+    if options.method == "hard_sharing" and options.variant == "lite":
+        parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
+    demo = {**DEMO, "experiment_name": f"demo_{options.variant}"}
+    options = _complete(parser, options, JOINT, demo, f"_{options.variant}")
+    if options.shared_epochs is None:
+        options.shared_epochs = options.epochs
+    return options
+
+
+def _complete(
+    parser: Parser, options: argparse.Namespace, published: dict, demo: dict, suffix: str = ""
+) -> argparse.Namespace:
+    """Fill in defaults and refuse what contradicts itself."""
+    defaults = dict(published) if options.dataset else {**published, **demo}
     if not options.dataset and options.epochs is not None:  # the demo's share of settling epochs
         defaults["settle_epochs"] = 0.75 * options.epochs
     for name, value in defaults.items():
@@ -277,7 +350,7 @@ def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
         options.resize = round(options.input_size * 8 / 7)
     if options.experiment_name is None:
         data = "_".join(Path(path).name or Path(path).resolve().name for path in options.dataset)
-        options.experiment_name = f"{data}_{options.model_type}_{options.method}"
+        options.experiment_name = f"{data}_{options.model_type}_{options.method}{suffix}"
     options.dataset = [os.path.abspath(path) for path in options.dataset] if options.dataset else None
     options.model_path = os.path.abspath(options.model_path) if options.model_path else None
     penalised = options.method == "taps" and options.lam > 0 and options.budget is None

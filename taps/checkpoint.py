@@ -8,6 +8,7 @@ transforms of the images follow from the seed and the epoch (:mod:`taps.data.ima
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +22,14 @@ from taps.files import write_tensors
 
 
 def save(
-    path: Path, model, task: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: dict
+    path: Path, model, tasks: Sequence[str], optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: dict
 ) -> None:
     """Write the state of a run after some number of steps. Every process must call it; the first one writes.
 
     Args:
         path: the file.
         model: the unwrapped :class:`taps.model.TaskModel`.
-        task: the task in training.
+        tasks: those in training.
         optimizer: made by :func:`taps.train.make_optimizer`.
         accelerator: tells processes apart and holds the gradient scaler.
         progress: counters, as JSON.
@@ -36,9 +37,7 @@ def save(
     random_states = gather_object([random_state()])
     if not accelerator.is_main_process:
         return
-    tensors = {f"task/{name}": tensor for name, tensor in model.task_state(task).items()}
-    if model.row.trains_base:
-        tensors.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
+    tensors = _tensors(model, tasks)
     numbers: dict[str, object] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -50,18 +49,26 @@ def save(
         tensors.update((f"random/{rank}/{name}", tensor) for name, tensor in states.items())
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     record = {
-        "task": task,
+        "tasks": list(tasks),
         "progress": progress,
         "optimizer": numbers,
         "scaler": scaler,
         "processes": accelerator.num_processes,
-        "base": None if model.row.trains_base else model.fingerprint(),
+        "base": None if model.train_base else model.fingerprint(),
     }
     write_tensors(path, tensors, {"record": json.dumps(record)})
 
 
+def _tensors(model, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Everything of the model that training moves."""
+    tensors = {f"task/{name}": tensor for task in tasks for name, tensor in model.task_state(task).items()}
+    if model.train_base:
+        tensors.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
+    return tensors
+
+
 def read_record(path: Path) -> dict | None:
-    """The counters of a checkpoint (``task`` and ``progress``), or ``None`` if there is no file.
+    """The counters of a checkpoint (``tasks`` and ``progress``), or ``None`` if there is no file.
 
     Raises:
         UserError: if the file is damaged.
@@ -76,7 +83,7 @@ def read_record(path: Path) -> dict | None:
 
 
 def restore(
-    path: Path, model, task: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    path: Path, model, tasks: Sequence[str], optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> tuple[dict, dict[str, Tensor]]:
     """Bring model and optimiser back to the state in ``path``.
 
@@ -98,13 +105,11 @@ def restore(
         )
     with safe_open(path, "pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    targets = {f"task/{name}": tensor for name, tensor in model.task_state(task).items()}
-    if model.row.trains_base:
-        targets.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
+    targets = _tensors(model, tasks)
     wrong = [n for n, tensor in targets.items() if n not in tensors or tensors[n].shape != tensor.shape]
-    if record["task"] != task or wrong:
+    if record["tasks"] != list(tasks) or wrong:
         raise UserError(
-            f"checkpoint {path} belongs to another run (task {record['task']!r}, {len(wrong)} tensors differ)"
+            f"checkpoint {path} belongs to another run (tasks {', '.join(record['tasks'])}; {len(wrong)} tensors differ)"
         )
     with torch.no_grad():
         for name, target in targets.items():

@@ -76,7 +76,7 @@ def make_accelerator(options: Namespace) -> Accelerator:
     if precision == "fp16" and cpu:
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     # Closed units under norm="follow" and gates that stand still have parameters without a gradient in some steps.
-    some_unused = options.norm == "follow" or bool(options.budget) or options.settle_epochs > 0
+    some_unused = options.norm == "follow" or bool(options.budget) or options.settle_epochs > 0 or "variant" in options
     unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
 
@@ -90,11 +90,13 @@ def read_data(paths: Sequence[str] | None, options: Namespace) -> list[TaskData]
     return read_demo(root)
 
 
-def make_base(options: Namespace) -> torch.nn.Module:
-    """The backbone that the options name, with its weights; random ones follow from the seed."""
+def make_base(options: Namespace, path: Path | None = None) -> torch.nn.Module:
+    """The backbone that the options name, with its weights or those in ``path``; random ones follow from the seed."""
     torch.manual_seed(options.seed)
     size = {"img_size": options.input_size} if needs_image_size(options.model_type, options.input_size) else {}
-    return create_backbone(options.model_type, pretrained=options.pretrained, path=options.model_path or None, **size)
+    return create_backbone(
+        options.model_type, pretrained=options.pretrained, path=path or options.model_path or None, **size
+    )
 
 
 def make_preprocessing(options: Namespace, net: torch.nn.Module) -> Preprocessing:

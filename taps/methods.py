@@ -103,7 +103,7 @@ class Method:
         phases: from the numbers of all, of warm-up and of settling epochs to the phases of training.
         options: names and defaults of the options that ``gate`` takes.
         norms: the norm policies that make sense, the default one first.
-        trains_base: whether the base network learns too.
+        trains_base: whether the base network learns too, unless :func:`taps.adapt` is told otherwise.
     """
 
     summary: str
@@ -143,5 +143,12 @@ METHODS: dict[str, Method] = {
         source="linear classifier probe",
         gate=always_base,
         norms=("frozen",),
+    ),
+    "hard_sharing": Method(
+        summary="one network learns for all tasks, which differ in their heads alone",
+        source="Multitask Learning, Machine Learning 28, 1997",
+        gate=always_base,
+        norms=("frozen",),
+        trains_base=True,
     ),
 }

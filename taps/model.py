@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,14 @@ from taps.methods import METHODS, Method
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def adapt(net: nn.Module, method: str = "taps", norm: str = "task", layers: str | None = None, **options) -> TaskModel:
+def adapt(
+    net: nn.Module,
+    method: str = "taps",
+    norm: str = "task",
+    layers: str | None = None,
+    train_base: bool | None = None,
+    **options,
+) -> TaskModel:
     """Make ``net`` the shared base of many tasks.
 
     The network is wrapped in place. It is frozen unless the method trains it, and what it computes never changes:
@@ -36,6 +43,7 @@ def adapt(net: nn.Module, method: str = "taps", norm: str = "task", layers: str 
             the norm is tuned, so that what is shared is shared exactly; ``"frozen"`` the base's. For BatchNorm,
             LayerNorm, GroupNorm and their relatives alike. A method for which only one policy makes sense uses that.
         layers: a regular expression searched in the layers' names; the others stay shared. ``None``: all layers.
+        train_base: whether the base learns along with the tasks, as in joint training; ``None``: as the method says.
         **options: the method's own, e.g. for ``"taps"``: ``threshold=0.1`` (τ), ``score_init=0.15``, ``ste="code"``.
 
     Raises:
@@ -59,7 +67,8 @@ def adapt(net: nn.Module, method: str = "taps", norm: str = "task", layers: str 
         if norm != "task":
             raise UserError(f"method {method!r} works with norm={row.norms[0]!r}, not {norm!r}")
         norm = row.norms[0]
-    return TaskModel(net, method, row, norm, layers, {**row.options, **options})
+    trains = row.trains_base if train_base is None else train_base
+    return TaskModel(net, method, row, norm, layers, {**row.options, **options}, trains)
 
 
 class TaskModel(nn.Module):
@@ -68,7 +77,16 @@ class TaskModel(nn.Module):
     Made by :func:`adapt`. ``model(x, task="sketch")`` runs one task; every method below takes the task's name.
     """
 
-    def __init__(self, net: nn.Module, method: str, row: Method, norm: str, layers: str | None, options: dict) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        method: str,
+        row: Method,
+        norm: str,
+        layers: str | None,
+        options: dict,
+        train_base: bool,
+    ) -> None:
         super().__init__()
         found = choose(row.select(net), layers)
         self.method = method
@@ -76,12 +94,13 @@ class TaskModel(nn.Module):
         self.norm = norm
         self.layers = layers
         self.options = options
+        self.train_base = train_base
         self.state = State()
         self.num_features = out_features(net)
         self.base_name = (getattr(net, "pretrained_cfg", None) or {}).get("architecture") or type(net).__name__
         self.base_parameters = sum(parameter.numel() for parameter in net.parameters())
-        backbone, units, norms = wrap(net, found, self.state, norm, frozen=not row.trains_base)
-        if not row.trains_base:
+        backbone, units, norms = wrap(net, found, self.state, norm, frozen=not train_base)
+        if not train_base:
             backbone.requires_grad_(False)
         self.backbone = backbone
         self.heads = TaskDict()
@@ -355,22 +374,23 @@ class TaskModel(nn.Module):
             )
         return rows
 
-    def roles(self, task: str) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters that training ``task`` may move, by role and dotted name.
+    def roles(self, *tasks: str) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters that training ``tasks`` may move, by role and dotted name.
 
         Roles are those of :data:`taps.methods.ROLES`; ``"base"`` is empty while the base is frozen.
         """
-        self.check_task(task)
         role_of: dict[int, str] = {}
-        for unit in self._units:
-            for role, modules in (("gate", unit.gates), ("delta", unit.deltas)):
-                if task in modules:
-                    role_of.update((id(parameter), role) for parameter in modules[task].parameters())
-        for norm in self._norms:
-            if task in norm.norms:
-                role_of.update((id(parameter), "norm") for parameter in norm.norms[task].parameters())
-        role_of.update((id(parameter), "head") for parameter in self.heads[task].parameters())
-        if self.row.trains_base:
+        for task in tasks:
+            self.check_task(task)
+            for unit in self._units:
+                for role, modules in (("gate", unit.gates), ("delta", unit.deltas)):
+                    if task in modules:
+                        role_of.update((id(parameter), role) for parameter in modules[task].parameters())
+            for norm in self._norms:
+                if task in norm.norms:
+                    role_of.update((id(parameter), "norm") for parameter in norm.norms[task].parameters())
+            role_of.update((id(parameter), "head") for parameter in self.heads[task].parameters())
+        if self.train_base:
             others = {id(p) for module in self._task_modules() for p in module.parameters()}
             role_of.update((id(p), "base") for p in self.backbone.parameters() if id(p) not in others)
         roles: dict[str, dict[str, nn.Parameter]] = {}
@@ -403,6 +423,21 @@ class TaskModel(nn.Module):
     def base_state(self) -> dict[str, Tensor]:
         """The base network's tensors under the names they had before it was wrapped."""
         return plain_state(self.backbone)
+
+    @torch.no_grad()
+    def load_base(self, state: Mapping[str, Tensor]) -> None:
+        """Give the base the tensors of :meth:`base_state` of another model of the same network.
+
+        Raises:
+            UserError: if names or shapes differ; the base is then unchanged.
+        """
+        own = self.base_state()
+        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        wrong += [name for name in state if name not in own]
+        if wrong:
+            raise UserError(f"these weights belong to another network: {len(wrong)} tensors differ, e.g. {wrong[0]}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
     def fingerprint(self) -> str:
         """SHA-256 of every tensor of the base: its name, type, shape and bytes. Counters of batches are left out."""

@@ -1,14 +1,21 @@
-"""Pictures. Everything shown is read from task descriptions, i.e. from the gates' hard decisions."""
+"""Pictures. Everything shown is read from a results folder, i.e. from the gates' hard decisions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taps.cost import is_tuned
 from taps.files import whole
 
-_TUNED, _SHARED, _BORDER = "#d9542b", "#e9edf2", "#8793a3"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+_TUNED, _SHARED, _BORDER, _SECOND = "#d9542b", "#e9edf2", "#8793a3", "#3f6fa3"
+_SHORTCUTS = ("downsample", "shortcut", "skip")
 
 
 def stage_of(name: str) -> str:
@@ -20,72 +27,243 @@ def stage_of(name: str) -> str:
     return parts[0]
 
 
-def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[str, str] | None = None):
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _bare(axes) -> None:
+    axes.tick_params(which="both", length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[str, str] | None = None) -> Figure:
     """Heat map of units (left to right in network order) × tasks: tuned or shared.
+
+    Stage borders are drawn, and shortcut convolutions are named above the map.
 
     Args:
         tasks: rows of ``model.report`` by task; all of the same network.
         title: above the picture.
         captions: a short text at the right end of a task's row, e.g. its accuracy.
-
-    Returns:
-        A matplotlib figure.
     """
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     names = list(tasks)
     units = [row["name"] for row in tasks[names[0]]]
     matrix = [[float(is_tuned(row)) for row in tasks[name]] for name in names]
-    figure = Figure(figsize=(min(max(0.17 * len(units) + 3.2, 7), 26), 0.34 * len(names) + 1.9), layout="constrained")
+    figure = _figure(min(max(0.17 * len(units) + 3.2, 7), 26), 0.3 * len(names) + 2.3)
     axes = figure.add_subplot()
     axes.imshow(matrix, aspect="auto", cmap=ListedColormap([_SHARED, _TUNED]), vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks([index - 0.5 for index in range(1, len(units))], minor=True)
     axes.set_yticks([index - 0.5 for index in range(1, len(names))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="both", length=0)
-    starts = [
-        index for index in range(len(units)) if index == 0 or stage_of(units[index]) != stage_of(units[index - 1])
-    ]
+    stages = [stage_of(unit) for unit in units]
+    starts = [index for index in range(len(units)) if index == 0 or stages[index] != stages[index - 1]]
     ends = [*starts[1:], len(units)]
     for start in starts[1:]:
         axes.axvline(start - 0.5, color=_BORDER, linewidth=1.0)
-    wide = [(start, end) for start, end in zip(starts, ends, strict=True)]
+    turned = len(starts) > 6
     axes.set_xticks(
-        [(start + end - 1) / 2 for start, end in wide],
-        [f"{stage_of(units[start])}" for start, _ in wide],
-        rotation=45 if len(wide) > 6 else 0,
-        ha="right" if len(wide) > 6 else "center",
+        [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)],
+        [stages[start] for start in starts],
+        rotation=45 if turned else 0,
+        ha="right" if turned else "center",
+        rotation_mode="anchor" if turned else None,
         fontsize=8,
     )
     axes.set_xlabel(f"layers in network order, {len(units)} in all")
-    for side in axes.spines.values():
-        side.set_visible(False)
+    _bare(axes)
+    shortcuts = [index for index, unit in enumerate(units) if any(word in unit for word in _SHORTCUTS)]
+    if shortcuts:
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(shortcuts, [_shortcut_name(units[index]) for index in shortcuts], fontsize=7, color=_BORDER)
+        above.tick_params(length=3, color=_BORDER)
+        above.spines["top"].set_visible(False)
     if captions:
         right = axes.secondary_yaxis("right")
         right.set_yticks(range(len(names)), [captions.get(name, "") for name in names])
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     keys = [Patch(color=_TUNED, label="the task's own weights"), Patch(color=_SHARED, label="shared with the base")]
-    figure.legend(handles=keys, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles=keys, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
-def save(figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+def _shortcut_name(unit: str) -> str:
+    return next(word for word in _SHORTCUTS if word in unit)
 
 
-def run_picture(descriptions: Mapping[str, dict], summary: dict):
-    """The heat map of a run, with each task's accuracy, from task descriptions and ``summary.json``."""
+def sizes(summary: Mapping) -> Figure:
+    """Accuracy and stored parameters of each task of a ``summary.json``, side by side."""
+    rows = summary["tasks"]
+    names = list(rows)
+    figure = _figure(9, 0.3 * len(names) + 1.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = [row["accuracy"] for row in rows.values()]
+    bars = left.barh(names, values, color=_SECOND, height=0.7)
+    left.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
+    left.axvline(summary["mean_accuracy"], color=_BORDER, linestyle="--", linewidth=1)
+    left.set_xlim(0, 112)
+    left.set_xticks(range(0, 101, 20))
+    left.set_xlabel(f"accuracy on the test split, %  (mean {summary['mean_accuracy']:.1f}, dashed)")
+    millions = [row["parameters"] / 1e6 for row in rows.values()]
+    bars = right.barh(names, millions, color=_TUNED, height=0.7)
+    texts = [
+        f"{size:.2f} M, {100 * row['tuned_layers']:.0f} %" for size, row in zip(millions, rows.values(), strict=True)
+    ]
+    right.bar_label(bars, texts, padding=3, fontsize=8)
+    right.set_xlim(0, max([*millions, 1e-3]) * 1.35)
+    right.set_xlabel(f"stored parameters, and layers tuned  (all: {summary['parameters_x_base']:.2f} × base)")
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def scores(metrics: Iterable[Mapping], threshold: float) -> Figure | None:
+    """Every layer's score over the epochs, one panel a task, with the threshold τ above which a layer is tuned.
+
+    Args:
+        metrics: rows of ``metrics.jsonl``.
+        threshold: τ.
+
+    Returns:
+        ``None`` for a method whose gates have no scores.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    tasks: dict[str, list[Mapping]] = {}
+    for row in metrics:
+        if row["scores"] and row["scores"][0] is not None:
+            tasks.setdefault(row["task"], []).append(row)
+    if not tasks:
+        return None
+    columns = min(len(tasks), max(3, math.ceil(math.sqrt(len(tasks)))))
+    lines = math.ceil(len(tasks) / columns)
+    figure = _figure(2.6 * columns + 1.6, 2.0 * lines + 0.9)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    depth = colormaps["viridis"]
+    for axes in panels.flat[len(tasks) :]:
+        axes.axis("off")
+    for axes, (name, rows) in zip(panels.flat, tasks.items(), strict=False):
+        epochs, count = [row["epoch"] for row in rows], len(rows[0]["scores"])
+        for unit in range(count):
+            values = [row["scores"][unit] for row in rows]
+            axes.plot(epochs, values, color=depth(unit / max(count - 1, 1)), linewidth=0.8, marker=".", markersize=3)
+        axes.axhline(threshold, color=_TUNED, linestyle="--", linewidth=1.2)
+        axes.set_title(name, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel(f"score of a layer (dashed: threshold {threshold:g})", fontsize=9)
+    bar = figure.colorbar(ScalarMappable(Normalize(1, count), depth), ax=panels, pad=0.01, aspect=30)
+    bar.set_label("layer, in network order", fontsize=8)
+    return figure
+
+
+def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
+    """For each two tasks, the layers that both tune among those that either tunes, in %; the diagonal counts the layers."""
+    names = list(tasks)
+    tuned = [{row["name"] for row in tasks[name] if is_tuned(row)} for name in names]
+    shared = [[100 * len(a & b) / max(len(a | b), 1) for b in tuned] for a in tuned]
+    side = 0.42 * len(names) + 2.4
+    figure = _figure(side + 1.2, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(shared, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            text = str(len(tuned[row])) if row == column else f"{shared[row][column]:.0f}"
+            color = "white" if shared[row][column] > 60 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    _bare(axes)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label("tuned by both, % of tuned by either", fontsize=8)
+    axes.set_title("which tasks tune the same layers (diagonal: how many)", fontsize=9, loc="left")
+    return figure
+
+
+def trade_off(runs: Mapping[str, Mapping], labels: Mapping[str, str] | None = None) -> Figure:
+    """Mean accuracy against size, one point a run.
+
+    Args:
+        runs: ``summary.json`` by run.
+        labels: what is written at each point, e.g. λ; the run's name by default.
+    """
+    figure = _figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    points = sorted((run["parameters_x_base"], run["mean_accuracy"], name) for name, run in runs.items())
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=_BORDER, linewidth=1, zorder=1)
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=_TUNED, zorder=2)
+    for x, y, name in points:
+        text = (labels or {}).get(name, name)
+        axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15, y=0.2)
+    axes.set_xlabel("size of base and tasks together, × base")
+    axes.set_ylabel("mean accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
+    """An image, and beside it each task's most probable classes.
+
+    Args:
+        image: as a person sees it.
+        outputs: for each task (class, probability 0..1), the most probable first.
+    """
+    columns = min(3, len(outputs))
+    lines = math.ceil(len(outputs) / columns)
+    figure = _figure(2.6 + 3.0 * columns, max(2.6, 1.4 * lines + 0.4))
+    grid = figure.add_gridspec(lines, columns + 1, width_ratios=[1.0] + [1.1] * columns)
+    picture = figure.add_subplot(grid[:, 0])
+    picture.imshow(image)
+    picture.axis("off")
+    for index, (task, classes) in enumerate(outputs.items()):
+        axes = figure.add_subplot(grid[index // columns, index % columns + 1])
+        names = [name if len(name) <= 18 else f"{name[:17]}…" for name, _ in classes]
+        values = [100 * value for _, value in classes]
+        bars = axes.barh(range(len(names)), values, color=_SECOND, height=0.7)
+        axes.bar_label(bars, [f"{value:.0f} %" for value in values], padding=2, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlim(0, 125)
+        axes.set_xticks([])
+        axes.invert_yaxis()
+        axes.set_title(task, fontsize=9, loc="left")
+        _bare(axes)
+    return figure
+
+
+def run_pictures(
+    descriptions: Mapping[str, Mapping], summary: Mapping, metrics: Iterable[Mapping]
+) -> dict[str, Figure]:
+    """The pictures of a run by name, from its tasks' descriptions, ``summary.json`` and ``metrics.jsonl``."""
     captions = {
         name: f"{row['accuracy']:.1f} %, {100 * row['tuned_layers']:.0f} % tuned"
         for name, row in summary["tasks"].items()
     }
-    base = next(iter(descriptions.values()))["base"]["name"]
-    title = f"{base}: which layers each task tuned ({summary['parameters_x_base']:.2f} × base)"
-    return layers({name: description["units"] for name, description in descriptions.items()}, title, captions)
+    first = next(iter(descriptions.values()))
+    units = {name: description["units"] for name, description in descriptions.items()}
+    title = f"{first['base']['name']}: which layers each task tuned ({summary['parameters_x_base']:.2f} × base)"
+    figures = {"layers": layers(units, title, captions), "sizes": sizes(summary)}
+    over_time = scores(metrics, first["options"].get("threshold", 0.0))
+    if over_time is not None:
+        figures["scores"] = over_time
+    if len(units) > 1:
+        figures["overlap"] = overlap(units)
+    return figures
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

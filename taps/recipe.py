@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,16 @@ class Recipe:
         optimizer: ``"sgd"``, ``"nag"`` (SGD with Nesterov momentum), ``"adam"`` or ``"adamw"``.
         lr: learning rate of the first epoch, > 0.
         score_lr: that of the gates; ``None`` is ``lr``.
+        base_lr: that of a base that learns too; ``None`` is ``lr`` divided by the number of tasks, since the base's
+            gradient is a sum over them.
         momentum: of sgd and nag.
-        weight_decay: on deltas and heads (and the base where it is trained); never on gates and norms.
+        weight_decay: on deltas and heads (and the weights of a base that learns too); never on gates and norms.
         accumulate: batches a step, > 0.
         eval_epochs: validate after every so many epochs and after the last.
         seed: of the order of the data, dropout and the like.
         limit_batches: use only so many batches of an epoch; ``None`` for all.
         compile: run training steps through ``torch.compile``; validation is short and runs as it is.
+        mixed: run a batch of several tasks in one forward pass; else task by task, which needs the memory of one.
         channels_last: keep images and their convolutions' weights in the memory order that CPUs and CUDA run fastest.
     """
 
@@ -46,6 +50,7 @@ class Recipe:
     optimizer: str = "sgd"
     lr: float = 0.01
     score_lr: float | None = None
+    base_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
     accumulate: int = 1
@@ -53,6 +58,7 @@ class Recipe:
     seed: int = 0
     limit_batches: int | None = None
     compile: bool = False
+    mixed: bool = True
     channels_last: bool = True
 
     def phases(self, model: TaskModel) -> tuple[Phase, ...]:
@@ -75,7 +81,7 @@ def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:
     return phases[-1]
 
 
-def make_optimizer(model: TaskModel, task: str, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: TaskModel, tasks: Sequence[str], recipe: Recipe) -> torch.optim.Optimizer:
     """An optimiser with one parameter group a role; gates have their own learning rate, gates and norms no decay.
 
     Raises:
@@ -83,13 +89,16 @@ def make_optimizer(model: TaskModel, task: str, recipe: Recipe) -> torch.optim.O
     """
     if recipe.optimizer not in OPTIMIZERS:
         raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
+    rates = {"gate": recipe.score_lr, "base": recipe.lr / len(tasks) if recipe.base_lr is None else recipe.base_lr}
     groups = []
-    for role, parameters in model.roles(task).items():
-        lr = recipe.score_lr if role == "gate" and recipe.score_lr is not None else recipe.lr
-        decay = 0.0 if role in ("gate", "norm") else recipe.weight_decay
-        groups.append(
-            {"params": list(parameters.values()), "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role}
-        )
+    for role, parameters in model.roles(*tasks).items():
+        lr = recipe.lr if rates.get(role) is None else rates[role]
+        vectors = [parameter for parameter in parameters.values() if role == "base" and parameter.dim() < 2]
+        others = [parameter for parameter in parameters.values() if not (role == "base" and parameter.dim() < 2)]
+        for chosen, decays in ((others, role not in ("gate", "norm")), (vectors, False)):
+            if chosen:
+                decay = recipe.weight_decay if decays else 0.0
+                groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role})
     if recipe.optimizer in ("sgd", "nag"):
         nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from taps import cost, taskfile
@@ -58,10 +58,18 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state_path = path / "checkpoint" / "state.safetensors"
+        self.base_path = path / "base.safetensors"
         self.rows: list[dict] = []
 
     @classmethod
-    def open(cls, path: Path, settings: dict, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    def open(
+        cls,
+        path: Path,
+        settings: dict,
+        resume: bool = False,
+        overwrite: bool = False,
+        stages: Sequence[str] = (),
+    ) -> RunFolder:
         """Start or continue an experiment; the settings are on disk before anything else happens.
 
         Args:
@@ -69,6 +77,7 @@ class RunFolder:
             settings: every option of the run.
             resume: continue the run in the folder, with the same settings.
             overwrite: delete the earlier run in the folder.
+            stages: folders inside that hold earlier stages of the same run, and are deleted with it.
 
         Raises:
             UserError: if the folder exists and neither is asked for, holds something else than a run, or holds a run
@@ -88,7 +97,8 @@ class RunFolder:
                     f"experiment folder {path} exists; continue it with --resume, replace it with --overwrite, "
                     "or choose another --experiment_name"
                 )
-            nested = [inner.parent for inner in path.rglob("settings.json") if inner.parent != path]
+            own = [path / stage for stage in stages]
+            nested = [inner.parent for inner in path.rglob("settings.json") if inner.parent not in (path, *own)]
             if nested:
                 raise UserError(f"{path} also holds the run {nested[0]}; move that away before overwriting")
             shutil.rmtree(path)
@@ -129,8 +139,8 @@ class RunFolder:
         """Drop the task's epochs after the first ``epochs``: a run that continues writes them again."""
         self.rows = [row for row in self.rows if row["task"] != task or row["epoch"] <= epochs]
 
-    def add_metrics(self, row: dict) -> None:
-        self.rows.append(row)
+    def add_metrics(self, rows: Iterable[dict]) -> None:
+        self.rows.extend(rows)
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write_summary(self, method: str, seed: int, tasks: Iterable[str]) -> dict:

@@ -1,0 +1,148 @@
+"""Batches that mix the images of several tasks.
+
+However tasks are sampled, an epoch has as many batches as it takes to hold all images of all tasks once. Sampling says
+whose images they are: a task with N_t images gets a share proportional to N_t^(1/T). ``"proportional"`` (T = 1): every
+image once an epoch. ``"equal"`` (T = ∞): the same number of images of each task in every batch, so that small tasks are
+seen several times an epoch and large ones in part. ``"temperature"``: in between. A task's images are drawn without
+repetition until all have been seen; the next pass has a new order and goes on in the next epoch where it has to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from taps.data.images import ImageSet, Sample, leave_signals_to_the_main_process, mix_seed
+from taps.errors import UserError, unknown
+
+SAMPLINGS = ("equal", "proportional", "temperature")
+_FEWEST = 2  # images of a task in a batch, if any: batch normalisation cannot take one
+
+
+class TaskSampler:
+    """Batches of (task, index, pass) that depend on the seed and the epoch alone. Set ``epoch`` before iterating.
+
+    Args:
+        sizes: number of images of each task, > 0.
+        batch_size: images a batch, of all tasks together; at least two a task.
+        sampling: one of :data:`SAMPLINGS`.
+        temperature: T > 0 of ``"temperature"``.
+        seed: chooses the order.
+        processes: the number of batches is a multiple of it.
+
+    Raises:
+        UserError: for an unknown sampling or a batch too small.
+    """
+
+    drop_last = True  # every batch is full
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        sampling: str = "equal",
+        temperature: float = 2.0,
+        seed: int = 0,
+        processes: int = 1,
+    ) -> None:
+        if sampling not in SAMPLINGS:
+            raise unknown("sampling", sampling, SAMPLINGS)
+        if batch_size < _FEWEST * len(sizes):
+            raise UserError(
+                f"a batch of {batch_size} images is too small for {len(sizes)} tasks; use two a task or more"
+            )
+        self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
+        power = {"equal": 0.0, "proportional": 1.0, "temperature": 1.0 / temperature}[sampling]
+        weights = [size**power for size in sizes]
+        self.shares = [weight / sum(weights) for weight in weights]
+        self.batches = processes * math.ceil(sum(sizes) / (batch_size * processes))
+        self.plan = list(self._counts())
+        self.epoch = 0
+
+    def _counts(self) -> Iterator[list[int]]:
+        """How many images of each task each batch takes; what a task is owed is carried over."""
+        owed = [0.0] * len(self.sizes)
+        for _ in range(self.batches):
+            owed = [credit + share * self.batch_size for credit, share in zip(owed, self.shares, strict=True)]
+            counts = [int(credit + 1e-9) if credit + 1e-9 >= _FEWEST else 0 for credit in owed]
+            while sum(counts) < self.batch_size:
+                takes_part = [task for task, count in enumerate(counts) if count]
+                counts[max(takes_part, key=lambda task: owed[task] - counts[task])] += 1
+            owed = [credit - count for credit, count in zip(owed, counts, strict=True)]
+            yield counts
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        totals = [sum(counts[task] for counts in self.plan) for task in range(len(self.sizes))]
+        streams = [self._stream(task, self.epoch * total) for task, total in enumerate(totals)]
+        for counts in self.plan:
+            yield [(task, *next(streams[task])) for task, count in enumerate(counts) for _ in range(count)]
+
+    def _stream(self, task: int, start: int) -> Iterator[tuple[int, int]]:
+        """(index, pass) of one task, pass after pass, from a position on."""
+        number, skip = divmod(start, self.sizes[task])
+        while True:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, task, number))
+            for index in torch.randperm(self.sizes[task], generator=generator).tolist()[skip:]:
+                yield index, number
+            number, skip = number + 1, 0
+
+
+class TaskSets(Dataset):
+    """Images, labels and positions of their tasks by (task, index, pass)."""
+
+    def __init__(self, sets: Sequence[ImageSet]) -> None:
+        self.sets = sets
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets))
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, int]:
+        task, index, number = key
+        image, label = self.sets[task][index, number]
+        return image, label, task
+
+
+def make_task_loader(
+    samples: Mapping[str, Sequence[Sample]],
+    transforms: Mapping[str, v2.Compose],
+    batch_size: int,
+    *,
+    sampling: str = "equal",
+    temperature: float = 2.0,
+    seed: int = 0,
+    workers: int = 0,
+    processes: int = 1,
+) -> tuple[DataLoader, TaskSampler]:
+    """A training loader over several tasks and its sampler; batches are (images, labels, positions of their tasks).
+
+    Args:
+        samples: training images by task.
+        transforms: of each task's images.
+        batch_size: images a task on average; a batch has as many times the number of tasks.
+        sampling, temperature, seed, processes: as in :class:`TaskSampler`.
+        workers: processes that load images.
+    """
+    sampler = TaskSampler(
+        [len(own) for own in samples.values()], batch_size * len(samples), sampling, temperature, seed, processes
+    )
+    sets = [
+        ImageSet(own, transforms[task], mix_seed(seed, position))
+        for position, (task, own) in enumerate(samples.items())
+    ]
+    loader = DataLoader(
+        TaskSets(sets),
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_main_process,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return loader, sampler
