@@ -306,7 +306,7 @@ def joint_parser() -> Parser:
         "--base_lr",
         type=number(float, 0, above=True),
         metavar="X",
-        help="learning rate of the shared base (default: that of --lr divided by the number of tasks)",
+        help="learning rate of the shared base (default: that of --lr divided by the square root of the number of tasks)",
     )
     joint.add_argument(
         "--shared_epochs",
@@ -320,7 +320,10 @@ def joint_parser() -> Parser:
 def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and fill in the defaults, which for the demo are the demo's."""
     parser = sequential_parser()
-    return _complete(parser, parser.parse_args(arguments), PUBLISHED, DEMO)
+    options = parser.parse_args(arguments)
+    if options.method == "hard_sharing":
+        parser.error("method hard_sharing trains all tasks together: use train_joint.py")
+    return _complete(parser, options, PUBLISHED, DEMO)
 
 
 def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:

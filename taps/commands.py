@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from taps.signals import Interrupted
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command: a user's mistake is one line and status 2, Ctrl-C is 130, SIGTERM 143."""
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])

@@ -18,6 +18,7 @@ from taps.backbones import attach_head
 from taps.errors import Inseparable, UserError, unknown
 from taps.gates import Gate, State
 from taps.layer import GatedUnit, TaskDict, TaskNorm, plain_state
+from taps.library import Library, Shelf
 from taps.methods import METHODS, Method
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -105,6 +106,7 @@ class TaskModel(nn.Module):
         self.backbone = backbone
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
+        self._shelf: Shelf | None = None
         self._mixable: dict[torch.Size, str | None] = {}
         self._fingerprint: tuple[tuple, str] | None = None
         make = [
@@ -120,8 +122,9 @@ class TaskModel(nn.Module):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks, in the order they were added."""
-        return list(self.heads)
+        """Names of the tasks, in the order they were added; those of a library come last, loaded or not."""
+        offered = self._shelf.library.folders if self._shelf else {}
+        return [task for task in self.heads if task not in offered] + list(offered)
 
     @property
     def units(self) -> tuple[GatedUnit, ...]:
@@ -134,9 +137,16 @@ class TaskModel(nn.Module):
         return self._norms
 
     def check_task(self, task: str) -> None:
-        """Raise a ``UserError`` unless the model has ``task``."""
-        if task not in self.heads:
-            raise unknown("task", task, self.tasks, "" if self.tasks else "add it with add_task or load_task")
+        """Raise a ``UserError`` unless the model has ``task``; a task of the library is loaded."""
+        self._fetch([task])
+
+    def _fetch(self, tasks: Sequence[str]) -> None:
+        """Have all of ``tasks`` in the model at once."""
+        for task in tasks:
+            if task not in self.heads and not (self._shelf and task in self._shelf):
+                raise unknown("task", task, self.tasks, "" if self.tasks else "add it with add_task or load_task")
+        if self._shelf:
+            self._shelf.fetch([task for task in tasks if task in self._shelf])
 
     def add_task(self, task: str, num_classes: int | None = None, head: nn.Module | None = None) -> None:
         """Add a task: zero deltas, fresh gates, norms copied from the base, and a head.
@@ -149,7 +159,7 @@ class TaskModel(nn.Module):
         Raises:
             UserError: if the name is taken or not allowed, or the head is not defined.
         """
-        self._check_new(task)
+        self._check_free(task)
         if (num_classes is None) == (head is None):
             raise UserError(f"task {task!r}: give either num_classes or head")
         if head is None:
@@ -166,6 +176,13 @@ class TaskModel(nn.Module):
         if task in self.heads:
             raise UserError(f"the model already has a task {task!r}; remove_task it first or choose another name")
 
+    def _check_free(self, task: str) -> None:
+        self._check_new(task)
+        if self._shelf and task in self._shelf:
+            raise UserError(
+                f"the model's library already has a task {task!r}; remove_task it first or choose another name"
+            )
+
     def _add(self, task: str, head: nn.Module) -> None:
         like = next(self.backbone.parameters(), None)
         for unit, description in zip(self._units, self._descriptions, strict=True):
@@ -176,8 +193,10 @@ class TaskModel(nn.Module):
         head.train(self.training)
 
     def remove_task(self, task: str) -> None:
-        """Forget a task and everything it holds."""
+        """Forget a task and everything it holds; files stay as they are."""
         self.check_task(task)
+        if self._shelf:
+            self._shelf.forget(task)
         self.forget(task)
 
     def forget(self, task: str) -> None:
@@ -226,8 +245,7 @@ class TaskModel(nn.Module):
         rows: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             rows.setdefault(name, []).append(index)
-        for name in rows:
-            self.check_task(name)
+        self._fetch([*rows])
         if len(rows) == 1:
             return self(x, names[0])
         order = [index for indices in rows.values() for index in indices]
@@ -268,12 +286,19 @@ class TaskModel(nn.Module):
         Returns:
             ``{task: output}`` in the order asked for.
         """
-        with self._evaluating(), torch.inference_mode(False), torch.no_grad():
-            return self._predict(x.clone() if x.is_inference() else x, self._names(tasks))
+        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        at_once = max(self._shelf.keep if self._shelf else len(names), 1)  # of a library no more than it may hold
+        outputs = {}
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.clone() if x.is_inference() else x
+            for start in range(0, len(names), at_once):
+                some = names[start : start + at_once]
+                self._fetch(some)
+                with self._evaluating():
+                    outputs.update(self._predict(x, some))
+        return outputs
 
     def _predict(self, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
-        if not tasks:
-            return {}
         try:
             features = together.run_together(self.backbone, self.state, x, tasks)
         except Exception as error:
@@ -325,8 +350,7 @@ class TaskModel(nn.Module):
 
     def _names(self, tasks: Sequence[str] | None) -> list[str]:
         names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
-        for task in names:
-            self.check_task(task)
+        self._fetch(names)
         return names
 
     @contextmanager
@@ -481,7 +505,46 @@ class TaskModel(nn.Module):
             UserError: if a file is missing, damaged, of another format version, or was made for another base, method
                 or norm policy. The model is then unchanged.
         """
-        return taskfile.load(self, Path(folder), name, head, trainable)
+        task = taskfile.read_description(Path(folder))["task"] if name is None else name
+        self._check_free(task)
+        return taskfile.load(self, Path(folder), task, head, trainable)
+
+    def load_library(self, *roots: str | Path, keep: int = 16) -> list[str]:
+        """Offer every task stored in some folders; each is loaded when it is first used.
+
+        Args:
+            roots: folders of tasks, or folders that hold such folders, e.g. ``"results/demo"``.
+            keep: at most so many of them are in memory at a time, the most recently used ones; > 0. One call that
+                needs more, a mixed batch or :meth:`predictor`, holds those it needs.
+
+        Returns:
+            Names of the tasks that are now offered.
+
+        Raises:
+            UserError: if a root holds no task, or a name is taken. Damaged tasks, and those made for another base or
+                method, are left out with a warning that names them.
+        """
+        library = Library(roots)
+        for name, folder in [*library.folders.items()]:
+            try:
+                self._check_free(name)
+                taskfile.check_fits(self, library.descriptions[name], folder / "task.json")
+            except UserError as error:
+                library.refused[folder] = str(error)
+                del library.folders[name], library.descriptions[name]
+        if not library.folders:
+            library.check()
+        for message in library.refused.values():
+            warnings.warn(f"a task is left out: {message}", stacklevel=2)
+        if self._shelf:
+            self._shelf.add(library, keep)
+        else:
+            self._shelf = Shelf(library, keep, self._load_from_library, self.forget)
+        return list(library.folders)
+
+    def _load_from_library(self, folder: Path, task: str) -> None:
+        if task not in self.heads:
+            taskfile.load(self, folder, task, None, False)
 
     def merge(self, task: str) -> nn.Module:
         """An ordinary network, with no class of this library inside, that computes what ``model(x, task)`` computes.

@@ -107,9 +107,9 @@ def sizes(summary: Mapping) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     values = [row["accuracy"] for row in rows.values()]
     bars = left.barh(names, values, color=_SECOND, height=0.7)
-    left.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
-    left.axvline(summary["mean_accuracy"], color=_BORDER, linestyle="--", linewidth=1)
-    left.set_xlim(0, 112)
+    left.axvline(summary["mean_accuracy"], color=_BORDER, linestyle="--", linewidth=1, zorder=0)
+    left.bar_label(bars, [f"{value:.1f}" for value in values], label_type="center", color="white", fontsize=8)
+    left.set_xlim(0, 100)
     left.set_xticks(range(0, 101, 20))
     left.set_xlabel(f"accuracy on the test split, %  (mean {summary['mean_accuracy']:.1f}, dashed)")
     millions = [row["parameters"] / 1e6 for row in rows.values()]
@@ -149,7 +149,7 @@ def scores(metrics: Iterable[Mapping], threshold: float) -> Figure | None:
         return None
     columns = min(len(tasks), max(3, math.ceil(math.sqrt(len(tasks)))))
     lines = math.ceil(len(tasks) / columns)
-    figure = _figure(2.6 * columns + 1.6, 2.0 * lines + 0.9)
+    figure = _figure(max(2.6 * columns + 1.6, 6), max(2.0 * lines + 0.9, 3.6))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     depth = colormaps["viridis"]
     for axes in panels.flat[len(tasks) :]:
@@ -161,6 +161,9 @@ def scores(metrics: Iterable[Mapping], threshold: float) -> Figure | None:
             axes.plot(epochs, values, color=depth(unit / max(count - 1, 1)), linewidth=0.8, marker=".", markersize=3)
         axes.axhline(threshold, color=_TUNED, linestyle="--", linewidth=1.2)
         axes.set_title(name, fontsize=9)
+        axes.set_yscale("symlog", linthresh=0.5, linscale=2)  # most scores stay near τ, a few run far away
+        axes.set_yticks([-1, 0, 1], ["-1", "0", "1"])
+        axes.set_yticks([], minor=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch", fontsize=9)
@@ -221,12 +224,13 @@ def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]
         image: as a person sees it.
         outputs: for each task (class, probability 0..1), the most probable first.
     """
-    columns = min(3, len(outputs))
+    columns = min(len(outputs), max(3, math.ceil(math.sqrt(len(outputs)))))
     lines = math.ceil(len(outputs) / columns)
     figure = _figure(2.6 + 3.0 * columns, max(2.6, 1.4 * lines + 0.4))
     grid = figure.add_gridspec(lines, columns + 1, width_ratios=[1.0] + [1.1] * columns)
     picture = figure.add_subplot(grid[:, 0])
     picture.imshow(image)
+    picture.set_anchor("N")
     picture.axis("off")
     for index, (task, classes) in enumerate(outputs.items()):
         axes = figure.add_subplot(grid[index // columns, index % columns + 1])

@@ -29,8 +29,7 @@ class Recipe:
         optimizer: ``"sgd"``, ``"nag"`` (SGD with Nesterov momentum), ``"adam"`` or ``"adamw"``.
         lr: learning rate of the first epoch, > 0.
         score_lr: that of the gates; ``None`` is ``lr``.
-        base_lr: that of a base that learns too; ``None`` is ``lr`` divided by the number of tasks, since the base's
-            gradient is a sum over them.
+        base_lr: that of a base that learns too; ``None`` is ``lr``/√K for K tasks, whose gradients add up there.
         momentum: of sgd and nag.
         weight_decay: on deltas and heads (and the weights of a base that learns too); never on gates and norms.
         accumulate: batches a step, > 0.
@@ -89,7 +88,10 @@ def make_optimizer(model: TaskModel, tasks: Sequence[str], recipe: Recipe) -> to
     """
     if recipe.optimizer not in OPTIMIZERS:
         raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
-    rates = {"gate": recipe.score_lr, "base": recipe.lr / len(tasks) if recipe.base_lr is None else recipe.base_lr}
+    rates = {
+        "gate": recipe.score_lr,
+        "base": recipe.lr / math.sqrt(len(tasks)) if recipe.base_lr is None else recipe.base_lr,
+    }
     groups = []
     for role, parameters in model.roles(*tasks).items():
         lr = recipe.lr if rates.get(role) is None else rates[role]

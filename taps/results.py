@@ -10,12 +10,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from taps import cost, taskfile
 from taps.errors import UserError
 from taps.files import read_json, write_json, write_text
+from taps.library import Library
 
 #: options that may differ when a run is continued: they do not change its result
 FREE_ON_RESUME = (
@@ -175,17 +177,22 @@ def read_tasks(path: Path) -> dict[str, dict]:
     """The descriptions (``task.json``) of a run's tasks, in the order they were trained.
 
     Raises:
-        UserError: if the folder holds no run or no finished task.
+        UserError: if the folder holds no run or no finished task. Damaged tasks among good ones are left out with a
+            warning that names them.
     """
     if not path.is_dir():
         raise UserError(f"results folder {path} does not exist")
-    names = [file.parent.name for file in sorted(path.glob("*/task.json"))]
-    if not names:
+    if not any(path.glob("*/task.json")):
         raise UserError(f"{path} holds no task files; train some tasks into it first")
+    library = Library([path])
+    if not library.folders:
+        library.check()
+    for message in library.refused.values():
+        warnings.warn(f"a task is left out: {message}", stacklevel=2)
     settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
     order = {name: position for position, name in enumerate(settings.get("tasks", []))}
-    names.sort(key=lambda name: (order.get(name, len(order)), name))
-    return {name: taskfile.read_description(path / name) for name in names}
+    names = sorted(library.descriptions, key=lambda name: (order.get(name, len(order)), name))
+    return {name: library.descriptions[name] for name in names}
 
 
 def table(summary: dict) -> str:

@@ -129,13 +129,12 @@ def read_description(folder: Path) -> dict:
     return description
 
 
-def load(model: TaskModel, folder: Path, name: str | None, head: nn.Module | None, trainable: bool) -> str:
+def load(model: TaskModel, folder: Path, task: str, head: nn.Module | None, trainable: bool) -> str:
     """Read one task; see :meth:`taps.model.TaskModel.load_task`."""
     description = read_description(folder)
     path = folder / "task.safetensors"
-    task = description["task"] if name is None else name
     model._check_new(task)
-    _check_fits(model, description, folder / "task.json")
+    check_fits(model, description, folder / "task.json")
     tensors = read_tensors(path)
     if path.stat().st_size != description["bytes"]:
         raise UserError(
@@ -159,7 +158,8 @@ def load(model: TaskModel, folder: Path, name: str | None, head: nn.Module | Non
     return task
 
 
-def _check_fits(model: TaskModel, description: dict, path: Path) -> None:
+def check_fits(model: TaskModel, description: dict, path: Path) -> None:
+    """Raise a ``UserError`` unless the task was made for the model's base, method, norm policy and options."""
     stored, own = description["base"]["fingerprint"], model.fingerprint()
     if stored != own:
         raise UserError(

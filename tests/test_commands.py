@@ -41,7 +41,8 @@ def test_a_run_leaves_a_complete_results_folder(finished):
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert names - events == {
-        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "layers.png", "checkpoint", "ink-2", "paint"
+        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "checkpoint", "ink-2", "paint",
+        "layers.png", "sizes.png", "scores.png", "overlap.png",
     }  # fmt: skip
     assert os.listdir(folder) == ["results"], "nothing is left anywhere else"
     settings = json.loads((run / "settings.json").read_text())
@@ -211,25 +212,29 @@ def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree,
     assert ours == theirs
 
 
-def test_two_processes_reach_the_same_decisions(tree, tmp_path):
+@pytest.mark.parametrize("program", ["train_sequential", "train_joint"])
+def test_two_processes_reach_the_same_decisions(tree, tmp_path, program):
     """torchrun with gloo on the CPU: both ranks hold bit-identical gates, and the run is complete."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys, json, os, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_sequential as program\n"
-        "import taps.metrics\n"
-        "original = taps.metrics.accuracy\n"
+        f"import {program} as program\n"
+        "import taps.experiment\n"
+        "original = taps.experiment.accuracy\n"
         "def watch(model, task, *rest, **options):\n"
         "    state = {n: t.tolist() for n, t in model.task_state(task).items() if n.endswith('score')}\n"
         "    state['delta'] = sum(float(t.sum()) for n, t in model.task_state(task).items() if n.endswith('delta'))\n"
         "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps(state) + '\\n')\n"
         "    return original(model, task, *rest, **options)\n"
-        "program.accuracy = watch\n"
+        "taps.experiment.accuracy = watch\n"
         "program.main(sys.argv[1:])\n"
     )
     arguments = [
-        str(argument) for argument in trained_arguments(tree / "paint", "--norm", "follow", "--settle_epochs", "0.5")
+        str(argument)
+        for argument in trained_arguments(
+            tree / "paint" if program == "train_sequential" else tree, "--norm", "follow", "--settle_epochs", "0.5"
+        )
     ]
     line = [
         sys.executable,
@@ -246,7 +251,7 @@ def test_two_processes_reach_the_same_decisions(tree, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
     assert first == second
-    assert len(first.splitlines()) == 3
+    assert len(first.splitlines()) == (3 if program == "train_sequential" else 6)
     assert (tmp_path / "results/run/summary.json").is_file()
     assert "2 × cpu" in done.stdout
 

@@ -13,13 +13,16 @@ LAYERS = {
     "errors": (), "gates": ("errors",), "mixed": ("errors", "gates"), "together": ("errors", "gates"),
     "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
     "methods": ("adapt", "gates"), "files": ("errors",), "backbones": ("errors", "files"), "cost": (),
-    "taskfile": ("cost", "errors", "files"), "budget": ("cost", "errors"),
-    "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "methods", "mixed", "taskfile", "together"),
+    "taskfile": ("cost", "errors", "files"), "library": ("cost", "errors", "taskfile"),
+    "tasks": ("commands", "library"), "budget": ("cost", "errors"),
+    "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "library", "methods", "mixed", "taskfile", "together"),
     "checkpoint": ("errors", "files"),
     "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),
     "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),
-    "results": ("cost", "errors", "files", "taskfile"), "plots": ("cost", "files"),
+    "results": ("cost", "errors", "files", "library", "taskfile"), "plots": ("cost", "files"),
     "commands": ("backbones", "data", "errors", "signals"),
+    "experiment": ("budget", "checkpoint", "commands", "data", "errors", "files", "metrics", "model", "plots", "recipe",
+                   "results", "signals", "taskfile", "train"),
     "__init__": ("backbones", "errors", "gates", "methods", "model"),
 }  # fmt: skip
 
@@ -58,24 +61,36 @@ def test_library_never_prints_nor_asserts():
         tree = ast.parse(path.read_text())
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], path
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
-        assert not calls or path.name in ("commands.py", "__main__.py"), path
+        assert not calls or path.name in ("commands.py", "tasks.py", "__main__.py"), path
 
 
 def test_every_option_is_read():
-    from options import evaluate_parser, sequential_parser
+    from options import evaluate_parser, joint_parser, sequential_parser
 
-    source = "".join((ROOT / name).read_text() for name in ("train_sequential.py", "evaluate.py", "taps/commands.py"))
-    for parser in (sequential_parser(), evaluate_parser()):
+    names = (
+        "train_sequential.py",
+        "train_joint.py",
+        "evaluate.py",
+        "options.py",
+        "taps/commands.py",
+        "taps/experiment.py",
+    )
+    source = "".join((ROOT / name).read_text() for name in names)
+    for parser in (sequential_parser(), joint_parser(), evaluate_parser()):
         for action in parser._actions:
             if action.dest != "help":
-                assert re.search(rf"\b(options|given)\.{action.dest}\b", source), action.dest
+                assert re.search(rf"\b(options|given)(\.{action.dest}\b|\.get\(.{action.dest})", source), action.dest
 
 
 def test_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
-    from options import sequential_parser
+    from options import joint_parser, sequential_parser
 
-    known = set(sequential_parser()._option_string_actions) | {"--export", "--no_test"}
+    known = (
+        set(sequential_parser()._option_string_actions)
+        | set(joint_parser()._option_string_actions)
+        | {"--export", "--no_test"}
+    )
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("http") or (ROOT / path).exists(), path

@@ -57,7 +57,7 @@ def run(accelerator, recipe: Recipe, model=None, batch_size: int = 4, **options)
     model = model or perceptron()
     batches, sampler = loader(batch_size)
     rows = []
-    fit(model, "a", batches, sampler, recipe, accelerator, on_epoch=lambda row, best: rows.append(row), **options)
+    fit(model, "a", batches, sampler, recipe, accelerator, on_epoch=lambda new, best: rows.extend(new), **options)
     return model, rows
 
 
@@ -145,7 +145,7 @@ def test_a_run_always_ends_with_a_task(accelerator):
         sampler,
         recipe,
         accelerator,
-        validate=lambda: 50.0,
+        validate=lambda: {"a": 50.0},
         on_epoch=lambda r, b: kept.append(b),
     )
     assert kept == [False, True]
@@ -156,8 +156,8 @@ def test_a_run_always_ends_with_a_task(accelerator):
 def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(accelerator, tmp_path):
     state, model = tmp_path / "state.safetensors", perceptron()
 
-    def lose(row, best):
-        if row["epoch"] == 2:
+    def lose(rows, best):
+        if rows[0]["epoch"] == 2:
             model.heads["a"].weight.data[0, 0] = float("inf")
 
     batches, sampler = loader()
