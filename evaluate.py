@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 import taps
-from options import evaluate_parser
+from options import parse_evaluate
 from taps import commands, cost, files, results
 from taps.data import TaskData, make_loader, without_bad_images
 from taps.data.images import Preprocessing
@@ -23,7 +23,7 @@ from taps.metrics import accuracy
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = evaluate_parser().parse_args(arguments)
+    given = parse_evaluate(arguments)
     folder = Path(given.folder)
     descriptions = results.read_tasks(folder)
     for name in given.tasks or ():
@@ -32,14 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     names = given.tasks or list(descriptions)
     options = Namespace(**{**files.read_json(folder / "settings.json"), "device": given.device, "amp": "none"})
     accelerator = commands.make_accelerator(options)
-    base = results.RunFolder(folder).base_path
-    net = commands.make_base(options, base if base.is_file() else None)
-    prepare = commands.make_preprocessing(options, net)
-    model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False).to(
-        accelerator.device
-    )
-    for name in names:
-        model.load_task(folder / name, name=name)
+    model, prepare = commands.load_run(folder, names, accelerator.device)
     if given.no_test:
         accuracies = {name: descriptions[name].get("accuracy") for name in names}
         missing = [name for name in names if accuracies[name] is None]
@@ -60,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         }
         print(results.table({"method": options.method, **results.summarise(tested)}))
         if given.export:
-            export(model, names, Path(given.export), options)
+            export(model, names, Path(given.export), options, given.onnx)
     accelerator.end_training()
 
 
@@ -93,22 +86,34 @@ def test(
     )
 
 
-def export(model: taps.TaskModel, names: list[str], target: Path, options: Namespace) -> None:
-    """Each task as a state dict that timm loads and as a program that needs neither timm nor this library."""
-    existing = [
-        path for name in names for path in (target / f"{name}.safetensors", target / f"{name}.pt2") if path.exists()
+def export(model: taps.TaskModel, names: list[str], target: Path, options: Namespace, onnx: bool) -> None:
+    """Each task as a state dict for timm and as a program, and all tasks as one program that computes shared work once."""
+    networks = {name: model.merge(name).cpu() for name in names}
+    programs = {**networks, **({"together": model.predictor(names).cpu()} if len(names) > 1 else {})}
+    files_of = {name: target / f"{name}.safetensors" for name in networks}
+    endings = (".pt2", ".onnx") if onnx else (".pt2",)
+    existing = [path for path in files_of.values() if path.exists()]
+    existing += [
+        target / f"{name}{ending}" for name in programs for ending in endings if (target / f"{name}{ending}").exists()
     ]
     if existing:
         raise UserError(f"{existing[0]} exists; export to another folder or remove it")
     image = torch.zeros(2, 3, options.input_size, options.input_size)
-    batch = torch.export.Dim("batch", min=1)
-    for name in names:
-        plain = model.merge(name).cpu()
-        files.write_tensors(target / f"{name}.safetensors", plain.state_dict())
-        program = torch.export.export(plain, (image,), dynamic_shapes=({0: batch},))
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    for name, plain in networks.items():
+        files.write_tensors(files_of[name], plain.state_dict())
+        print(f"{files_of[name]}: state dict for timm's {options.model_type}")
+    for name, network in programs.items():
+        outputs = "outputs of all tasks by name" if name == "together" else f"outputs of {name}"
+        program = torch.export.export(network, (image,), dynamic_shapes=shapes)
         with files.whole(target / f"{name}.pt2") as temporary:
             torch.export.save(program, temporary)
-        print(f"{name}: {target / name}.safetensors (for timm's {options.model_type}) and {target / name}.pt2")
+        print(f"{target / name}.pt2: torch.export program, {outputs}")
+        if onnx:
+            commands.write_onnx(
+                network, image, shapes, names if name == "together" else [name], target / f"{name}.onnx"
+            )
+            print(f"{target / name}.onnx: {outputs}")
 
 
 if __name__ == "__main__":

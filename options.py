@@ -386,8 +386,9 @@ def evaluate_parser() -> Parser:
     parser.add_argument(
         "--export",
         metavar="DIR",
-        help="also write each task as a network of its own: DIR/<task>.safetensors, a state dict for timm, and DIR/<task>.pt2, a torch.export program",
+        help="also write each task as a network of its own: DIR/<task>.safetensors, a state dict for timm, and DIR/<task>.pt2, a torch.export program; and DIR/together.pt2, one program for all tasks that computes once what they share",
     )
+    parser.add_argument("--onnx", action="store_true", help="with --export: write every program as .onnx too")
     parser.add_argument("--no_test", action="store_true", help="do not test; print the stored table or export only")
     parser.add_argument("--batch_size", type=number(int, 1), metavar="N", help="(default: that of the run)")
     parser.add_argument("--workers", type=number(int, 0), metavar="N", help="(default: that of the run)")
@@ -395,3 +396,12 @@ def evaluate_parser() -> Parser:
     parser.add_argument("--limit_batches", type=number(int, 1), metavar="N", help="test on N batches only")
     parser.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     return parser
+
+
+def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and refuse what contradicts itself."""
+    parser = evaluate_parser()
+    given = parser.parse_args(arguments)
+    if given.onnx and not given.export:
+        parser.error("--onnx says how to export: give --export DIR too")
+    return given

@@ -2,6 +2,7 @@
 
     python benchmarks/cost.py                      # ResNet-34, batch 32, 128 px, CPU
     python benchmarks/cost.py --model vit_small_patch16_224 --pixels 224 --batch 8
+    python benchmarks/cost.py --only many          # only what many tasks on one base cost
 
 Peak memory is measured in a process of its own for each variant, as the growth over what the imports take.
 """
@@ -93,7 +94,7 @@ def resident(field: str) -> int:
     raise ValueError(f"this system does not report {field}")
 
 
-def peak_memory(variant: str, options, queue) -> None:
+def peak_memory(variant: str, options) -> int:
     torch.set_num_threads(options.threads)
     before = resident("VmRSS")
     if variant == "fine-tuning":
@@ -103,17 +104,13 @@ def peak_memory(variant: str, options, queue) -> None:
         step = task_step(task_model(options), options)
     for _ in range(4):
         step()
-    queue.put(resident("VmHWM") - before)
+    return resident("VmHWM") - before
 
 
-def measure_memory(variant: str, options) -> int:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=peak_memory, args=(variant, options, queue))
-    process.start()
-    value = queue.get()
-    process.join()
-    return value
+def measure(function: Callable[..., int], arguments: tuple) -> int:
+    """What ``function`` returns in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def main() -> None:
@@ -124,14 +121,23 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=("one", "many"), help="only one task, or only many tasks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(
         f"{options.model}, batch {options.batch}, {options.pixels} px, {options.threads} CPU threads, {options.rounds} rounds"
     )
 
+    if options.only != "many":
+        one_task(options)
+    if options.only != "one":
+        many_tasks(options)
+
+
+def one_task(options) -> None:
+    """Training, evaluation, memory and files of one task beside the plain network."""
     weights = sum(parameter.numel() * 4 for parameter in plain_network(options).parameters())
-    fine, ours = (measure_memory(variant, options) for variant in ("fine-tuning", "taps"))
+    fine, ours = (measure(peak_memory, (variant, options)) for variant in ("fine-tuning", "taps"))
     allowed = 1.1 * fine + weights
     print(f"peak memory of training, MiB: fine-tuning {fine >> 20}, TAPS {ours >> 20}, weights {weights >> 20}")
     print(f"  TAPS / (fine-tuning + one copy of the weights + 10 %) = {ours / allowed:.3f}")
@@ -163,6 +169,152 @@ def main() -> None:
             print(
                 f"task file, {name}: {path.stat().st_size:,} bytes = {path.stat().st_size / content:.4f} × its content"
             )
+
+
+TASKS = ("a", "b", "c", "d", "e", "f")
+
+
+def six_tasks(name: str, is_open: Callable[[float], bool], norm: str = "follow") -> taps.TaskModel:
+    """A network with six tasks of which those layers are tuned whose relative depth 0..1 ``is_open`` accepts."""
+    torch.manual_seed(0)
+    model = taps.adapt(taps.create_backbone(name, pretrained=False), norm=norm)
+    for task in TASKS:
+        model.add_task(task, num_classes=10)
+        for index, unit in enumerate(model.units):
+            for parameter in unit.deltas[task].parameters():
+                parameter.data.normal_(std=1e-3)
+            unit.gates[task].set(is_open(index / len(model.units)))
+    return model
+
+
+def many_tasks(options) -> None:
+    for name, pixels in (("resnet34", 128), ("vit_small_patch16_224", 224)):
+        for depth in (0.25, 0.5, 0.75):
+            predicting(name, pixels, depth, options.rounds)
+    for pixels in (64, 128):
+        for layout, is_open in (
+            ("every second layer closed", lambda depth: round(depth * 36) % 2 == 1),
+            ("first half closed", lambda depth: depth >= 0.5),
+        ):
+            mixed_step(pixels, layout, is_open, options.rounds)
+    loading(options.rounds)
+
+
+@torch.no_grad()
+def predicting(name: str, pixels: int, depth: float, rounds: int) -> None:
+    """Six tasks on 16 images in one pass, where they share everything up to some depth."""
+    model = six_tasks(name, lambda unit: unit >= depth).eval()
+    x = torch.randn(16, 3, pixels, pixels)
+    outputs = model.predict(x)
+    difference = max(float((model(x, task) - output).abs().max()) for task, output in outputs.items())
+    cost = model.predict_cost(x)
+    needed = cost["macs"] / cost["macs_separate"]
+    merged = {task: model.merge(task) for task in TASKS}
+    predictor = model.predictor()
+    times = alternately(
+        {
+            "separate": lambda: [model(x, task) for task in TASKS],
+            "predict": lambda: model.predict(x),
+            "merged": lambda: [merged[task](x) for task in TASKS],
+            "predictor": lambda: predictor(x),
+        },
+        max(rounds // 2, 3),
+    )
+    ratio = times["predict"] / times["separate"]
+    exported = times["predictor"] / times["merged"]
+    print(
+        f"predict, {name} {pixels} px, tuned from {depth:.2f} of the depth: {needed:.3f} of the MACs of six passes, "
+        f"{ratio:.3f} of their time ({ratio / needed:.2f} × the MACs), predictor {exported:.3f} of six merged networks' "
+        f"({exported / needed:.2f} ×), largest difference {difference:.0e}"
+    )
+
+
+def mixed_step(pixels: int, layout: str, is_open: Callable[[float], bool], rounds: int) -> None:
+    """A training step on 6 × 8 images of six tasks in one forward pass, beside six separate forwards and backwards."""
+    model = six_tasks("resnet34", is_open, norm="task").train()
+    x, y = torch.randn(48, 3, pixels, pixels), torch.arange(48) % 10
+    names = [task for task in TASKS for _ in range(8)]
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+    loss = nn.functional.cross_entropy
+
+    def penalty() -> torch.Tensor:
+        return sum(model.penalty(task) for task in TASKS)
+
+    def mixed() -> None:
+        (6 * loss(model(x, names), y) + penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def separate() -> None:
+        for index, task in enumerate(TASKS):
+            rows = slice(8 * index, 8 * index + 8)
+            (loss(model(x[rows], task), y[rows]) + model.penalty(task)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = alternately({"separate": separate, "mixed": mixed}, rounds)
+    memory = {name: measure(step_memory, (pixels, layout, name)) for name in ("mixed", "summed", "separate")}
+    print(
+        f"mixed step, resnet34 {pixels} px, {layout}: {times['mixed'] / times['separate']:.3f} of the time of six separate "
+        f"ones; memory {memory['mixed'] / memory['summed']:.2f} × that of six forwards and one backward, "
+        f"{memory['mixed'] / memory['separate']:.2f} × that of six backwards one by one"
+    )
+
+
+def step_memory(pixels: int, layout: str, how: str) -> int:
+    """Growth of this process's memory over three steps, in bytes."""
+    opens = {"first half closed": lambda depth: depth >= 0.5}
+    model = six_tasks("resnet34", opens.get(layout, lambda depth: round(depth * 36) % 2 == 1), norm="task").train()
+    x, y = torch.randn(48, 3, pixels, pixels), torch.arange(48) % 10
+    names = [task for task in TASKS for _ in range(8)]
+    before = resident("VmRSS")
+    for _ in range(3):
+        if how == "mixed":
+            nn.functional.cross_entropy(model(x, names), y).backward()
+        else:
+            losses = []
+            for index, task in enumerate(TASKS):
+                rows = slice(8 * index, 8 * index + 8)
+                losses.append(nn.functional.cross_entropy(model(x[rows], task), y[rows]))
+                if how == "separate":
+                    losses.pop().backward()
+            if losses:
+                sum(losses).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return resident("VmHWM") - before
+
+
+def loading(rounds: int) -> None:
+    """Loading a task beside reading its bytes, and switching between loaded tasks."""
+    for name in ("resnet34", "resnet50"):
+        model = six_tasks(name, lambda depth: depth >= 0.25, norm="task").eval()
+        with tempfile.TemporaryDirectory() as folder:
+            path = model.save_task("a", folder) / "task.safetensors"
+
+            def load(model: taps.TaskModel = model, folder: str = folder) -> None:
+                model.load_task(folder, name="loaded")
+                model.remove_task("loaded")
+
+            reading = {"load": load, "read": path.read_bytes, "read tensors": lambda path=path: touch(path)}
+            times = alternately(reading, max(rounds, 11))
+            size = path.stat().st_size
+
+        def switch(model: taps.TaskModel = model) -> None:
+            for task in TASKS * 50:
+                with model.using(task):
+                    pass
+
+        switching = alternately({"switch": switch}, rounds)["switch"] / 300
+        print(
+            f"loading a task, {name}: {size / 1e6:.1f} MB in {1000 * times['load']:.1f} ms, "
+            f"{times['load'] / times['read']:.2f} × reading its bytes, {times['load'] / times['read tensors']:.2f} × reading its tensors; switching {1e6 * switching:.1f} µs"
+        )
+
+
+def touch(path: Path) -> None:
+    for tensor in load_file(path).values():
+        tensor.sum()
 
 
 def report(title: str, seconds: dict[str, float]) -> None:

@@ -18,6 +18,9 @@ from taps.backbones import create_backbone, needs_image_size, preprocessing
 from taps.data import Preprocessing, TaskData, find_tasks
 from taps.data.demo import make_demo, read_demo
 from taps.errors import UserError
+from taps.files import read_json, whole
+from taps.model import TaskModel, adapt
+from taps.results import RunFolder, read_tasks
 from taps.signals import Interrupted
 
 
@@ -104,3 +107,51 @@ def make_base(options: Namespace, path: Path | None = None) -> torch.nn.Module:
 def make_preprocessing(options: Namespace, net: torch.nn.Module) -> Preprocessing:
     """Input size from the options, colours from the backbone's training."""
     return Preprocessing(input_size=options.input_size, resize=options.resize, **preprocessing(net))
+
+
+def load_run(
+    folder: Path, names: Sequence[str] | None = None, device: torch.device | str = "cpu"
+) -> tuple[TaskModel, Preprocessing]:
+    """The model of a finished run with its tasks, in evaluation mode, and how images are prepared for it.
+
+    Args:
+        folder: a results folder.
+        names: the tasks to load; ``None`` for all.
+        device: where to.
+
+    Raises:
+        UserError: if the folder holds no run, or its base cannot be had.
+    """
+    names = list(read_tasks(folder)) if names is None else names
+    options = Namespace(**read_json(folder / "settings.json"))
+    base = RunFolder(folder).base_path
+    net = make_base(options, base if base.is_file() else None)
+    prepare = make_preprocessing(options, net)
+    model = adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False).to(device)
+    for name in names:
+        model.load_task(folder / name, name=name)
+    return model.eval(), prepare
+
+
+def write_onnx(network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Sequence[str], path: Path) -> None:
+    """Export a network to an ONNX file with named outputs.
+
+    Raises:
+        UserError: if the packages it takes are not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX export needs the package {error.name}: pip install 'taps-vision[onnx]'") from None
+    program = torch.onnx.export(
+        network,
+        (x,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["images"],
+        output_names=list(outputs),
+        verbose=False,
+    )
+    with whole(path) as temporary:
+        program.save(temporary)

@@ -28,8 +28,8 @@ from taps.train import fit
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-#: folders of a run that are no tasks
-RESERVED = ("checkpoint", "shared")
+#: names of a run's or an export's files that are no tasks
+RESERVED = ("checkpoint", "shared", "together")
 
 
 def prepare_tasks(options: Namespace, accelerator: Accelerator) -> list[TaskData]:
@@ -50,7 +50,7 @@ def prepare_tasks(options: Namespace, accelerator: Accelerator) -> list[TaskData
                 f"task {task.name}: --batch_size {options.batch_size} is larger than its {len(task.train)} training images"
             )
         if task.name in RESERVED:
-            raise UserError(f"a task cannot be named {task.name!r}, which the results folder needs; rename its folder")
+            raise UserError(f"a task cannot be named {task.name!r}, which is needed for files; rename its folder")
         if len(task.classes) < 2:
             raise UserError(f"task {task.name}: there is one class ({task.classes[0]}); a task needs at least two")
         if len(task.train) == 1:

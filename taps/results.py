@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from taps import cost, taskfile
@@ -152,6 +153,56 @@ class RunFolder:
         summary = {"method": method, "seed": seed, "seconds": seconds, **summarise(descriptions)}
         write_json(self.path / "summary.json", summary)
         return summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as read from its folder.
+
+    Attributes:
+        path: the folder.
+        settings: its options.
+        summary: its final table.
+        tasks: the tasks' descriptions by name, in the order they were trained.
+        metrics: one dict an epoch and task.
+    """
+
+    path: Path
+    settings: dict
+    summary: dict
+    tasks: dict[str, dict]
+    metrics: list[dict]
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        UserError: if the folder holds none.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        raise UserError(f"{path} is empty; train into it first, e.g. with: python train_sequential.py")
+    tasks = read_tasks(path)
+    if not (path / "summary.json").is_file():
+        raise UserError(f"{path} holds no finished run: it lacks summary.json; continue it with --resume")
+    summary = read_json(path / "summary.json")
+    tasks = {name: description for name, description in tasks.items() if name in summary["tasks"]}
+    return Run(path, read_json(path / "settings.json"), summary, tasks, RunFolder(path).read_metrics())
+
+
+def find_runs(root: str | Path, like: Run | None = None) -> dict[str, Run]:
+    """The finished runs directly below ``root``, by folder; with ``like`` only those of the same tasks and network."""
+    found = {}
+    for path in sorted(Path(root).glob("*/summary.json")):
+        run = read_run(path.parent)
+        alike = like is None or (
+            set(run.summary["tasks"]) == set(like.summary["tasks"])
+            and run.settings["model_type"] == like.settings["model_type"]
+        )
+        if alike:
+            found[path.parent.name] = run
+    return found
 
 
 def summarise(descriptions: Mapping[str, dict]) -> dict:

@@ -61,6 +61,29 @@ def command():
     return run
 
 
+#: options of a run that takes seconds
+SMALL = ("--model_type", "resnet18", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
+SMALL += ("--warmup_epochs", "1", "--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
+
+
+def trained_arguments(tree: Path, *more: object) -> tuple:
+    return ("--dataset", tree, *SMALL, "--epochs", 2, "--lam", 4, "--experiment_name", "run", *more)
+
+
+@pytest.fixture(scope="session")
+def finished(tree, command, tmp_path_factory):
+    """A finished run of two tasks one after the other, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, command("train_sequential.py", *trained_arguments(tree), cwd=folder)
+
+
+@pytest.fixture(scope="session")
+def joint(tree, command, tmp_path_factory):
+    """The same for two tasks trained together."""
+    folder = tmp_path_factory.mktemp("joint")
+    return folder, command("train_joint.py", *trained_arguments(tree), cwd=folder)
+
+
 @pytest.fixture
 def here(monkeypatch, tmp_path, capsys):
     """Run a program in this process, in an empty folder, and give what it printed, as ``command`` does.

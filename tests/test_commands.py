@@ -12,22 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, trained_arguments
 from safetensors.torch import load_file
-
-SMALL = ("--model_type", "resnet18", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
-SMALL += ("--warmup_epochs", "1", "--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
-
-
-def trained_arguments(tree, *more):
-    return ("--dataset", tree, *SMALL, "--epochs", 2, "--lam", 4, "--experiment_name", "run", *more)
-
-
-@pytest.fixture(scope="module")
-def finished(tree, command, tmp_path_factory):
-    """A finished run of two tasks, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    return folder, command("train_sequential.py", *trained_arguments(tree), cwd=folder)
 
 
 def task_files(folder: Path) -> dict[str, bytes]:
@@ -160,12 +146,52 @@ def test_evaluate_prints_the_stored_accuracies_and_exports(finished, here, tmp_p
         program = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()
         x = torch.randn(3, 3, 32, 32)
         torch.testing.assert_close(program(x), net.eval()(x))
+        together = torch.export.load(tmp_path / "out/together.pt2").module()
+        torch.testing.assert_close(together(x)[name], net(x))
     assert f"{summary['parameters_x_base']:.3f}" in done.stdout
     assert f"{summary['parameters_x_base_with_heads']:.3f}" in done.stdout
     stored = here("evaluate.py", "results/run", "--no_test", "--tasks", "paint", cwd=folder)
     assert "ink-2" not in stored.stdout
     wrong = here("evaluate.py", "results/run", "--tasks", "pant", cwd=folder, check=2)
     assert "unknown task 'pant'; did you mean 'paint'" in wrong.stderr
+
+
+def test_one_onnx_program_for_all_tasks(finished, here, tmp_path):
+    import onnxruntime
+
+    folder, _ = finished
+    here("evaluate.py", "results/run", "--no_test", "--export", tmp_path / "out", "--onnx", cwd=folder)
+    x = torch.randn(3, 3, 32, 32)
+    session = onnxruntime.InferenceSession(tmp_path / "out/together.onnx")
+    assert [output.name for output in session.get_outputs()] == ["ink-2", "paint"]
+    outputs = session.run(None, {"images": x.numpy()})
+    for name, output in zip(("ink-2", "paint"), outputs, strict=True):
+        expected = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()(x)
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)
+        single = onnxruntime.InferenceSession(tmp_path / "out" / f"{name}.onnx").run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(single[0]), expected, rtol=1e-4, atol=1e-4)
+    again = here("evaluate.py", "results/run", "--no_test", "--export", tmp_path / "out", cwd=folder, check=2)
+    assert "exists; export to another folder" in again.stderr
+    alone = here("evaluate.py", "results/run", "--onnx", cwd=folder, check=2)
+    assert "give --export DIR too" in alone.stderr
+
+
+def test_evaluate_names_a_damaged_task_and_tests_the_others(finished, here, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    (tmp_path / "results/run/paint/task.safetensors").write_bytes(b"short")
+    done = here("evaluate.py", "results/run", cwd=tmp_path)
+    assert "warning: a task is left out: results/run/paint/task.safetensors has 5 bytes" in done.stderr
+    assert "ink-2" in done.stdout
+    assert "paint" not in done.stdout
+
+
+def test_tensorboard_has_the_pictures(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "results" / "run"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"layers", "sizes", "scores", "overlap"}
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, here, tree):

@@ -20,7 +20,7 @@ LAYERS = {
     "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),
     "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),
     "results": ("cost", "errors", "files", "library", "taskfile"), "plots": ("cost", "files"),
-    "commands": ("backbones", "data", "errors", "signals"),
+    "commands": ("backbones", "data", "errors", "files", "model", "results", "signals"),
     "experiment": ("budget", "checkpoint", "commands", "data", "errors", "files", "metrics", "model", "plots", "recipe",
                    "results", "signals", "taskfile", "train"),
     "__init__": ("backbones", "errors", "gates", "methods", "model"),

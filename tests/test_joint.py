@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from cases import make
+from conftest import trained_arguments as arguments
 from safetensors.torch import load_file
-from test_commands import SMALL
 
 import taps
 from taps.data.tasks import TaskSampler
@@ -184,16 +184,6 @@ def test_load_base_refuses_another_network():
     with pytest.raises(ValueError, match="belong to another network"):
         model.load_base(other.base_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.base_state().items())
-
-
-def arguments(tree, *more):
-    return ("--dataset", tree, *SMALL, "--epochs", 2, "--lam", 4, "--experiment_name", "run", *more)
-
-
-@pytest.fixture(scope="module")
-def joint(tree, command, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("joint")
-    return folder, command("train_joint.py", *arguments(tree), cwd=folder)
 
 
 def tensors(folder) -> dict[str, bytes]:

@@ -26,6 +26,86 @@ def test_layers(tmp_path, tasks, units):
         assert picture.getextrema()[0] != (255, 255)
 
 
+def test_layers_names_shortcuts_and_borders():
+    names = ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer2.1.conv1"]
+    figure = plots.layers({"a": [{"name": name, "run": 1.0, "specific": 1.0} for name in names]})
+    axes = figure.axes[0]
+    above = axes.child_axes[0]
+    assert [(tick.get_position()[0], tick.get_text()) for tick in above.get_xticklabels()] == [(3, "downsample")]
+    assert sorted(line.get_xdata()[0] for line in axes.lines) == [0.5, 1.5]
+
+
+def summary(tasks: int) -> dict:
+    rows = {f"task {i}": {"accuracy": 90.0 - i, "parameters": 1000 * i, "tuned_layers": 0.5} for i in range(tasks)}
+    return {"mean_accuracy": 88.0, "parameters_x_base": 2.5, "tasks": rows}
+
+
+def drawn(figure, path) -> tuple[int, int]:
+    from PIL import Image
+
+    plots.save(figure, path)
+    with Image.open(path) as picture:
+        assert picture.getextrema()[0] != (255, 255)
+        return picture.size
+
+
+@pytest.mark.parametrize("tasks", [1, 6, 40])
+def test_every_picture_at_every_number_of_tasks(tmp_path, tasks):
+    units = {f"task {i}": rows(53, i + 2) for i in range(tasks)}
+    figure = plots.sizes(summary(tasks))
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [90.0 - i for i in range(tasks)]
+    assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([i / 1000 for i in range(tasks)])
+    drawn(figure, tmp_path / "sizes.png")
+
+    figure = plots.overlap(units)
+    shared = figure.axes[0].images[0].get_array()
+    assert shared.shape == (tasks, tasks)
+    assert all(shared[i][i] == 100 for i in range(tasks)), "every task tunes something"
+    drawn(figure, tmp_path / "overlap.png")
+
+    metrics = [
+        {"task": task, "epoch": epoch, "scores": [0.15 - 0.01 * epoch] * 53} for epoch in range(1, 4) for task in units
+    ]
+    figure = plots.scores(metrics, threshold=0.1)
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == list(units)
+    lines = panels[0].lines
+    assert len(lines) == 53 + 1
+    assert list(lines[0].get_ydata()) == pytest.approx([0.14, 0.13, 0.12])
+    assert set(lines[-1].get_ydata()) == {0.1}, "the threshold"
+    drawn(figure, tmp_path / "scores.png")
+
+    from PIL import Image
+
+    outputs = {task: [("a class with a long name", 0.75), ("b", 0.25)] for task in units}
+    figure = plots.predictions(Image.new("RGB", (8, 8)), outputs)
+    assert [axes.get_title(loc="left") for axes in figure.axes[1:]] == list(units)
+    assert [bar.get_width() for bar in figure.axes[1].patches] == [75.0, 25.0]
+    width, height = drawn(figure, tmp_path / "predictions.png")
+    assert max(width, height) < 4000
+
+
+def test_overlap_is_tuned_by_both_among_tuned_by_either():
+    def task(*tuned: int) -> list[dict]:
+        return [{"name": str(i), "run": 1.0, "specific": float(i in tuned)} for i in range(5)]
+
+    figure = plots.overlap({"a": task(0, 1, 2), "b": task(1, 2, 3), "c": task()})
+    assert figure.axes[0].images[0].get_array().tolist() == [[100, 50, 0], [50, 100, 0], [0, 0, 0]]
+    assert [text.get_text() for text in figure.axes[0].texts][::4] == ["3", "3", "0"]
+
+
+def test_trade_off_is_a_point_a_run(tmp_path):
+    runs = {f"run {i}": {"parameters_x_base": 4.0 - i, "mean_accuracy": 90.0 - i} for i in range(3)}
+    figure = plots.trade_off(runs, {"run 0": "λ = 0"})
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[2, 88], [3, 89], [4, 90]]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"λ = 0", "run 1", "run 2"}
+    drawn(figure, tmp_path / "trade_off.png")
+
+
+def test_methods_without_scores_have_no_picture_of_them():
+    assert plots.scores([{"task": "a", "epoch": 1, "scores": [None, None]}], 0.1) is None
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
