@@ -19,8 +19,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready  ## ratios against plain networks, measured side by side
+bench: .venv/ready  ## ratios against plain networks, measured side by side; peak memory of joint training
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -308,7 +308,8 @@ def loading(rounds: int) -> None:
         switching = alternately({"switch": switch}, rounds)["switch"] / 300
         print(
             f"loading a task, {name}: {size / 1e6:.1f} MB in {1000 * times['load']:.1f} ms, "
-            f"{times['load'] / times['read']:.2f} × reading its bytes, {times['load'] / times['read tensors']:.2f} × reading its tensors; switching {1e6 * switching:.1f} µs"
+            f"{times['load'] / times['read']:.2f} × reading its bytes, "
+            f"{times['load'] / times['read tensors']:.2f} × reading its tensors; switching {1e6 * switching:.1f} µs"
         )
 
 

@@ -135,15 +135,18 @@ def add_delta(
 
 
 class Deltas(nn.Module):
-    """One task's deltas of one unit: zeros shaped like the unit's parameters, each named ``<parameter>.delta``."""
+    """One task's deltas of one unit, each named ``<parameter>.delta``: given values, or zeros like the unit's parameters."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         for name, parameter in parameters.items():
             holder: nn.Module = self
             for part in name.split("."):
                 holder = holder._modules.setdefault(part, nn.Module())
-            holder.delta = nn.Parameter(torch.zeros_like(parameter))
+            value = (
+                torch.zeros_like(parameter) if values is None else values[name].to(parameter.device, parameter.dtype)
+            )
+            holder.delta = nn.Parameter(value)
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self.get_submodule(name).delta
@@ -187,8 +190,10 @@ class GatedUnit(nn.Module):
     def base_parameters(self) -> dict[str, Tensor]:
         return {name: self.base.get_parameter(name) for name in self.parameter_names}
 
-    def add_task(self, task: str, gate: Gate, with_deltas: bool | None = None) -> None:
-        """Give ``task`` a gate and, if the gate ``needs_delta`` (or as told), zero deltas."""
+    def add_task(
+        self, task: str, gate: Gate, with_deltas: bool | None = None, values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Give ``task`` a gate and, if the gate ``needs_delta`` (or as told), deltas: zeros, or ``values`` by parameter."""
         like = next(iter(self.base.parameters()), None)
         if like is not None:
             # A score in half precision could not move by the small steps that decide it.
@@ -196,7 +201,7 @@ class GatedUnit(nn.Module):
             gate = gate.to(device=like.device, dtype=wide)
         self.gates[task] = gate.train(self.training)
         if gate.needs_delta if with_deltas is None else with_deltas:
-            self.deltas[task] = Deltas(self.base_parameters()).train(self.training)
+            self.deltas[task] = Deltas(self.base_parameters(), values).train(self.training)
 
     def remove_task(self, task: str) -> None:
         for modules in (self.gates, self.deltas):

@@ -140,8 +140,13 @@ def load(model: TaskModel, folder: Path, task: str, head: nn.Module | None, trai
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, task.json says {description['bytes']}: the two do not belong together"
         )
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    for (
+        key,
+        tensor,
+    ) in (
+        tensors.items()
+    ):  # not the deltas: they were checked when they were written, and are read from disk when first used
+        if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if head is None:
         linear = description["head"]["linear"]
@@ -182,17 +187,17 @@ def _fill(
 ) -> None:
     stored_norms = set(description["norms"])
     like = next(model.backbone.parameters())
-    for unit, shape in zip(model.units, model._descriptions, strict=True):
-        gate = model.row.gate(shape, **model.options)
+    for unit, unit_description in zip(model.units, model._descriptions, strict=True):
+        gate = model.row.gate(unit_description, **model.options)
         used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
-        unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta))
-        for parameter in unit.parameter_names if used else ():
+        values = {}
+        for parameter, shape in unit_description.shapes.items() if used else ():
             key = f"delta/{unit.name}/{parameter}"
-            delta, value = unit.deltas[task][parameter], tensors.pop(key, None)
-            if value is None or value.shape != delta.shape:
+            value = values[parameter] = tensors.pop(key, None)
+            if value is None or value.shape != shape:
                 found = "missing" if value is None else f"of shape {tuple(value.shape)}"
-                raise UserError(f"{path}: {key} is {found}, the base needs {tuple(delta.shape)}")
-            delta.data = value.to(delta.device, delta.dtype)
+                raise UserError(f"{path}: {key} is {found}, the base needs {tuple(shape)}")
+        unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values or None)
     norms = []
     for norm in model.task_norms:
         if norm.name in stored_norms or trainable:
