@@ -6,6 +6,7 @@ python evaluate.py results/demo --export exported
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from options import parse_evaluate
 from taps import commands, cost, files, results
 from taps.data import TaskData, make_loader, without_bad_images
 from taps.data.images import Preprocessing
-from taps.errors import UserError, unknown
+from taps.errors import Inseparable, UserError, unknown
 from taps.metrics import accuracy
+
+#: name of the program that has an output for every task
+TOGETHER = "together"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -89,7 +93,7 @@ def test(
 def export(model: taps.TaskModel, names: list[str], target: Path, options: Namespace, onnx: bool) -> None:
     """Each task as a state dict for timm and as a program, and all tasks as one program that computes shared work once."""
     networks = {name: model.merge(name).cpu() for name in names}
-    programs = {**networks, **({"together": model.predictor(names).cpu()} if len(names) > 1 else {})}
+    programs = {**networks, **({TOGETHER: model.predictor(names).cpu()} if len(names) > 1 else {})}
     files_of = {name: target / f"{name}.safetensors" for name in networks}
     endings = (".pt2", ".onnx") if onnx else (".pt2",)
     existing = [path for path in files_of.values() if path.exists()]
@@ -104,15 +108,17 @@ def export(model: taps.TaskModel, names: list[str], target: Path, options: Names
         files.write_tensors(files_of[name], plain.state_dict())
         print(f"{files_of[name]}: state dict for timm's {options.model_type}")
     for name, network in programs.items():
-        outputs = "outputs of all tasks by name" if name == "together" else f"outputs of {name}"
-        program = torch.export.export(network, (image,), dynamic_shapes=shapes)
+        outputs = "outputs of all tasks by name" if name == TOGETHER else f"outputs of {name}"
+        try:
+            program = torch.export.export(network, (image,), dynamic_shapes=shapes)
+        except Inseparable as reason:
+            warnings.warn(f"no program for all tasks together: {reason}", stacklevel=2)
+            continue
         with files.whole(target / f"{name}.pt2") as temporary:
             torch.export.save(program, temporary)
         print(f"{target / name}.pt2: torch.export program, {outputs}")
         if onnx:
-            commands.write_onnx(
-                network, image, shapes, names if name == "together" else [name], target / f"{name}.onnx"
-            )
+            commands.write_onnx(network, image, shapes, names if name == TOGETHER else [name], target / f"{name}.onnx")
             print(f"{target / name}.onnx: {outputs}")
 
 

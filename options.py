@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from taps.arguments import Parser
 from taps.data.tasks import SAMPLINGS
 from taps.methods import METHODS
 from taps.recipe import OPTIMIZERS
@@ -25,19 +23,6 @@ DEMO = {
     "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the nearest option offered."""
-
-    def error(self, message: str) -> None:
-        match = re.search(r"unrecognized arguments: (-\S+)", message)
-        if match:
-            given = match.group(1).split("=")[0]
-            near = difflib.get_close_matches(given, self._option_string_actions, n=1)
-            message = f"unknown option {given}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
@@ -62,13 +47,13 @@ def boolean(group, name: str, text: str) -> None:
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
-def _default(name: str) -> str:
-    demo = f"; demo: {DEMO[name]}" if name in DEMO and DEMO[name] != PUBLISHED.get(name) else ""
-    return f"(default: {'that of --lr' if PUBLISHED[name] is None else PUBLISHED[name]}{demo})"
+def training_parser(prog: str, description: str, published: dict) -> Parser:
+    """The options that all training programs have; ``published`` holds the defaults where data is given."""
 
+    def default(name: str) -> str:
+        demo = f"; demo: {DEMO[name]}" if name in DEMO and DEMO[name] != published.get(name) else ""
+        return f"(default: {'that of --lr' if published[name] is None else published[name]}{demo})"
 
-def training_parser(prog: str, description: str) -> Parser:
-    """The options that all training programs have."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -91,7 +76,7 @@ def training_parser(prog: str, description: str) -> Parser:
         "--input_size",
         type=number(int, 1),
         metavar="PIXELS",
-        help=f"side of the network's input {_default('input_size')}",
+        help=f"side of the network's input {default('input_size')}",
     )
     data.add_argument(
         "--resize",
@@ -104,7 +89,7 @@ def training_parser(prog: str, description: str) -> Parser:
         "--val_fraction",
         type=number(float, 0, 0.9),
         metavar="F",
-        help=f"part of train that selects the best epoch where there is no val/ folder; 0 selects on the test split, as published {_default('val_fraction')}",
+        help=f"part of train that selects the best epoch where there is no val/ folder; 0 selects on the test split, as published {default('val_fraction')}",
     )
     data.add_argument(
         "--skip_bad_images",
@@ -115,11 +100,11 @@ def training_parser(prog: str, description: str) -> Parser:
         "--workers",
         type=number(int, 0),
         metavar="N",
-        help=f"processes that load images; the result does not depend on it {_default('workers')}",
+        help=f"processes that load images; the result does not depend on it {default('workers')}",
     )
 
     network = parser.add_argument_group("network")
-    network.add_argument("--model_type", metavar="NAME", help=f"any timm model {_default('model_type')}")
+    network.add_argument("--model_type", metavar="NAME", help=f"any timm model {default('model_type')}")
     network.add_argument(
         "--model_path",
         metavar="FILE",
@@ -145,19 +130,19 @@ def training_parser(prog: str, description: str) -> Parser:
         "--lam",
         type=number(float, 0),
         metavar="λ",
-        help=f"weight of the sparsity penalty: the larger, the fewer layers are tuned {_default('lam')}",
+        help=f"weight of the sparsity penalty: the larger, the fewer layers are tuned {default('lam')}",
     )
     method.add_argument(
         "--warmup_epochs",
         type=number(float, 0),
         metavar="N",
-        help=f"epochs without the penalty, counted exactly {_default('warmup_epochs')}",
+        help=f"epochs without the penalty, counted exactly {default('warmup_epochs')}",
     )
     method.add_argument(
         "--settle_epochs",
         type=number(float, 0),
         metavar="N",
-        help=f"last epochs, in which gates stand still and nothing is penalised, so that what is tuned can adjust {_default('settle_epochs')}",
+        help=f"last epochs, in which gates stand still and nothing is penalised, so that what is tuned can adjust {default('settle_epochs')}",
     )
     method.add_argument(
         "--budget",
@@ -170,13 +155,13 @@ def training_parser(prog: str, description: str) -> Parser:
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--epochs", type=number(int, 1), metavar="N", help=f"passes over the training images {_default('epochs')}"
+        "--epochs", type=number(int, 1), metavar="N", help=f"passes over the training images {default('epochs')}"
     )
     training.add_argument(
         "--batch_size",
         type=number(int, 1),
         metavar="N",
-        help=f"images a batch on each process {_default('batch_size')}",
+        help=f"images a batch on each process; in joint training images of each task {default('batch_size')}",
     )
     training.add_argument(
         "--accumulate",
@@ -193,13 +178,13 @@ def training_parser(prog: str, description: str) -> Parser:
         "--learning_rate",
         type=number(float, 0, above=True),
         metavar="X",
-        help=f"learning rate of the first epoch; falls with a cosine {_default('lr')}",
+        help=f"learning rate of the first epoch; falls with a cosine {default('lr')}",
     )
     training.add_argument(
         "--score_lr",
         type=number(float, 0, above=True),
         metavar="X",
-        help=f"that of the gate scores {_default('score_lr')}",
+        help=f"that of the gate scores {default('score_lr')}",
     )
     training.add_argument(
         "--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd and nag (default: 0.9)"
@@ -209,7 +194,7 @@ def training_parser(prog: str, description: str) -> Parser:
         type=number(float, 0),
         default=0.0,
         metavar="X",
-        help="weight decay on deltas and heads; never on scores and norms (default: 0)",
+        help="weight decay on deltas, heads and a base that learns; never on scores and norms (default: 0)",
     )
     training.add_argument(
         "--eval_epochs",
@@ -264,6 +249,7 @@ def sequential_parser() -> Parser:
     parser = training_parser(
         "train_sequential.py",
         "Adapt one pretrained network to one task after another. Without --dataset it runs the demo.",
+        PUBLISHED,
     )
     parser.add_argument_group("sequential").add_argument(
         "--compile",
@@ -277,8 +263,8 @@ def joint_parser() -> Parser:
     """Options of ``train_joint.py``."""
     parser = training_parser(
         "train_joint.py",
-        "Train one network for many tasks together. Without --dataset it runs the demo. "
-        "--batch_size counts the images of each task (default: 12), --epochs is 60 by default; the demo's are 16 and 6.",
+        "Train one network for many tasks together. Without --dataset it runs the demo.",
+        JOINT,
     )
     joint = parser.add_argument_group("joint")
     joint.add_argument(

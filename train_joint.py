@@ -17,7 +17,7 @@ from accelerate import Accelerator
 import taps
 from options import parse_joint
 from taps import commands
-from taps.data import Preprocessing, TaskData
+from taps.data import TaskData
 from taps.errors import UserError
 from taps.experiment import Experiment, check_budget, prepare_tasks
 from taps.files import read_tensors, write_tensors
@@ -32,11 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     tasks = prepare_tasks(options, accelerator)
     if len(tasks) < 2:
         raise UserError(f"joint training needs at least two tasks, {tasks[0].name} is one; use train_sequential.py")
-    net = commands.make_base(options)
-    prepare = commands.make_preprocessing(options, net)
     with StopSignals() as stop:
         train = lite if options.variant == "lite" else together
-        train(options, accelerator, tasks, net, prepare, stop)
+        train(options, accelerator, tasks, stop)
     accelerator.end_training()
 
 
@@ -44,11 +42,11 @@ def together(
     options: Namespace,
     accelerator: Accelerator,
     tasks: list[TaskData],
-    net,
-    prepare: Preprocessing,
     stop: StopSignals,
 ) -> None:
     """The base and every task's deltas, gates, norms and heads at once."""
+    net = commands.make_base(options)
+    prepare = commands.make_preprocessing(options, net)
     model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=True)
     check_budget(options, model, tasks)
     path = Path(options.result_path) / options.experiment_name
@@ -62,16 +60,22 @@ def lite(
     options: Namespace,
     accelerator: Accelerator,
     tasks: list[TaskData],
-    net,
-    prepare: Preprocessing,
     stop: StopSignals,
 ) -> None:
     """First one network that all tasks share, then one task after another on it: the memory of one task."""
     path = Path(options.result_path) / options.experiment_name
+    net = commands.make_base(options)
+    prepare = commands.make_preprocessing(options, net)
     second = taps.adapt(copy.deepcopy(net), options.method, norm=options.norm, layers=options.layers, train_base=False)
     check_budget(options, second, tasks)
     with Experiment.start(options, accelerator, tasks, prepare, path, stop, stages=("shared",)) as experiment:
-        own = {"method": "hard_sharing", "norm": "frozen", "epochs": options.shared_epochs, "budget": None}
+        own = {
+            "method": "hard_sharing",
+            "norm": "frozen",
+            "epochs": options.shared_epochs,
+            "budget": None,
+            "layers": None,
+        }
         first_stage = Namespace(**{**vars(options), **own})
         with Experiment.start(first_stage, accelerator, tasks, prepare, path / "shared", stop) as shared:
             model = taps.adapt(net, "hard_sharing", train_base=True)
@@ -86,7 +90,7 @@ def lite(
         second.load_base(base)
         experiment.announce(second)
         experiment.train_in_sequence(second, heads=path / "shared")
-        experiment.finish()
+        experiment.finish(before=sum(row["seconds"] for row in shared.folder.rows))
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def predicting(name: str, pixels: int, depth: float, rounds: int) -> None:
             "merged": lambda: [merged[task](x) for task in TASKS],
             "predictor": lambda: predictor(x),
         },
-        max(rounds // 2, 3),
+        max(rounds // 3, 3),
     )
     ratio = times["predict"] / times["separate"]
     exported = times["predictor"] / times["merged"]

@@ -37,7 +37,7 @@ def save(
     random_states = gather_object([random_state()])
     if not accelerator.is_main_process:
         return
-    tensors = _tensors(model, tasks)
+    tensors = moving(model, tasks)
     numbers: dict[str, object] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -59,7 +59,7 @@ def save(
     write_tensors(path, tensors, {"record": json.dumps(record)})
 
 
-def _tensors(model, tasks: Sequence[str]) -> dict[str, Tensor]:
+def moving(model, tasks: Sequence[str]) -> dict[str, Tensor]:
     """Everything of the model that training moves."""
     tensors = {f"task/{name}": tensor for task in tasks for name, tensor in model.task_state(task).items()}
     if model.train_base:
@@ -77,7 +77,10 @@ def read_record(path: Path) -> dict | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["record"])
+            record = json.loads(file.metadata()["record"])
+        if "tasks" not in record:
+            raise UserError(f"checkpoint {path} was written by another version; start again with --overwrite")
+        return record
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from None
 
@@ -105,7 +108,7 @@ def restore(
         )
     with safe_open(path, "pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    targets = _tensors(model, tasks)
+    targets = moving(model, tasks)
     wrong = [n for n, tensor in targets.items() if n not in tensors or tensors[n].shape != tensor.shape]
     if record["tasks"] != list(tasks) or wrong:
         raise UserError(

@@ -285,9 +285,8 @@ class Experiment:
             processes=self.accelerator.num_processes,
         )
         loader = self.accelerator.prepare_data_loader(loader)
-        return accuracy(
-            model, task.name, loader, self.accelerator, len(task.classes), self.options.limit_batches, split
-        )
+        classes, limit = len(task.classes), self.options.limit_batches
+        return accuracy(model, task.name, loader, self.accelerator, classes, limit, split)
 
     def _write_tensorboard(self, row: Mapping, suffix: str) -> None:
         """The published tag names; with several tasks in one run each gets its name as a suffix."""
@@ -305,14 +304,14 @@ class Experiment:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """The summary, its table and the pictures, by the first process."""
+    def finish(self, before: float = 0.0) -> None:
+        """The summary, its table and the pictures, by the first process; ``before``: seconds that earlier stages took."""
         if not self.accelerator.is_main_process:
             return
         names = [task.name for task in self.tasks]
-        summary = self.folder.write_summary(self.options.method, self.options.seed, names)
-        stored = results.read_tasks(self.folder.path)
-        figures = plots.run_pictures({name: stored[name] for name in names}, summary, self.folder.rows)
+        summary = self.folder.write_summary(self.options.method, self.options.seed, names, before)
+        stored = {name: taskfile.read_description(self.folder.task_path(name)) for name in names}
+        figures = plots.run_pictures(stored, summary, self.folder.rows)
         pictures = [self.folder.path / f"{name}.png" for name in figures]
         for path, (name, figure) in zip(pictures, figures.items(), strict=True):
             plots.save(figure, path)

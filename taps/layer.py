@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from taps.gates import Decision, Gate, State
 
-#: layers whose output is linear in their parameters
-_LINEAR_IN_PARAMETERS = (nn.modules.conv._ConvNd, nn.Linear)
+#: layers whose output is linear in their parameters; not their subclasses, which may standardise weights first
+_LINEAR_IN_PARAMETERS = frozenset(
+    {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, Conv2dSame}
+)
 
 
 class TaskDict(nn.Module):
@@ -104,22 +107,26 @@ def _same_dense_order(a: Tensor, b: Tensor) -> bool:
 
 
 class _TeachGates(torch.autograd.Function):
-    """The identity of y with a gradient for gates that are closed: see :meth:`GatedUnit.teach_gates`."""
+    """The identity of y with the gradients of closed gates, and zeros for their deltas, which an optimiser's momentum
+    goes on moving: see :meth:`GatedUnit.teach_gates`."""
 
     @staticmethod
-    def forward(
-        ctx, y: Tensor, slopes: list[Callable[[], Tensor] | None], rows: list[slice], *specifics: Tensor
-    ) -> Tensor:
-        ctx.slopes, ctx.rows = slopes, rows
-        return y.view_as(y)
+    def forward(ctx, y: Tensor, x: Tensor, slope: Callable, rows: list[slice], each: int, *own: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *own[len(rows) :])
+        ctx.slope, ctx.rows, ctx.each = slope, rows, each
+        return y.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        along = [
-            torch.sum(gradient[rows] * slope().to(gradient.dtype)) if slope is not None else gradient.new_zeros(())
-            for slope, rows in zip(ctx.slopes, ctx.rows, strict=True)
-        ]
-        return gradient, None, None, *along
+        x, *deltas = ctx.saved_tensors
+        along = []
+        for index, place in enumerate(ctx.rows):
+            slope = ctx.slope(x[place], deltas[index * ctx.each : (index + 1) * ctx.each])
+            zero = gradient.new_zeros((), dtype=deltas[0].dtype)
+            along.append(zero if slope is None else torch.sum(gradient[place] * slope).to(zero.dtype))
+        wanted = ctx.needs_input_grad[5 + len(ctx.rows) :]
+        still = [torch.zeros_like(delta) if needs else None for delta, needs in zip(deltas, wanted, strict=True)]
+        return gradient, None, None, None, None, *along, *still
 
 
 def add_delta(
@@ -250,7 +257,8 @@ class GatedUnit(nn.Module):
         """Whether a relaxed decision computes the base's output and only its gate learns from it: see :meth:`teach_gates`."""
         specific = decision.specific
         return (
-            isinstance(self.base, _LINEAR_IN_PARAMETERS)
+            type(self.base) in _LINEAR_IN_PARAMETERS
+            and not self.base._forward_pre_hooks  # weight normalisation as a hook
             and decision.delta_gradient is None
             and not isinstance(decision.run, Tensor)
             and decision.run == 1.0
@@ -271,17 +279,17 @@ class GatedUnit(nn.Module):
         ]
         if not learning:
             return y
-        slopes = []
-        for task in learning:
-            deltas = {name: self.deltas[task][name].detach() for name in self.parameter_names}
-            moved = any(_any_nonzero(delta) for delta in deltas.values())
-            own = (x.detach()[rows[task]],)
-            slopes.append(
-                functools.partial(functional_call, self.base, deltas, own, tie_weights=False) if moved else None
-            )
-        return _TeachGates.apply(
-            y, slopes, [rows[task] for task in learning], *(decisions[task].specific for task in learning)
-        )
+        deltas = [self.deltas[task][name] for task in learning for name in self.parameter_names]
+        specifics = [decisions[task].specific for task in learning]
+        places = [rows[task] for task in learning]
+        return _TeachGates.apply(y, x.detach(), self._slope, places, len(self.parameter_names), *specifics, *deltas)
+
+    def _slope(self, x: Tensor, deltas: Sequence[Tensor]) -> Tensor | None:
+        """∂y/∂specific = f(x; δ); ``None`` where δ is zero."""
+        if not any(map(_any_nonzero, deltas)):
+            return None
+        values = {name: delta.to(x.dtype) for name, delta in zip(self.parameter_names, deltas, strict=True)}
+        return functional_call(self.base, values, (x,), tie_weights=False)
 
     def carry_out(self, task: str, decision: Decision, args: tuple, kwargs: dict):
         """The equation."""

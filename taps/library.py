@@ -111,7 +111,7 @@ class Shelf:
         for task in tasks:
             self._held.pop(task, None)
         spare = max(self.keep - len(tasks), 0)
-        for task in [*self._held][: len(self._held) - spare]:
+        for task in [*self._held][: max(len(self._held) - spare, 0)]:
             self._drop(task)
             del self._held[task]
         for task in tasks:
@@ -203,22 +203,22 @@ def compare_table(library: Library) -> str:
     return align(rows, left=(0, 1, 5))
 
 
-def remove(folder: Path) -> None:
-    """Delete one task's two files, and its folder if nothing else is in it.
+def remove(folders: Sequence[Path]) -> None:
+    """Delete the two files of some tasks, and their folders if nothing else is in them.
 
     Raises:
-        UserError: if the folder is not one task's.
+        UserError: if a folder is not one task's; nothing is then deleted.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist")
-    if not any((folder / name).is_file() for name in FILES):
-        raise UserError(
-            f"{folder} is not a task's folder (with {' and '.join(FILES)}); name one task, nothing is deleted"
-        )
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist; nothing is deleted")
+        if not any((folder / name).is_file() for name in FILES):
+            raise UserError(f"{folder} is not a task's folder (with {' and '.join(FILES)}); nothing is deleted")
+    for folder in folders:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def align(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:

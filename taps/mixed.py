@@ -87,14 +87,14 @@ class Mixed:
 
 
 def split(tree, sizes: list[int]) -> list:
-    """A tree of tensors as one tree a task, cut along the rows; what has not as many rows is handed to all."""
+    """A tree of tensors as one tree a task, cut along the rows, of which a sample may have several."""
     if len(sizes) == 1:
         return [tree]
     leaves, spec = tree_flatten(tree)
-    cut = [
-        leaf.split(sizes) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == sum(sizes) else None
-        for leaf in leaves
-    ]
+    cut = []
+    for leaf in leaves:
+        each = len(leaf) // sum(sizes) if isinstance(leaf, Tensor) and leaf.dim() else 0
+        cut.append(leaf.split([each * size for size in sizes]) if each else None)
     return [
         tree_unflatten([leaf if part is None else part[index] for leaf, part in zip(leaves, cut, strict=True)], spec)
         for index in range(len(sizes))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from taps import cost, mixed, taskfile, together
 from taps.adapt import Unit, choose, out_features, wrap
@@ -210,12 +211,12 @@ class TaskModel(nn.Module):
 
     def using(self, task: str | None):
         """Run the backbone as ``task`` sees it inside a ``with`` block; ``None`` is the base alone."""
+        if task is not None:
+            self.check_task(task)
         return self.state.running(task)
 
     def features(self, x: Tensor, task: str | None = None):
         """The backbone's output as ``task`` sees it; ``None`` is the base alone."""
-        if task is not None:
-            self.check_task(task)
         with self.using(task):
             return self.backbone(x)
 
@@ -236,8 +237,13 @@ class TaskModel(nn.Module):
         """
         if isinstance(task, str):
             self.check_task(task)
-            return self.heads[task](self.features(x, task))
+            return self._run(x, task)
         return self._mixed(x, list(task))
+
+    def _run(self, x: Tensor, task: str):
+        with self.state.running(task):
+            features = self.backbone(x)
+        return self.heads[task](features)
 
     def _mixed(self, x: Tensor, names: list[str]):
         if len(names) != len(x):
@@ -247,18 +253,23 @@ class TaskModel(nn.Module):
             rows.setdefault(name, []).append(index)
         self._fetch([*rows])
         if len(rows) == 1:
-            return self(x, names[0])
+            return self._run(x, names[0])
         order = [index for indices in rows.values() for index in indices]
         in_order = order == sorted(order)
         if not in_order:
             x = x[order]
         sizes = {name: len(indices) for name, indices in rows.items()}
         if self._why_not_mixed(x) is None:
-            with self.using(mixed.Mixed(self.state, sizes)):
+            with self.state.running(mixed.Mixed(self.state, sizes)):
                 features = mixed.split(self.backbone(x), list(sizes.values()))
+            outputs = [self.heads[name](part) for name, part in zip(sizes, features, strict=True)]
         else:
-            features = [self.features(part, name) for name, part in zip(sizes, x.split([*sizes.values()]), strict=True)]
-        outputs = [self.heads[name](part) for name, part in zip(sizes, features, strict=True)]
+            outputs = [self._run(part, name) for name, part in zip(sizes, x.split([*sizes.values()]), strict=True)]
+        for output, size in zip(outputs, sizes.values(), strict=True):
+            if any(isinstance(leaf, Tensor) and leaf.shape[:1] != (size,) for leaf in tree_flatten(output)[0]):
+                raise UserError(
+                    "a batch of several tasks needs heads with one output a sample; run the tasks one by one"
+                )
         tensors = all(isinstance(output, Tensor) for output in outputs)
         if tensors and len({output.shape[1:] for output in outputs}) == 1:
             y = torch.cat(outputs)
@@ -303,11 +314,11 @@ class TaskModel(nn.Module):
             features = together.run_together(self.backbone, self.state, x, tasks)
         except Exception as error:
             # Code that a value for several tasks cannot go through fails in any way; a mistake fails again below.
-            outputs = {task: self(x, task) for task in tasks}
+            outputs = {task: self._run(x, task) for task in tasks}
             reason = str(error) if isinstance(error, Inseparable) else f"{type(error).__name__}: {error}"
             warnings.warn(f"predict runs the tasks one by one: {reason}", stacklevel=3)
             return outputs
-        return {task: self.heads[task](together.select(features, (task,))) for task in tasks}
+        return {task: together.run_head(self.heads[task], features, task) for task in tasks}
 
     def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
         """Multiply-accumulate operations (MACs) of :meth:`predict` on ``x``; convolutions, matrix products, attention.
@@ -318,9 +329,12 @@ class TaskModel(nn.Module):
         """
         tasks = self._names(tasks)
         with self._evaluating(), torch.no_grad():
-            heads = sum(cost.macs(self.heads[task], self.features(x, task)) for task in tasks)
+            heads = separate = 0
+            for task in tasks:
+                with self.state.running(task):
+                    separate += cost.macs(self.backbone, x)
+                    heads += cost.macs(self.heads[task], self.backbone(x))
             one_pass = cost.macs(self._predict, x, tasks)
-            separate = sum(cost.macs(self.features, x, task) for task in tasks)
         return {"macs": one_pass - heads, "macs_separate": separate, "macs_heads": heads}
 
     def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
@@ -339,7 +353,7 @@ class TaskModel(nn.Module):
             for module in self._inner_first():
                 choices, variants = {}, {}
                 for task in tasks:
-                    name = module.shared(module.ask(task, None)) or task
+                    name = module.shared(module.ask(task, None)) or (task,)
                     choices[task] = name
                     if name not in variants:
                         variants[name] = module.merged(task, dict(memo))
@@ -373,7 +387,7 @@ class TaskModel(nn.Module):
     def penalty(self, task: str) -> Tensor:
         """The method's penalty as a scalar; for TAPS the mean of |s| over the units."""
         self.check_task(task)
-        value = self.row.penalty({name: self.gates(name) for name in self.tasks}, task)
+        value = self.row.penalty({name: [unit.gates[name] for unit in self._units] for name in self.heads}, task)
         return value.to(next(self.heads[task].parameters(), value).device)
 
     def report(self, task: str) -> list[dict]:
@@ -544,7 +558,8 @@ class TaskModel(nn.Module):
 
     def _load_from_library(self, folder: Path, task: str) -> None:
         if task not in self.heads:
-            taskfile.load(self, folder, task, None, False)
+            with torch.inference_mode(False), torch.no_grad():  # whose tensors could not be used outside of it
+                taskfile.load(self, folder, task, None, False)
 
     def merge(self, task: str) -> nn.Module:
         """An ordinary network, with no class of this library inside, that computes what ``model(x, task)`` computes.

@@ -195,21 +195,32 @@ def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
     return figure
 
 
-def trade_off(runs: Mapping[str, Mapping], labels: Mapping[str, str] | None = None) -> Figure:
+def trade_off(
+    runs: Mapping[str, Mapping], labels: Mapping[str, str] | None = None, groups: Mapping[str, str] | None = None
+) -> Figure:
     """Mean accuracy against size, one point a run.
 
     Args:
         runs: ``summary.json`` by run.
         labels: what is written at each point, e.g. λ; the run's name by default.
+        groups: which line each run lies on, e.g. its way of training; one line by default.
     """
-    figure = _figure(6.4, 4.4)
+    figure = _figure(7, 4.4)
     axes = figure.add_subplot()
-    points = sorted((run["parameters_x_base"], run["mean_accuracy"], name) for name, run in runs.items())
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=_BORDER, linewidth=1, zorder=1)
-    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=_TUNED, zorder=2)
-    for x, y, name in points:
-        text = (labels or {}).get(name, name)
-        axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    colors = (_TUNED, _SECOND, "#4f9d69", "#8a5fa8", "#b08d2f", "#5f6b78")
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for name, run in runs.items():
+        line = (groups or {}).get(name, "")
+        lines.setdefault(line, []).append((run["parameters_x_base"], run["mean_accuracy"], name))
+    for index, (line, points) in enumerate(sorted(lines.items())):
+        points.sort()
+        color = colors[index % len(colors)]
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=color, linewidth=1, label=line)
+        for x, y, name in points:
+            text = (labels or {}).get(name, name)
+            axes.annotate(text, (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.margins(x=0.15, y=0.2)
     axes.set_xlabel("size of base and tasks together, × base")
     axes.set_ylabel("mean accuracy, %")

@@ -115,6 +115,11 @@ class RunFolder:
     def _check_same(self, settings: dict) -> None:
         stored = read_json(self.path / "settings.json")
         wanted = json.loads(json.dumps(settings))
+        known = {*wanted, "versions", "commit", "command"}
+        if any(key not in known for key in stored):
+            raise UserError(
+                f"{self.path} was written by another program ({stored['command'][0]}); resume it with that one"
+            )
         other = [key for key in wanted if key not in FREE_ON_RESUME and wanted[key] != stored.get(key)]
         if other:
             listed = ", ".join(f"{key}={wanted[key]} (was {stored.get(key)})" for key in other)
@@ -146,10 +151,10 @@ class RunFolder:
         self.rows.extend(rows)
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def write_summary(self, method: str, seed: int, tasks: Iterable[str]) -> dict:
-        """Gather the finished tasks' files into ``summary.json``."""
+    def write_summary(self, method: str, seed: int, tasks: Iterable[str], before: float = 0.0) -> dict:
+        """Gather the finished tasks' files into ``summary.json``; ``before``: seconds that earlier stages took."""
         descriptions = {task: taskfile.read_description(self.task_path(task)) for task in tasks}
-        seconds = round(sum(row["seconds"] for row in self.rows), 1)
+        seconds = round(before + sum(row["seconds"] for row in self.rows), 1)
         summary = {"method": method, "seed": seed, "seconds": seconds, **summarise(descriptions)}
         write_json(self.path / "summary.json", summary)
         return summary
@@ -195,7 +200,11 @@ def find_runs(root: str | Path, like: Run | None = None) -> dict[str, Run]:
     """The finished runs directly below ``root``, by folder; with ``like`` only those of the same tasks and network."""
     found = {}
     for path in sorted(Path(root).glob("*/summary.json")):
-        run = read_run(path.parent)
+        try:
+            run = read_run(path.parent)
+        except UserError as error:
+            warnings.warn(f"a run is left out: {error}", stacklevel=2)
+            continue
         alike = like is None or (
             set(run.summary["tasks"]) == set(like.summary["tasks"])
             and run.settings["model_type"] == like.settings["model_type"]

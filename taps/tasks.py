@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from taps.arguments import Parser
 from taps.commands import run
 from taps.library import Library, compare_table, list_table, remove, show_table
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m taps.tasks",
         description="Look into task files and manage them. FOLDER is a task's folder or one that holds several, e.g. results/demo.",
     )
@@ -26,9 +26,8 @@ def main(arguments: Sequence[str]) -> None:
         actions.add_parser(name, help=text, description=text).add_argument("folders", nargs="+", metavar="FOLDER")
     given = parser.parse_args(arguments)
     if given.action == "remove":
-        for folder in given.folders:
-            remove(Path(folder))
-            print(f"removed {folder}")
+        remove([Path(folder) for folder in given.folders])
+        print(f"removed {', '.join(given.folders)}")
         return
     library = Library(given.folders)
     if library.folders:

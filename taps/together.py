@@ -8,7 +8,7 @@ group of tasks that still agree. Branches travel along the network's own data fl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -291,6 +291,14 @@ def run_together(backbone: nn.Module, state: State, x: Tensor, tasks: Sequence[s
     return features
 
 
+def run_head(head: nn.Module, features, task: str):
+    """A head's output on what its task sees of the backbone's output; a head that works in place gets its own copy."""
+    own = select(features, (task,))
+    if type(head) not in (nn.Linear, nn.Identity):
+        own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, own)
+    return head(own)
+
+
 class Variants(nn.Module):
     """What is left of a unit or norm when its tasks' decisions are carried out: one plain module a distinct behaviour.
 
@@ -300,20 +308,20 @@ class Variants(nn.Module):
         variants: plain modules by name.
     """
 
-    def __init__(self, state: State, choices: dict[str, str], variants: dict[str, nn.Module]) -> None:
+    def __init__(self, state: State, choices: dict[str, Hashable], variants: dict[Hashable, nn.Module]) -> None:
         super().__init__()
         self.state = state
         self.choices = choices
         self.variants = nn.ModuleList(variants.values())
         self._index = {name: index for index, name in enumerate(variants)}
 
-    def ask(self, task: str, x) -> str:
+    def ask(self, task: str, x) -> Hashable:
         return self.choices[task]
 
-    def shared(self, answer: str) -> str:
+    def shared(self, answer: Hashable) -> Hashable:
         return answer
 
-    def carry_out(self, task: str, answer: str, args: tuple, kwargs: dict):
+    def carry_out(self, task: str, answer: Hashable, args: tuple, kwargs: dict):
         return self.variants[self._index[answer]](*args, **kwargs)
 
     def forward(self, *args, **kwargs):
@@ -353,4 +361,4 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = run_together(self.backbone, self.state, x, self.tasks)
-        return {task: head(select(features, (task,))) for task, head in zip(self.tasks, self.heads, strict=True)}
+        return {task: run_head(head, features, task) for task, head in zip(self.tasks, self.heads, strict=True)}

@@ -97,6 +97,7 @@ def fit(
         run.resume()
     while run.progress.epoch < recipe.epochs:
         phase = run.train_epoch()
+        run.check_finite()
         rows = run.numbers(phase)
         is_last = run.progress.epoch + 1 == recipe.epochs
         is_best = validate is None and is_last
@@ -169,13 +170,17 @@ class _Run:
 
     def save(self) -> None:
         """Replace the checkpoint, unless the weights are lost."""
-        if not all(torch.isfinite(t).all() for task in self.tasks for t in self.model.task_state(task).values()):
-            raise DivergedError(
-                f"{self._which()}: weights are no longer finite in epoch {self.progress.epoch}{self._kept()}; lower --lr"
-            )
+        self.check_finite()
         if self.state_path is not None:
             counters = {**vars(self.progress), "sums": self._sums()}
             checkpoint.save(self.state_path, self.model, self.tasks, self.optimizer, self.accelerator, counters)
+
+    def check_finite(self) -> None:
+        """Raise a ``DivergedError`` before lost weights replace what is kept."""
+        if not all(torch.isfinite(tensor).all() for tensor in checkpoint.moving(self.model, self.tasks).values()):
+            raise DivergedError(
+                f"{self._which()}: weights are no longer finite in epoch {self.progress.epoch + 1}{self._kept()}; lower --lr"
+            )
 
     def obey(self) -> None:
         """End the run if any process was asked to stop."""

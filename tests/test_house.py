@@ -14,7 +14,7 @@ LAYERS = {
     "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
     "methods": ("adapt", "gates"), "files": ("errors",), "backbones": ("errors", "files"), "cost": (),
     "taskfile": ("cost", "errors", "files"), "library": ("cost", "errors", "taskfile"),
-    "tasks": ("commands", "library"), "budget": ("cost", "errors"),
+    "tasks": ("arguments", "commands", "library"), "arguments": (), "budget": ("cost", "errors"),
     "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "library", "methods", "mixed", "taskfile", "together"),
     "checkpoint": ("errors", "files"),
     "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +274,24 @@ def test_mistakes_are_one_line(more, message, tree, here):
     done = here("train_joint.py", *arguments(tree, *more), check=2)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_resume_with_the_other_program_is_refused(joint, tree, here, tmp_path):
+    shutil.copytree(joint[0] / "results", tmp_path / "results")
+    before = tensors(tmp_path)
+    done = here("train_sequential.py", *arguments(tree, "--resume"), check=2)
+    assert "was written by another program" in done.stderr
+    assert tensors(tmp_path) == before
+
+
+def test_half_precision_and_loading_processes(tree, here, tmp_path):
+    """Gates close, and no process is left from the loaders of many validations."""
+    more = ("--amp", "bf16", "--workers", 2, "--epochs", 3, "--warmup_epochs", 0.5, "--lam", 8)
+    here("train_joint.py", *arguments(tree, *more))
+    rows = [json.loads(line) for line in (tmp_path / "results/run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["tuned_layers"] < 1
+    children = Path("/proc/self/task").glob("*/children")
+    assert sum(len(path.read_text().split()) for path in children) == 0
 
 
 def test_joint_training_needs_two_tasks(tree, here):

@@ -88,6 +88,32 @@ def test_a_library_beside_other_tasks(shelf, copied):
         taps.adapt(network()).load_library(copied, keep=0)
 
 
+def test_as_many_as_fit_are_held_and_every_method_finds_its_task(shelf):
+    model, root = shelf
+    other = taps.adapt(network()).eval()
+    other.load_library(root, keep=10)
+    x = torch.randn(2, 6)
+    with torch.inference_mode():  # the first use of a task may be anywhere
+        for name in NAMES[:10]:
+            other(x, name)
+    assert held(other) == 10
+    first = other.heads[NAMES[0]]
+    with torch.no_grad():
+        other(x, NAMES[0])
+        assert other.heads[NAMES[0]] is first
+        with other.using(NAMES[15]):
+            assert torch.equal(other.backbone(x), model.features(x, NAMES[15]))
+        with pytest.raises(ValueError, match="unknown task"), other.using("task-3"):
+            pass
+    cost = other.predict_cost(x, NAMES)
+    assert cost["macs"] <= cost["macs_separate"]
+    assert cost["macs_heads"] > 0
+    other.penalty(NAMES[16])
+    assert held(other) <= 20
+    other(x, NAMES[0])
+    assert held(other) <= 10
+
+
 def test_switching_tasks_copies_no_weights(shelf):
     model, _ = shelf
     pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -163,6 +189,8 @@ def test_mistakes_delete_and_mix_nothing(copied, here, tmp_path):
         (("list", tmp_path / "nowhere"), "does not exist"),
         (("list", tmp_path), "holds no task"),
         (("compare", copied / "task-00"), "comparing takes two"),
+        (("remove", copied / "task-00", tmp_path), "nothing is deleted"),
+        (("lst", copied), "invalid choice: 'lst'"),
         (("list", copied, copied / "task-00"), "both hold a task 'task-00'"),
     ):
         done = here("taps.tasks", *arguments, check=2)

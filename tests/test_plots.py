@@ -96,8 +96,10 @@ def test_overlap_is_tuned_by_both_among_tuned_by_either():
 
 def test_trade_off_is_a_point_a_run(tmp_path):
     runs = {f"run {i}": {"parameters_x_base": 4.0 - i, "mean_accuracy": 90.0 - i} for i in range(3)}
-    figure = plots.trade_off(runs, {"run 0": "λ = 0"})
-    assert figure.axes[0].collections[0].get_offsets().tolist() == [[2, 88], [3, 89], [4, 90]]
+    figure = plots.trade_off(runs, {"run 0": "λ = 0"}, {"run 1": "joint"})
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert [[2, 88], [4, 90]] in lines.values(), "runs of one kind are connected"
+    assert lines["joint"] == [[3, 89]]
     assert {text.get_text() for text in figure.axes[0].texts} == {"λ = 0", "run 1", "run 2"}
     drawn(figure, tmp_path / "trade_off.png")
 

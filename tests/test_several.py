@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import CASES, NETWORKS, make
+from timm.layers import StdConv2d
 from torch import nn
 
 import taps
@@ -333,3 +334,96 @@ def test_input_dependent_units_go_their_own_way(monkeypatch):
         torch.testing.assert_close(mixed[index], expected["ab"[index % 2]][index])
     with pytest.raises(ValueError, match="cannot be merged"):
         model.predictor()
+
+
+class Gated(nn.Module):
+    """In-place activations right behind layers, as in squeeze-and-excitation, and a layer that standardises its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 6, 3), StdConv2d(6, 6, 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        y = torch.relu_(self.first(x))
+        return torch.relu_(self.third(torch.relu_(self.second(y)))).mean((2, 3))
+
+
+def test_momentum_in_place_activations_and_standardised_weights():
+    """Several steps with momentum while gates close: mixed batches end where each task by itself ends."""
+    ends = []
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        model = taps.adapt(Gated().double()).train()
+        for task in TASKS:
+            model.add_task(task, num_classes=3)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(6):
+            x = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
+            if step == 3:  # deltas have moved by now
+                for unit in model.units:
+                    unit.gates["a"].set(False)
+                model.units[0].gates["b"].set(False)
+            if mixed:
+                y = model(x, NAMES)
+                loss = sum(y[[i for i, n in enumerate(NAMES) if n == task]].square().mean() for task in TASKS)
+            else:
+                rows = {task: [i for i, n in enumerate(NAMES) if n == task] for task in TASKS}
+                loss = sum(model(x[rows[task]], task).square().mean() for task in TASKS)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ends.append({name: parameter.detach() for name, parameter in model.named_parameters()})
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_mixed_training_in_half_precision():
+    model = prepared("resnet", "taps").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(batch("resnet"), NAMES)
+        loss = sum(output.float().square().mean() for output in outputs)
+    loss.backward()
+    scores = [unit.gates["a"].score.grad for unit in model.units]
+    assert all(torch.isfinite(gradient) for gradient in scores)
+    assert any(gradient != 0 for gradient in scores[: len(scores) // 2]), "closed gates learn too"
+
+
+def test_tasks_may_be_called_as_they_like_and_heads_work_in_place():
+    names = ("base", "skip", "other")
+    model = taps.adapt(NETWORKS["resnet"][0](), norm="follow").eval()
+    for index, task in enumerate(names):
+        model.add_task(task, head=nn.Sequential(nn.SiLU(inplace=True), nn.Linear(512, 2)))
+        for unit in model.units:
+            unit.gates[task].set(index == 0)
+            for parameter in unit.deltas[task].parameters():
+                parameter.data.normal_(std=0.1)
+    x = batch("resnet", 2)
+    with torch.no_grad():
+        expected = {task: model(x, task) for task in names}
+        for outputs in (model.predict(x), model.predictor()(x)):
+            for task in names:
+                torch.testing.assert_close(outputs[task], expected[task])
+        mixed = model(x, ["skip", "other"])
+        torch.testing.assert_close(mixed[1], expected["other"][1])
+
+
+def test_several_rows_a_sample():
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):  # (B, 3, 6) -> (B * 3, 6)
+            return self.linear(x.flatten(0, 1))
+
+    model = taps.adapt(Frames()).eval()
+    for task in ("a", "b"):
+        model.add_task(task, num_classes=2)
+    with pytest.raises(ValueError, match="one output a sample"):
+        model(torch.randn(4, 3, 6), ["a", "b", "a", "b"])
+    for task in ("c", "d"):
+        model.add_task(task, head=nn.Sequential(nn.Linear(6, 2), nn.Unflatten(0, (-1, 3)), nn.Flatten()))
+    x = torch.randn(4, 3, 6)
+    mixed = model(x, ["c", "d", "c", "d"])
+    torch.testing.assert_close(mixed[1::2], model(x[1::2], "d"))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from taps.arguments import Parser
 from taps.commands import run
 from taps.data.known import check
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m taps.data",
         description="Check data folders against the published counts. Exit status 1: incomplete.",
     )

@@ -182,7 +182,7 @@ def make_loader(
         ImageSet(samples, transform, seed),
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=single_left),
         num_workers=workers,
-        persistent_workers=workers > 0,
+        persistent_workers=train and workers > 0,  # evaluation is over before they would be used again
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global one
