@@ -84,13 +84,10 @@ def test_every_option_is_read():
 
 def test_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
-    from options import joint_parser, sequential_parser
+    from options import evaluate_parser, joint_parser, sequential_parser
 
-    known = (
-        set(sequential_parser()._option_string_actions)
-        | set(joint_parser()._option_string_actions)
-        | {"--export", "--no_test"}
-    )
+    parsers = (sequential_parser(), joint_parser(), evaluate_parser())
+    known = {option for parser in parsers for option in parser._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("http") or (ROOT / path).exists(), path
