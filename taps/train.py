@@ -97,7 +97,7 @@ def fit(
         run.resume()
     while run.progress.epoch < recipe.epochs:
         phase = run.train_epoch()
-        run.check_finite()
+        run.check_finite(run.progress.epoch + 1)
         rows = run.numbers(phase)
         is_last = run.progress.epoch + 1 == recipe.epochs
         is_best = validate is None and is_last
@@ -170,16 +170,16 @@ class _Run:
 
     def save(self) -> None:
         """Replace the checkpoint, unless the weights are lost."""
-        self.check_finite()
+        self.check_finite(self.progress.epoch + (self.progress.batch > 0))
         if self.state_path is not None:
             counters = {**vars(self.progress), "sums": self._sums()}
             checkpoint.save(self.state_path, self.model, self.tasks, self.optimizer, self.accelerator, counters)
 
-    def check_finite(self) -> None:
+    def check_finite(self, epoch: int) -> None:
         """Raise a ``DivergedError`` before lost weights replace what is kept."""
         if not all(torch.isfinite(tensor).all() for tensor in checkpoint.moving(self.model, self.tasks).values()):
             raise DivergedError(
-                f"{self._which()}: weights are no longer finite in epoch {self.progress.epoch + 1}{self._kept()}; lower --lr"
+                f"{self._which()}: weights are no longer finite in epoch {epoch}{self._kept()}; lower --lr"
             )
 
     def obey(self) -> None:

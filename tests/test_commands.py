@@ -176,11 +176,11 @@ def test_one_onnx_program_for_all_tasks(finished, here, tmp_path):
     assert "give --export DIR too" in alone.stderr
 
 
-def test_evaluate_names_a_damaged_task_and_tests_the_others(finished, here, tmp_path):
+def test_evaluate_names_a_damaged_task_and_tests_the_others(finished, command, tmp_path):
     folder, _ = finished
     shutil.copytree(folder / "results", tmp_path / "results")
     (tmp_path / "results/run/paint/task.safetensors").write_bytes(b"short")
-    done = here("evaluate.py", "results/run", cwd=tmp_path)
+    done = command("evaluate.py", "results/run", cwd=tmp_path)
     assert "warning: a task is left out: results/run/paint/task.safetensors has 5 bytes" in done.stderr
     assert "ink-2" in done.stdout
     assert "paint" not in done.stdout
