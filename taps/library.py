@@ -20,6 +20,7 @@ class Library:
 
     Args:
         roots: task folders, or folders that hold task folders.
+        by_run: tell tasks of the same name apart by the folder theirs is in: ``demo_joint/digits``.
 
     Attributes:
         folders: the folder of each usable task, by the task's name, in order of the roots and their folders.
@@ -30,7 +31,8 @@ class Library:
         UserError: if a root does not exist or holds no task, or two tasks have the same name.
     """
 
-    def __init__(self, roots: Iterable[str | Path]) -> None:
+    def __init__(self, roots: Iterable[str | Path], by_run: bool = False) -> None:
+        self._by_run = by_run
         self.folders: dict[str, Path] = {}
         self.descriptions: dict[str, dict] = {}
         self.refused: dict[Path, str] = {}
@@ -50,6 +52,8 @@ class Library:
             self.refused[folder] = str(error)
             return
         name = description["task"]
+        if name in self.folders and self._by_run and self.folders[name].resolve() != folder.resolve():
+            name = f"{folder.resolve().parent.name}/{name}"
         if name in self.folders:
             raise UserError(
                 f"{self.folders[name]} and {folder} both hold a task {name!r}; tasks in one library need different names"

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         remove([Path(folder) for folder in given.folders])
         print(f"removed {', '.join(given.folders)}")
         return
-    library = Library(given.folders)
+    library = Library(given.folders, by_run=True)
     if library.folders:
         if given.action == "show":
             print("\n\n".join(map(show_table, library.descriptions.values())))

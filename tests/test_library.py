@@ -171,6 +171,9 @@ def test_commands(copied, here):
     compared = here("taps.tasks", "compare", copied / "task-00", copied / "task-01", copied / "task-03").stdout
     assert len(compared.splitlines()) == 4
     assert "100" in next(line for line in compared.splitlines() if line.startswith("task-00  task-03"))
+    shutil.copytree(copied / "task-01", copied.parent / "other" / "task-01")
+    across = here("taps.tasks", "compare", copied / "task-01", copied.parent / "other" / "task-01").stdout
+    assert "task-01  other/task-01" in across
     here("taps.tasks", "remove", copied / "task-00", copied / "task-19")
     assert not (copied / "task-00").exists()
     assert len(here("taps.tasks", "list", copied).stdout.splitlines()) == len(NAMES) - 1
