@@ -17,10 +17,10 @@ from accelerate import Accelerator
 import taps
 from options import parse_evaluate
 from taps import commands, cost, files, results
-from taps.data import TaskData, make_loader, without_bad_images
+from taps.data import TaskData, without_bad_images
 from taps.data.images import Preprocessing
-from taps.errors import Inseparable, UserError, unknown
-from taps.metrics import accuracy
+from taps.errors import UserError, unknown
+from taps.experiment import score
 
 #: name of the program that has an output for every task
 TOGETHER = "together"
@@ -77,17 +77,13 @@ def test(
         task, bad = without_bad_images(task)
         if bad:
             accelerator.print(f"{task.name}: {len(bad)} unreadable images are left out")
-    loader, _ = make_loader(
-        task.test,
-        prepare.transform(False, task.squash),
-        given.batch_size or options.batch_size,
-        train=False,
-        workers=options.workers if given.workers is None else given.workers,
-    )
-    loader = accelerator.prepare(loader)
-    return accuracy(
-        model, task.name, loader, accelerator, len(task.classes), given.limit_batches, title=f"testing {task.name}"
-    )
+    workers = options.workers if given.workers is None else given.workers
+    how = {
+        "batch_size": given.batch_size or options.batch_size,
+        "workers": workers,
+        "limit_batches": given.limit_batches,
+    }
+    return score(model, task, task.test, prepare, accelerator, Namespace(**how), f"testing {task.name}")
 
 
 def export(model: taps.TaskModel, names: list[str], target: Path, options: Namespace, onnx: bool) -> None:
@@ -111,15 +107,42 @@ def export(model: taps.TaskModel, names: list[str], target: Path, options: Names
         outputs = "outputs of all tasks by name" if name == TOGETHER else f"outputs of {name}"
         try:
             program = torch.export.export(network, (image,), dynamic_shapes=shapes)
-        except Inseparable as reason:
-            warnings.warn(f"no program for all tasks together: {reason}", stacklevel=2)
+        except Exception as reason:
+            if name != TOGETHER:
+                raise
+            line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+            warnings.warn(f"no program for all tasks together: {line}", stacklevel=2)
             continue
         with files.whole(target / f"{name}.pt2") as temporary:
             torch.export.save(program, temporary)
         print(f"{target / name}.pt2: torch.export program, {outputs}")
         if onnx:
-            commands.write_onnx(network, image, shapes, names if name == TOGETHER else [name], target / f"{name}.onnx")
+            write_onnx(network, image, shapes, names if name == TOGETHER else [name], target / f"{name}.onnx")
             print(f"{target / name}.onnx: {outputs}")
+
+
+def write_onnx(network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Sequence[str], path: Path) -> None:
+    """Export a network to an ONNX file with named outputs.
+
+    Raises:
+        UserError: if the packages it takes are not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX export needs the package {error.name}: pip install 'taps-vision[onnx]'") from None
+    program = torch.onnx.export(
+        network,
+        (x,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["images"],
+        output_names=list(outputs),
+        verbose=False,
+    )
+    with files.whole(path) as temporary:
+        program.save(temporary)
 
 
 if __name__ == "__main__":

@@ -252,11 +252,23 @@ def mixed_step(pixels: int, layout: str, is_open: Callable[[float], bool], round
         optimizer.step()
         optimizer.zero_grad()
 
-    times = alternately({"separate": separate, "mixed": mixed}, rounds)
+    plain = nn.Sequential(taps.create_backbone("resnet34", pretrained=False), nn.Linear(512, 10)).train()
+
+    def one_batch() -> None:
+        loss(plain(x), y).backward()
+
+    def six_batches() -> None:
+        for index in range(len(TASKS)):
+            loss(plain(x[8 * index : 8 * index + 8]), y[8 * index : 8 * index + 8]).backward()
+
+    times = alternately(
+        {"separate": separate, "mixed": mixed, "six batches": six_batches, "one batch": one_batch}, rounds
+    )
     memory = {name: measure(step_memory, (pixels, layout, name)) for name in ("mixed", "summed", "separate")}
     print(
         f"mixed step, resnet34 {pixels} px, {layout}: {times['mixed'] / times['separate']:.3f} of the time of six separate "
-        f"ones; memory {memory['mixed'] / memory['summed']:.2f} × that of six forwards and one backward, "
+        f"ones (the plain network, one batch of 48: {times['one batch'] / times['six batches']:.3f} of six of 8); "
+        f"memory {memory['mixed'] / memory['summed']:.2f} × that of six forwards and one backward, "
         f"{memory['mixed'] / memory['separate']:.2f} × that of six backwards one by one"
     )
 
@@ -296,7 +308,23 @@ def loading(rounds: int) -> None:
                 model.load_task(folder, name="loaded")
                 model.remove_task("loaded")
 
-            reading = {"load": load, "read": path.read_bytes, "read tensors": lambda path=path: touch(path)}
+            def load_and_use(model: taps.TaskModel = model, folder: str = folder) -> None:
+                model.load_task(folder, name="loaded")
+                for tensor in model.task_state("loaded").values():
+                    tensor.sum()
+                model.remove_task("loaded")
+
+            def read_and_use(path: Path = path) -> None:
+                torch.frombuffer(
+                    bytearray(path.read_bytes()[: path.stat().st_size // 4 * 4]), dtype=torch.float32
+                ).sum()
+
+            reading = {
+                "load": load,
+                "read": path.read_bytes,
+                "load and use": load_and_use,
+                "read and use": read_and_use,
+            }
             times = alternately(reading, max(rounds, 11))
             size = path.stat().st_size
 
@@ -309,13 +337,9 @@ def loading(rounds: int) -> None:
         print(
             f"loading a task, {name}: {size / 1e6:.1f} MB in {1000 * times['load']:.1f} ms, "
             f"{times['load'] / times['read']:.2f} × reading its bytes, "
-            f"{times['load'] / times['read tensors']:.2f} × reading its tensors; switching {1e6 * switching:.1f} µs"
+            f"with a sum over every tensor {times['load and use'] / times['read and use']:.2f} × the same over the bytes; "
+            f"switching {1e6 * switching:.1f} µs"
         )
-
-
-def touch(path: Path) -> None:
-    for tensor in load_file(path).values():
-        tensor.sum()
 
 
 def report(title: str, seconds: dict[str, float]) -> None:

@@ -18,7 +18,7 @@ from taps.backbones import create_backbone, needs_image_size, preprocessing
 from taps.data import Preprocessing, TaskData, find_tasks
 from taps.data.demo import make_demo, read_demo
 from taps.errors import UserError
-from taps.files import read_json, whole
+from taps.files import read_json
 from taps.model import TaskModel, adapt
 from taps.results import RunFolder, read_tasks
 from taps.signals import Interrupted
@@ -131,27 +131,3 @@ def load_run(
     for name in names:
         model.load_task(folder / name, name=name)
     return model.eval(), prepare
-
-
-def write_onnx(network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Sequence[str], path: Path) -> None:
-    """Export a network to an ONNX file with named outputs.
-
-    Raises:
-        UserError: if the packages it takes are not installed.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"ONNX export needs the package {error.name}: pip install 'taps-vision[onnx]'") from None
-    program = torch.onnx.export(
-        network,
-        (x,),
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=["images"],
-        output_names=list(outputs),
-        verbose=False,
-    )
-    with whole(path) as temporary:
-        program.save(temporary)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from taps import checkpoint, commands, plots, results, taskfile
 from taps.budget import check_size, parse_budget
 from taps.data import Preprocessing, TaskData, make_loader, split_validation, without_bad_images
+from taps.data.images import Sample
 from taps.data.tasks import make_task_loader
 from taps.errors import UserError
 from taps.files import read_tensors, write_tensors
@@ -66,6 +67,22 @@ def check_budget(options: Namespace, model: TaskModel, tasks: Sequence[TaskData]
         model.add_task(task.name, num_classes=len(task.classes))
         check_size(model, task.name, size)
         model.remove_task(task.name)
+
+
+def score(
+    model: TaskModel,
+    task: TaskData,
+    samples: Sequence[Sample],
+    prepare: Preprocessing,
+    accelerator: Accelerator,
+    options: Namespace,
+    title: str,
+) -> float:
+    """Accuracy of a task on some of its images, in percent; of the options ``batch_size``, ``workers``, ``limit_batches``."""
+    transform = prepare.transform(False, task.squash)
+    loader, _ = make_loader(samples, transform, options.batch_size, train=False, workers=options.workers)
+    loader = accelerator.prepare_data_loader(loader)
+    return accuracy(model, task.name, loader, accelerator, len(task.classes), options.limit_batches, title)
 
 
 def recipe_of(options: Namespace, model: TaskModel) -> Recipe:
@@ -275,18 +292,7 @@ class Experiment:
     def _score(self, model: TaskModel, task: TaskData, split: str) -> float:
         """Accuracy in percent on every image of a split; validation falls back on test where there is none."""
         samples = task.val if split == "validation" and task.val is not None else task.test
-        loader, _ = make_loader(
-            samples,
-            self.prepare.transform(False, task.squash),
-            self.options.batch_size,
-            train=False,
-            seed=self.options.seed,
-            workers=self.options.workers,
-            processes=self.accelerator.num_processes,
-        )
-        loader = self.accelerator.prepare_data_loader(loader)
-        classes, limit = len(task.classes), self.options.limit_batches
-        return accuracy(model, task.name, loader, self.accelerator, classes, limit, split)
+        return score(model, task, samples, self.prepare, self.accelerator, self.options, split)
 
     def _write_tensorboard(self, row: Mapping, suffix: str) -> None:
         """The published tag names; with several tasks in one run each gets its name as a suffix."""

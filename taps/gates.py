@@ -46,6 +46,11 @@ class State:
             self.task = before
 
 
+def first_input(args: tuple, kwargs: dict):
+    """What a unit was called with first: the input that its gate looks at."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 class Decision(NamedTuple):
     """A gate's answer.
 

@@ -11,21 +11,17 @@ than expressed as deltas.
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
-from taps.gates import Decision, Gate, State
-
-#: layers whose output is linear in their parameters; not their subclasses, which may standardise weights first
-_LINEAR_IN_PARAMETERS = frozenset(
-    {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, Conv2dSame}
-)
+from taps.delta import Deltas, TeachGates, add_delta, any_nonzero, is_linear_in_parameters
+from taps.gates import Decision, Gate, State, first_input
 
 
 class TaskDict(nn.Module):
@@ -53,113 +49,49 @@ class TaskDict(nn.Module):
         return self._modules.get(task)
 
 
-class _AddDelta(torch.autograd.Function):
-    """w = W + specific·δ as one pass over memory that keeps only δ and the gate for the backward pass.
+class TaskModule(nn.Module):
+    """A place in the network that computes different things for different tasks.
 
-    Gradients: dW = g, dδ = delta_gradient·g, dspecific = Σ g·δ over the broadcast dimensions.
+    What it does for one task is an *answer*, found by :meth:`ask` and done by :meth:`carry_out`. When the state holds
+    several tasks at once, the call goes to them (:mod:`taps.mixed`, :mod:`taps.together`), and they use the same
+    methods: tasks whose answers are :meth:`shared` get one call.
     """
 
-    @staticmethod
-    def forward(ctx, base: Tensor, delta: Tensor, specific: Tensor, delta_gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(delta, delta_gradient)
-        ctx.specific_shape = specific.shape
-        if _on_host(specific) == 0.0:
-            return base.detach()
-        return torch.addcmul(base, delta, specific.to(delta.dtype))
+    state: State
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        delta, factor = ctx.saved_tensors
-        base_gradient = gradient if ctx.needs_input_grad[0] else None
-        delta_gradient = specific_gradient = None
-        if ctx.needs_input_grad[1]:
-            known = _on_host(factor)
-            if known == 1.0:
-                delta_gradient = gradient
-            elif known == 0.0:
-                delta_gradient = torch.zeros_like(delta)
-            else:
-                delta_gradient = gradient * factor.to(gradient.dtype)
-        if ctx.needs_input_grad[2]:
-            if len(ctx.specific_shape) == 0 and _same_dense_order(gradient, delta):
-                flat = (delta.numel(),), (1,)  # memory order: any order gives the same sum of products
-                specific_gradient = torch.dot(gradient.as_strided(*flat), delta.as_strided(*flat))
-            else:
-                specific_gradient = (gradient * delta).sum_to_size(ctx.specific_shape)
-        return base_gradient, delta_gradient, specific_gradient, None
+    def forward(self, *args, **kwargs):
+        task = self.state.task
+        if task is None or isinstance(task, str):
+            return self.carry_out(task, self.ask(task, first_input(args, kwargs)), args, kwargs)
+        return task.run(self, args, kwargs)
 
+    def ask(self, task: str | None, x: Tensor | None):
+        """The answer for a task (``None``: the base alone) and the first input."""
+        raise NotImplementedError
 
-def _on_host(factor: Tensor) -> float | None:
-    """A scalar's value where reading it is free, so that whole passes over the weights can be left out."""
-    if factor.numel() != 1 or factor.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    return factor.item()
+    def shared(self, answer) -> Hashable | None:
+        """A name for what every task with such an answer shares, ``None`` where this task differs from all others."""
+        raise NotImplementedError
+
+    def is_closed(self, answer) -> bool:
+        """Whether the answer computes what the base does although its gate still learns: see ``teach_gates``."""
+        return False
+
+    def carry_out(self, task: str | None, answer, args: tuple, kwargs: dict):
+        """Compute what the answer says."""
+        raise NotImplementedError
+
+    def merged(self, task: str, memo: dict) -> nn.Module:
+        """An ordinary module that does what this does for ``task``. ``memo`` as in ``copy.deepcopy``."""
+        raise NotImplementedError
+
+    def for_current_task(self, value: Callable[[str | None], object]):
+        """A value that depends on the task: an attribute that other modules read."""
+        task = self.state.task
+        return value(task) if task is None or isinstance(task, str) else task.read(value)
 
 
-def _any_nonzero(tensor: Tensor) -> bool:
-    """Whether anything is not zero; a trained tensor's first few elements tell without reading the others."""
-    return bool(tensor[:1].any()) or bool(tensor.any())
-
-
-def _same_dense_order(a: Tensor, b: Tensor) -> bool:
-    dense = a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))
-    return dense and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-class _TeachGates(torch.autograd.Function):
-    """The identity of y with the gradients of closed gates, and zeros for their deltas, which an optimiser's momentum
-    goes on moving: see :meth:`GatedUnit.teach_gates`."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, slope: Callable, rows: list[slice], each: int, *own: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *own[len(rows) :])
-        ctx.slope, ctx.rows, ctx.each = slope, rows, each
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        x, *deltas = ctx.saved_tensors
-        along = []
-        for index, place in enumerate(ctx.rows):
-            slope = ctx.slope(x[place], deltas[index * ctx.each : (index + 1) * ctx.each])
-            zero = gradient.new_zeros((), dtype=deltas[0].dtype)
-            along.append(zero if slope is None else torch.sum(gradient[place] * slope).to(zero.dtype))
-        wanted = ctx.needs_input_grad[5 + len(ctx.rows) :]
-        still = [torch.zeros_like(delta) if needs else None for delta, needs in zip(deltas, wanted, strict=True)]
-        return gradient, None, None, None, None, *along, *still
-
-
-def add_delta(
-    base: Tensor, delta: Tensor, specific: float | Tensor, delta_gradient: float | Tensor | None = None
-) -> Tensor:
-    """The effective parameter W + specific ⊙ δ, with the gradient convention of the decision."""
-    if isinstance(specific, Tensor):
-        factor = specific.detach() if delta_gradient is None else torch.as_tensor(delta_gradient, device=delta.device)
-        return _AddDelta.apply(base, delta, specific, factor)
-    if specific == 0.0:
-        return base
-    return base + delta if specific == 1.0 else base + specific * delta
-
-
-class Deltas(nn.Module):
-    """One task's deltas of one unit, each named ``<parameter>.delta``: given values, or zeros like the unit's parameters."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__()
-        for name, parameter in parameters.items():
-            holder: nn.Module = self
-            for part in name.split("."):
-                holder = holder._modules.setdefault(part, nn.Module())
-            value = (
-                torch.zeros_like(parameter) if values is None else values[name].to(parameter.device, parameter.dtype)
-            )
-            holder.delta = nn.Parameter(value)
-
-    def __getitem__(self, name: str) -> nn.Parameter:
-        return self.get_submodule(name).delta
-
-
-class GatedUnit(nn.Module):
+class GatedUnit(TaskModule):
     """A module of the base network with, for each task, a gate and (where the gate can ask for them) deltas.
 
     It stands where the base module stood. Without a task it *is* the base module, and so it is wherever the gate's
@@ -215,7 +147,7 @@ class GatedUnit(nn.Module):
             if task in modules:
                 del modules[task]
 
-    def effective_parameters(self, task: str, decision: Decision) -> dict[str, Tensor]:
+    def effective_parameters(self, task: str | None, decision: Decision) -> dict[str, Tensor]:
         """The parameters that differ from the base's under ``decision``, by name: W + specific ⊙ δ."""
         deltas = self.deltas.get(task)
         specific = decision.specific
@@ -231,16 +163,7 @@ class GatedUnit(nn.Module):
             for name, parameter in self.base_parameters().items()
         }
 
-    def forward(self, *args, **kwargs):
-        task = self.state.task
-        if task is None:
-            return self.base(*args, **kwargs)
-        if not isinstance(task, str):
-            return task.run(self, args, kwargs)
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        return self.carry_out(task, self.ask(task, x), args, kwargs)
-
-    def ask(self, task: str, x: Tensor | None) -> Decision:
+    def ask(self, task: str | None, x: Tensor | None) -> Decision:
         """The gate's decision; a task without a gate here runs the base."""
         gate = self.gates.get(task)
         return Decision() if gate is None else gate(x, self.state)
@@ -257,8 +180,7 @@ class GatedUnit(nn.Module):
         """Whether a relaxed decision computes the base's output and only its gate learns from it: see :meth:`teach_gates`."""
         specific = decision.specific
         return (
-            type(self.base) in _LINEAR_IN_PARAMETERS
-            and not self.base._forward_pre_hooks  # weight normalisation as a hook
+            is_linear_in_parameters(self.base)
             and decision.delta_gradient is None
             and not isinstance(decision.run, Tensor)
             and decision.run == 1.0
@@ -282,18 +204,18 @@ class GatedUnit(nn.Module):
         deltas = [self.deltas[task][name] for task in learning for name in self.parameter_names]
         specifics = [decisions[task].specific for task in learning]
         places = [rows[task] for task in learning]
-        return _TeachGates.apply(y, x.detach(), self._slope, places, len(self.parameter_names), *specifics, *deltas)
+        return TeachGates.apply(y, x.detach(), self._slope, places, len(self.parameter_names), *specifics, *deltas)
 
     def _slope(self, x: Tensor, deltas: Sequence[Tensor]) -> Tensor | None:
         """∂y/∂specific = f(x; δ); ``None`` where δ is zero."""
-        if not any(map(_any_nonzero, deltas)):
+        if not any(map(any_nonzero, deltas)):
             return None
         values = {name: delta.to(x.dtype) for name, delta in zip(self.parameter_names, deltas, strict=True)}
         return functional_call(self.base, values, (x,), tie_weights=False)
 
-    def carry_out(self, task: str, decision: Decision, args: tuple, kwargs: dict):
+    def carry_out(self, task: str | None, decision: Decision, args: tuple, kwargs: dict):
         """The equation."""
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = first_input(args, kwargs)
         run = decision.run
         if isinstance(run, Tensor):
             return self._blend(task, x, run, decision, args, kwargs)
@@ -302,13 +224,13 @@ class GatedUnit(nn.Module):
         y = self._call(task, decision, args, kwargs)
         return y if run == 1.0 else run * y + (1.0 - run) * self.shortcut(x)
 
-    def _call(self, task: str, decision: Decision, args: tuple, kwargs: dict):
+    def _call(self, task: str | None, decision: Decision, args: tuple, kwargs: dict):
         effective = self.effective_parameters(task, decision)
         if not effective:
             return self.base(*args, **kwargs)
         return functional_call(self.base, effective, args, kwargs, tie_weights=False)
 
-    def _blend(self, task: str, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
+    def _blend(self, task: str | None, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         """The equation with a tensor ``run``: one value for all, or one a sample, shape (B,)."""
         if self.training or run.dim() == 0:
             y = self._call(task, decision, args, kwargs)
@@ -344,8 +266,7 @@ class GatedUnit(nn.Module):
                 return base
             return self.effective_parameters(task, self.gates[task](None, self.state)).get(name, base)
 
-        task = self.state.task
-        return value(task) if task is None or isinstance(task, str) else task.read(value)
+        return self.for_current_task(value)
 
     def merged(self, task: str, memo: dict) -> nn.Module:
         """An ordinary copy of the base with ``task``'s decision carried out. ``memo`` as in ``copy.deepcopy``.
@@ -364,7 +285,7 @@ class GatedUnit(nn.Module):
         return plain
 
 
-class TaskNorm(nn.Module):
+class TaskNorm(TaskModule):
     """A normalisation layer of the base, with a whole copy (affine and running statistics) for each task that wants one.
 
     Policies: ``"task"`` every task uses its copy; ``"follow"`` it uses its copy only while the unit that feeds the norm
@@ -414,15 +335,7 @@ class TaskNorm(nn.Module):
             return norm
         return norm if self._feeder[0].gates[task].decide().uses_delta else None
 
-    def forward(self, *args, **kwargs):
-        task = self.state.task
-        if task is None:
-            return self.base(*args, **kwargs)
-        if not isinstance(task, str):
-            return task.run(self, args, kwargs)
-        return self.carry_out(task, self.own(task), args, kwargs)
-
-    def ask(self, task: str, x: Tensor | None) -> nn.Module | None:
+    def ask(self, task: str | None, x: Tensor | None) -> nn.Module | None:
         return self.own(task)
 
     def shared(self, own: nn.Module | None) -> str | None:
@@ -430,10 +343,7 @@ class TaskNorm(nn.Module):
         makes_statistics = self.base.training and next(self.base.buffers(), None) is not None
         return "base" if own is None and not makes_statistics else None
 
-    def is_closed(self, own: nn.Module | None) -> bool:
-        return False
-
-    def carry_out(self, task: str, own: nn.Module | None, args: tuple, kwargs: dict):
+    def carry_out(self, task: str | None, own: nn.Module | None, args: tuple, kwargs: dict):
         return (self.base if own is None else own)(*args, **kwargs)
 
     def train(self, mode: bool = True) -> TaskNorm:
@@ -449,18 +359,40 @@ class TaskNorm(nn.Module):
             modules = self.__dict__.get("_modules", {})
             if "base" not in modules:
                 raise
-        task = self.state.task
-        if task is None or isinstance(task, str):
-            return self._attribute(name, task)
-        return task.read(functools.partial(self._attribute, name))
 
-    def _attribute(self, name: str, task: str | None):
-        norm = self.own(task)
-        return getattr(self.base if norm is None else norm, name)
+        def value(task: str | None):
+            own = self.own(task)
+            return getattr(self.base if own is None else own, name)
+
+        return self.for_current_task(value)
 
     def merged(self, task: str, memo: dict) -> nn.Module:
         norm = self.own(task)
         return copy.deepcopy(self.base if norm is None else norm, memo)
+
+
+def inner_first(modules: Iterable[GatedUnit | TaskNorm]) -> list[GatedUnit | TaskNorm]:
+    """In an order in which those inside others come before these; the network itself comes last."""
+    return sorted(modules, key=lambda module: -len(module.name.split(".")) * bool(module.name))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the ``with`` block; afterwards each module is in the mode it was in."""
+    modes = {inner: inner.training for inner in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, mode in modes.items():
+            inner.training = mode
+
+
+def run_head(head: nn.Module, features):
+    """A head's output; one that may work in place gets a copy of its own, since tasks can see the same features."""
+    if type(head) not in (nn.Linear, nn.Identity):
+        features = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, features)
+    return head(features)
 
 
 def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ A task's folder holds ``task.json`` and ``task.safetensors``; a root holds such 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -59,6 +60,11 @@ class Library:
                 f"{self.folders[name]} and {folder} both hold a task {name!r}; tasks in one library need different names"
             )
         self.folders[name], self.descriptions[name] = folder, description
+
+    def warn(self) -> None:
+        """A warning for each folder that could not be used."""
+        for message in self.refused.values():
+            warnings.warn(f"a task is left out: {message}", stacklevel=3)
 
     def check(self) -> None:
         """Name what could not be used.

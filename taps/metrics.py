@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from taps.layer import evaluating
 from taps.model import TaskModel
 
 
@@ -25,14 +26,13 @@ def accuracy(
     """Top-1 accuracy in percent over every image of a prepared loader, each counted once."""
     from torchmetrics.classification import MulticlassAccuracy  # a second of import that --help need not wait for
 
-    training = model.training
-    model.eval()
     metric = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)
     count = min(len(loader), limit_batches or len(loader))
     quiet = None if accelerator.is_main_process else True
-    for x, labels in tqdm(islice(loader, count), total=count, desc=title or task, disable=quiet, leave=False):
-        with accelerator.autocast():
-            output = model(x, task=task)
-        metric.update(*accelerator.gather_for_metrics((output.argmax(1), labels)))
-    model.train(training)
+    batches = tqdm(islice(loader, count), total=count, desc=title or task, disable=quiet, leave=False)
+    with evaluating(model):
+        for x, labels in batches:
+            with accelerator.autocast():
+                output = model(x, task=task)
+            metric.update(*accelerator.gather_for_metrics((output.argmax(1), labels)))
     return 100.0 * float(metric.compute())

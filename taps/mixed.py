@@ -8,18 +8,18 @@ rows of each task. Everything else in the network runs on the whole batch as it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from taps.errors import Inseparable
-from taps.gates import Decision, State
+from taps.errors import Inseparable, UserError
+from taps.gates import Decision, State, first_input
+from taps.layer import evaluating, run_head
 
-
-def first(args: tuple, kwargs: dict):
-    """The first argument of a call."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+if TYPE_CHECKING:
+    from taps.model import TaskModel
 
 
 class Mixed:
@@ -48,7 +48,7 @@ class Mixed:
 
     def run(self, module, args: tuple, kwargs: dict):
         """Run a unit or norm: once on the rows of all tasks that share it, and for each other task on its own rows."""
-        x = first(args, kwargs)
+        x = first_input(args, kwargs)
         places = self.rows(len(x))
         answers, groups, closed = {}, {}, {}
         for task, place in places.items():
@@ -69,10 +69,10 @@ class Mixed:
                 inputs = _cat([own[task] for task in tasks])
             with self.state.running(tasks[0] if len(tasks) == 1 else group):
                 y = module.carry_out(tasks[0], answers[tasks[0]], *inputs)
-            its = group.rows(len(first(*inputs)))
+            its = group.rows(len(first_input(*inputs)))
             learning = {task: closed[task] for task in tasks if task in closed}
             if learning:
-                y = module.teach_gates(y, first(*inputs), its, learning)
+                y = module.teach_gates(y, first_input(*inputs), its, learning)
             if everyone:
                 return y
             pieces.update(zip(tasks, split(y, self._lengths(its)), strict=True))
@@ -101,11 +101,6 @@ def split(tree, sizes: list[int]) -> list:
     ]
 
 
-def rows(tree, count: int) -> list:
-    """A tree of tensors as one tree a sample."""
-    return [tree_map(lambda leaf, index=index: leaf[index], tree) for index in range(count)]
-
-
 def _cat(trees: list):
     if len(trees) == 1:
         return trees[0]
@@ -126,8 +121,6 @@ def why_not_mixed(backbone: nn.Module, modules: Sequence[nn.Module], state: Stat
     other = noise.to(x) if x.is_floating_point() else x[1:2].flip(-1)
     pairs = (torch.cat([x[:1], x[1:2]]), torch.cat([x[:1], other]))
     runs: list[list[Tensor]] = [[], []]
-    training = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     hooks = []
     try:
         for seen, pair in zip(runs, pairs, strict=True):
@@ -140,7 +133,7 @@ def why_not_mixed(backbone: nn.Module, modules: Sequence[nn.Module], state: Stat
                 )
                 for module in modules
             ]
-            with state.running(_Reading()):
+            with evaluating(backbone), state.running(_Reading()):
                 seen.extend(leaf for leaf in tree_flatten(backbone(pair))[0] if isinstance(leaf, Tensor))
             for hook in hooks:
                 hook.remove()
@@ -149,8 +142,6 @@ def why_not_mixed(backbone: nn.Module, modules: Sequence[nn.Module], state: Stat
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     for before, after in zip(*runs, strict=True):
         half = len(before) // 2 if before.dim() else 0
         kept = half and len(before) % 2 == 0 and torch.equal(before[:half], after[:half])
@@ -166,3 +157,39 @@ class _Reading:
         return module.base(*args, **kwargs)
 
     read = Mixed.read
+
+
+def run_mixed(model: TaskModel, x: Tensor, names: list[str]):
+    """The outputs of a batch with a task's name for each sample; see :meth:`taps.model.TaskModel.forward`."""
+    rows: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        rows.setdefault(name, []).append(index)
+    order = [index for indices in rows.values() for index in indices]
+    in_order = order == sorted(order)
+    if not in_order:
+        x = x[order]
+    sizes = {name: len(indices) for name, indices in rows.items()}
+    if x.shape[1:] not in model.mixable:
+        modules = (*model.units, *model.task_norms)
+        model.mixable[x.shape[1:]] = why_not_mixed(model.backbone, modules, model.state, x)
+    if model.mixable[x.shape[1:]] is None:
+        with model.state.running(Mixed(model.state, sizes)):
+            features = split(model.backbone(x), list(sizes.values()))
+        outputs = [run_head(model.heads[name], part) for name, part in zip(sizes, features, strict=True)]
+    else:
+        outputs = []
+        for name, part in zip(sizes, x.split(list(sizes.values())), strict=True):
+            with model.state.running(name):
+                outputs.append(model.heads[name](model.backbone(part)))
+    for output, size in zip(outputs, sizes.values(), strict=True):
+        if any(isinstance(leaf, Tensor) and leaf.shape[:1] != (size,) for leaf in tree_flatten(output)[0]):
+            raise UserError("a batch of several tasks needs heads with one output a sample; run the tasks one by one")
+    if all(isinstance(output, Tensor) for output in outputs) and len({output.shape[1:] for output in outputs}) == 1:
+        y = torch.cat(outputs)
+        return y if in_order else y[torch.tensor(order, device=y.device).argsort()]
+    each = [
+        tree_map(lambda leaf, row=row: leaf[row], output)
+        for output, size in zip(outputs, sizes.values(), strict=True)
+        for row in range(size)
+    ]
+    return [row for _, row in sorted(zip(order, each, strict=True), key=lambda pair: pair[0])]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from taps import cost, mixed, taskfile, together
 from taps.adapt import Unit, choose, out_features, wrap
 from taps.backbones import attach_head
-from taps.errors import Inseparable, UserError, unknown
+from taps.errors import UserError, unknown
 from taps.gates import Gate, State
-from taps.layer import GatedUnit, TaskDict, TaskNorm, plain_state
+from taps.layer import GatedUnit, TaskDict, TaskNorm, evaluating, inner_first, plain_state
 from taps.library import Library, Shelf
 from taps.methods import METHODS, Method
 
@@ -108,7 +105,7 @@ class TaskModel(nn.Module):
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
         self._shelf: Shelf | None = None
-        self._mixable: dict[torch.Size, str | None] = {}
+        self.mixable: dict[torch.Size, str | None] = {}
         self._fingerprint: tuple[tuple, str] | None = None
         make = [
             Unit(u.name, type(u.base).__name__, {k: p.shape for k, p in u.base_parameters().items()}) for u in units
@@ -236,52 +233,13 @@ class TaskModel(nn.Module):
             UserError: for an unknown task, or a number of names that is not B.
         """
         if isinstance(task, str):
-            self.check_task(task)
-            return self._run(x, task)
-        return self._mixed(x, list(task))
-
-    def _run(self, x: Tensor, task: str):
-        with self.state.running(task):
-            features = self.backbone(x)
-        return self.heads[task](features)
-
-    def _mixed(self, x: Tensor, names: list[str]):
+            features = self.features(x, task)
+            return self.heads[task](features)
+        names = list(task)
         if len(names) != len(x):
             raise UserError(f"task= has {len(names)} names for a batch of {len(x)} samples; give one a sample")
-        rows: dict[str, list[int]] = {}
-        for index, name in enumerate(names):
-            rows.setdefault(name, []).append(index)
-        self._fetch([*rows])
-        if len(rows) == 1:
-            return self._run(x, names[0])
-        order = [index for indices in rows.values() for index in indices]
-        in_order = order == sorted(order)
-        if not in_order:
-            x = x[order]
-        sizes = {name: len(indices) for name, indices in rows.items()}
-        if self._why_not_mixed(x) is None:
-            with self.state.running(mixed.Mixed(self.state, sizes)):
-                features = mixed.split(self.backbone(x), list(sizes.values()))
-            outputs = [self.heads[name](part) for name, part in zip(sizes, features, strict=True)]
-        else:
-            outputs = [self._run(part, name) for name, part in zip(sizes, x.split([*sizes.values()]), strict=True)]
-        for output, size in zip(outputs, sizes.values(), strict=True):
-            if any(isinstance(leaf, Tensor) and leaf.shape[:1] != (size,) for leaf in tree_flatten(output)[0]):
-                raise UserError(
-                    "a batch of several tasks needs heads with one output a sample; run the tasks one by one"
-                )
-        tensors = all(isinstance(output, Tensor) for output in outputs)
-        if tensors and len({output.shape[1:] for output in outputs}) == 1:
-            y = torch.cat(outputs)
-            return y if in_order else y[torch.tensor(order, device=y.device).argsort()]
-        each = [row for output, size in zip(outputs, sizes.values(), strict=True) for row in mixed.rows(output, size)]
-        return [row for _, row in sorted(zip(order, each, strict=True), key=lambda pair: pair[0])]
-
-    def _why_not_mixed(self, x: Tensor) -> str | None:
-        if x.shape[1:] not in self._mixable:
-            modules = (*self._units, *self._norms)
-            self._mixable[x.shape[1:]] = mixed.why_not_mixed(self.backbone, modules, self.state, x)
-        return self._mixable[x.shape[1:]]
+        self._fetch(list(dict.fromkeys(names)))
+        return self(x, names[0]) if len(set(names)) == 1 else mixed.run_mixed(self, x, names)
 
     def predict(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Every task's output on the same batch, in evaluation mode and without gradients.
@@ -305,20 +263,9 @@ class TaskModel(nn.Module):
             for start in range(0, len(names), at_once):
                 some = names[start : start + at_once]
                 self._fetch(some)
-                with self._evaluating():
-                    outputs.update(self._predict(x, some))
+                with evaluating(self):
+                    outputs.update(together.predict(self, x, some))
         return outputs
-
-    def _predict(self, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
-        try:
-            features = together.run_together(self.backbone, self.state, x, tasks)
-        except Exception as error:
-            # Code that a value for several tasks cannot go through fails in any way; a mistake fails again below.
-            outputs = {task: self._run(x, task) for task in tasks}
-            reason = str(error) if isinstance(error, Inseparable) else f"{type(error).__name__}: {error}"
-            warnings.warn(f"predict runs the tasks one by one: {reason}", stacklevel=3)
-            return outputs
-        return {task: together.run_head(self.heads[task], features, task) for task in tasks}
 
     def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
         """Multiply-accumulate operations (MACs) of :meth:`predict` on ``x``; convolutions, matrix products, attention.
@@ -328,13 +275,13 @@ class TaskModel(nn.Module):
             passes would compute; ``macs_heads``, what the heads add to either.
         """
         tasks = self._names(tasks)
-        with self._evaluating(), torch.no_grad():
+        with evaluating(self), torch.no_grad():
             heads = separate = 0
             for task in tasks:
                 with self.state.running(task):
                     separate += cost.macs(self.backbone, x)
                     heads += cost.macs(self.heads[task], self.backbone(x))
-            one_pass = cost.macs(self._predict, x, tasks)
+            one_pass = cost.macs(together.predict, self, x, tasks)
         return {"macs": one_pass - heads, "macs_separate": separate, "macs_heads": heads}
 
     def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
@@ -347,35 +294,13 @@ class TaskModel(nn.Module):
             ValueError: where a decision depends on the input, so no fixed network equals it.
         """
         tasks = self._names(tasks)
-        memo: dict[int, object] = {}
-        state = State()
-        with self._evaluating():
-            for module in self._inner_first():
-                choices, variants = {}, {}
-                for task in tasks:
-                    name = module.shared(module.ask(task, None)) or (task,)
-                    choices[task] = name
-                    if name not in variants:
-                        variants[name] = module.merged(task, dict(memo))
-                memo[id(module)] = together.Variants(state, choices, variants)
-            backbone = copy.deepcopy(self.backbone, memo).requires_grad_(False)
-        heads = nn.ModuleList([copy.deepcopy(self.heads[task]) for task in tasks])
-        return together.Predictor(backbone, heads, tasks, state).eval()
+        with evaluating(self):
+            return together.predictor(self, tasks)
 
     def _names(self, tasks: Sequence[str] | None) -> list[str]:
         names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
         self._fetch(names)
         return names
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     # -- what a task has learned ---------------------------------------------------------------------------------
 
@@ -548,8 +473,7 @@ class TaskModel(nn.Module):
                 del library.folders[name], library.descriptions[name]
         if not library.folders:
             library.check()
-        for message in library.refused.values():
-            warnings.warn(f"a task is left out: {message}", stacklevel=2)
+        library.warn()
         if self._shelf:
             self._shelf.add(library, keep)
         else:
@@ -570,14 +494,10 @@ class TaskModel(nn.Module):
         """
         self.check_task(task)
         memo: dict[int, object] = {}
-        for module in self._inner_first():
+        for module in inner_first((*self._units, *self._norms)):
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)
         return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
-
-    def _inner_first(self) -> list[GatedUnit | TaskNorm]:
-        """Units and norms, those inside others before these."""
-        return sorted((*self._units, *self._norms), key=lambda module: -len(module.name.split(".")) * bool(module.name))
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, norm={self.norm!r}, units={len(self._units)}, tasks={self.tasks}"

@@ -247,8 +247,7 @@ def read_tasks(path: Path) -> dict[str, dict]:
     library = Library([path])
     if not library.folders:
         library.check()
-    for message in library.refused.values():
-        warnings.warn(f"a task is left out: {message}", stacklevel=2)
+    library.warn()
     settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
     order = {name: position for position, name in enumerate(settings.get("tasks", []))}
     names = sorted(library.descriptions, key=lambda name: (order.get(name, len(order)), name))

@@ -176,6 +176,20 @@ def test_one_onnx_program_for_all_tasks(finished, here, tmp_path):
     assert "give --export DIR too" in alone.stderr
 
 
+def test_export_does_without_one_program_where_the_network_cannot_be_followed(finished, here, tmp_path, monkeypatch):
+    from taps.together import Predictor
+
+    def refuse(self, x):
+        raise TypeError("this network looks at what it holds")
+
+    monkeypatch.setattr(Predictor, "forward", refuse)
+    with pytest.warns(UserWarning, match="no program for all tasks together"):
+        here("evaluate.py", "results/run", "--no_test", "--export", tmp_path / "out", cwd=finished[0])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "ink-2.pt2", "ink-2.safetensors", "paint.pt2", "paint.safetensors"
+    }  # fmt: skip
+
+
 def test_evaluate_names_a_damaged_task_and_tests_the_others(finished, command, tmp_path):
     folder, _ = finished
     shutil.copytree(folder / "results", tmp_path / "results")
@@ -353,8 +367,8 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(tree, here, tmp_path, arguments, message):
-    if torch.cuda.is_available() and "cuda" in arguments:
-        pytest.skip("there is a GPU here")
+    if torch.cuda.is_available() and {"cuda", "fp16"} & set(arguments):
+        pytest.skip("a mistake only where there is no GPU")
     done = here("train_sequential.py", *trained_arguments(tree / "paint", *arguments), cwd=tmp_path, check=2)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

@@ -10,14 +10,15 @@ from conftest import ROOT
 
 #: module of taps -> the modules of taps that it may import at its top
 LAYERS = {
-    "errors": (), "gates": ("errors",), "mixed": ("errors", "gates"), "together": ("errors", "gates"),
-    "layer": ("gates",), "adapt": ("errors", "gates", "layer"),
+    "errors": (), "gates": ("errors",), "delta": (), "layer": ("delta", "gates"),
+    "mixed": ("errors", "gates", "layer"), "branches": ("errors", "gates"),
+    "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
     "methods": ("adapt", "gates"), "files": ("errors",), "backbones": ("errors", "files"), "cost": (),
     "taskfile": ("cost", "errors", "files"), "library": ("cost", "errors", "taskfile"),
     "tasks": ("arguments", "commands", "library"), "arguments": (), "budget": ("cost", "errors"),
     "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "library", "methods", "mixed", "taskfile", "together"),
     "checkpoint": ("errors", "files"),
-    "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("model",),
+    "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("layer", "model"),
     "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),
     "results": ("cost", "errors", "files", "library", "taskfile"), "plots": ("cost", "files"),
     "commands": ("backbones", "data", "errors", "files", "model", "results", "signals"),
