@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -315,9 +316,7 @@ def loading(rounds: int) -> None:
                 model.remove_task("loaded")
 
             def read_and_use(path: Path = path) -> None:
-                torch.frombuffer(
-                    bytearray(path.read_bytes()[: path.stat().st_size // 4 * 4]), dtype=torch.float32
-                ).sum()
+                torch.from_numpy(numpy.fromfile(path, dtype=numpy.float32)).sum()
 
             reading = {
                 "load": load,
