@@ -330,8 +330,9 @@ def _complete(
 ) -> argparse.Namespace:
     """Fill in defaults and refuse what contradicts itself."""
     defaults = dict(published) if options.dataset else {**published, **demo}
-    if not options.dataset and options.epochs is not None:  # the demo's share of settling epochs
-        defaults["settle_epochs"] = 0.75 * options.epochs
+    if not options.dataset and options.epochs is not None:  # the phases keep their shares of the demo
+        for name in ("warmup_epochs", "settle_epochs"):
+            defaults[name] = demo[name] * options.epochs / demo["epochs"]
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

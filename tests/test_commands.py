@@ -406,6 +406,16 @@ def test_data_check_command(tree, tmp_path):
     assert done.stderr == "error: dataset folder nowhere does not exist\n"
 
 
+@pytest.mark.parametrize("epochs", ["1", "2", "6", "12"])
+def test_the_demo_s_phases_keep_their_shares(epochs):
+    from options import parse_joint, parse_sequential
+
+    for parse in (parse_sequential, parse_joint):
+        options = parse(["--epochs", epochs])
+        assert options.warmup_epochs == pytest.approx(int(epochs) / 12)
+        assert options.settle_epochs == pytest.approx(int(epochs) * 0.75)
+
+
 def test_help_explains_every_option(here, tmp_path):
     text = here("train_sequential.py", "--help", cwd=tmp_path).stdout
     from options import sequential_parser
