@@ -27,6 +27,8 @@ class Unit:
         shapes: shape of each parameter that can have a delta, by dotted name relative to the module.
         index: 0-based position in network order.
         count: number of units of the network.
+        channels: of the unit's input, ``None`` where unknown.
+        channel_dim: where they lie: 1, or -1 for tokens.
     """
 
     name: str
@@ -34,16 +36,21 @@ class Unit:
     shapes: dict[str, torch.Size]
     index: int = 0
     count: int = 1
+    channels: int | None = None
+    channel_dim: int = 1
 
 
 @dataclass(frozen=True)
 class Found:
-    """One module to wrap: its name, the module, the parameters that get deltas, and its shortcut (``None``: identity)."""
+    """One module to wrap: its name, the module, the parameters that get deltas, its shortcut (``None``: identity), and
+    the channels of its input and where they lie."""
 
     name: str
     module: nn.Module
     parameter_names: tuple[str, ...]
     shortcut: Callable | None = None
+    channels: int | None = None
+    channel_dim: int = 1
 
 
 def is_norm(module: nn.Module) -> bool:

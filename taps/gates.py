@@ -77,9 +77,13 @@ class Gate(nn.Module):
 
     #: whether the unit must hold a delta for this task
     needs_delta: bool = True
+    #: whether a curriculum has reached the unit; until then it is trained as the base's
+    opened: bool = True
 
     def forward(self, x: Tensor | None, state: State) -> Decision:
         """The relaxed decision in training mode, the hard one in evaluation mode. ``x``: the unit's first input."""
+        if not self.opened:
+            return Decision()
         return self.relax(x, state) if self.training else self.decide(x)
 
     def relax(self, x: Tensor | None, state: State) -> Decision:

@@ -73,6 +73,10 @@ class TaskModule(nn.Module):
         """A name for what every task with such an answer shares, ``None`` where this task differs from all others."""
         raise NotImplementedError
 
+    def looks_at_batch(self) -> bool:
+        """Whether a sample's output depends on the samples beside it, so that each task's must be run by themselves."""
+        return False
+
     def is_closed(self, answer) -> bool:
         """Whether the answer computes what the base does although its gate still learns: see ``teach_gates``."""
         return False
@@ -128,6 +132,13 @@ class GatedUnit(TaskModule):
 
     def base_parameters(self) -> dict[str, Tensor]:
         return {name: self.base.get_parameter(name) for name in self.parameter_names}
+
+    @property
+    def size(self) -> int:
+        """Number of parameters that a task may have of its own here; of a unit without deltas, that it may leave out."""
+        names = self.parameter_names
+        parameters = self.base_parameters().values() if names else plain_state(self.base, parameters_only=True).values()
+        return sum(parameter.numel() for parameter in parameters)
 
     def add_task(
         self, task: str, gate: Gate, with_deltas: bool | None = None, values: Mapping[str, Tensor] | None = None
@@ -339,9 +350,10 @@ class TaskNorm(TaskModule):
         return self.own(task)
 
     def shared(self, own: nn.Module | None) -> str | None:
-        """``"base"`` where tasks can share one call: not where each task's samples make statistics of their own."""
-        makes_statistics = self.base.training and next(self.base.buffers(), None) is not None
-        return "base" if own is None and not makes_statistics else None
+        return "base" if own is None else None
+
+    def looks_at_batch(self) -> bool:
+        return self.base.training and next(self.base.buffers(), None) is not None
 
     def carry_out(self, task: str | None, own: nn.Module | None, args: tuple, kwargs: dict):
         return (self.base if own is None else own)(*args, **kwargs)
@@ -395,14 +407,14 @@ def run_head(head: nn.Module, features):
     return head(features)
 
 
-def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def plain_state(module: nn.Module, prefix: str = "", parameters_only: bool = False) -> dict[str, Tensor]:
     """A wrapped network's base tensors under the names they had before it was wrapped."""
     while isinstance(module, (GatedUnit, TaskNorm)):
         module = module.base
     state = {prefix + name: tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
-    for name, tensor in module._buffers.items():
+    for name, tensor in module._buffers.items() if not parameters_only else ():
         if tensor is not None and name not in module._non_persistent_buffers_set:
             state[prefix + name] = tensor.detach()
     for name, child in module.named_children():
-        state.update(plain_state(child, f"{prefix}{name}."))
+        state.update(plain_state(child, f"{prefix}{name}.", parameters_only))
     return state

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from taps.adapt import Found, Unit, find_everything, find_layers
+from taps.adashare import policy_penalty, select_gate
+from taps.blocks import find_blocks
+from taps.dynashare import instance_gate, policy_and_rate_penalty
 from taps.gates import ConstantGate, Gate, ThresholdGate
 
 #: what can be trained, by role; every trainable tensor of a model has exactly one
@@ -25,15 +28,28 @@ class Phase:
 
     Attributes:
         name: shown in progress bars and metrics.
-        epochs: its length, > 0; fractions of an epoch are allowed.
+        epochs: its length, > 0; fractions of an epoch are allowed where only one stream of data is used.
         penalty: factor on the penalty weight λ during this phase.
-        trains: the roles that learn; the others stand still.
+        trains: the roles that learn; the others stand still, batch statistics of a base that stands still too.
+        data: the stream of batches it takes, by name.
+        optimizer: the one that makes its steps, by name; each has its own state and learning rates.
+        temperature: of gates that have one, > 0.
+        opened: how many units a curriculum has opened, counted from the last; ``None`` for all.
+        together: whether tasks on the same samples run in one pass that shares what they have in common; else one
+            after another, in the memory of one.
+        competes: whether its epochs compete for the best one, as those of the last phase always do.
     """
 
     name: str
     epochs: float
     penalty: float = 1.0
     trains: tuple[str, ...] = ROLES
+    data: str = "train"
+    optimizer: str = "main"
+    temperature: float = 1.0
+    opened: int | None = None
+    together: bool = True
+    competes: bool = False
 
 
 #: everything but the gates: decisions stand, the rest goes on learning
@@ -65,12 +81,12 @@ def open_then_settle(epochs: float, warmup: float) -> tuple[Phase, ...]:
     return (Phase("warm-up", warmup, penalty=0.0), Phase("settle", epochs - warmup, penalty=0.0, trains=SETTLED))
 
 
-def no_penalty(gates: Mapping[str, Sequence[Gate]], task: str) -> Tensor:
+def no_penalty(gates: Mapping[str, Sequence[Gate]], task: str, **options) -> Tensor:
     """Zero: a method without anything to keep small."""
     return torch.zeros(())
 
 
-def mean_absolute_score(gates: Mapping[str, Sequence[Gate]], task: str) -> Tensor:
+def mean_absolute_score(gates: Mapping[str, Sequence[Gate]], task: str, **options) -> Tensor:
     """(1/L) Σ |s_i| over the task's L units (TAPS §3). L is the real number of units of the network."""
     return torch.stack([gate.score for gate in gates[task]]).abs().mean()
 
@@ -90,6 +106,11 @@ def always_base(unit: Unit) -> Gate:
     return ConstantGate(specific=0.0)
 
 
+def fixed_gate(unit: Unit, run: float, **options) -> Gate:
+    """The unit is run or skipped, whatever the input."""
+    return ConstantGate(run=run)
+
+
 @dataclass(frozen=True)
 class Method:
     """One way of sharing a network between tasks.
@@ -99,23 +120,34 @@ class Method:
         source: where it is published.
         gate: makes the gate of one task on one unit from the unit's description and the method's options.
         select: finds the units of a network.
-        penalty: from every task's gates in network order and a task's name to a scalar.
+        penalty: from every task's gates in network order, a task's name and the method's options to a scalar.
         phases: from the numbers of all, of warm-up and of settling epochs to the phases of training.
-        options: names and defaults of the options that ``gate`` takes.
+        options: names and defaults of the options that ``gate``, ``fixed`` and ``penalty`` take.
         norms: the norm policies that make sense, the default one first.
         trains_base: whether the base network learns too, unless :func:`taps.adapt` is told otherwise.
+        fixed: for a method that first learns a policy and then trains under it, makes the gate of a unit from its
+            description, whether the policy runs it (0.0 or 1.0), and the method's options.
     """
 
     summary: str
     source: str
     gate: Callable[..., Gate]
     select: Callable[[nn.Module], list[Found]] = find_layers
-    penalty: Callable[[Mapping[str, Sequence[Gate]], str], Tensor] = no_penalty
+    penalty: Callable[..., Tensor] = no_penalty
     phases: Callable[[float, float, float], tuple[Phase, ...]] = one_phase
     options: Mapping[str, object] = field(default_factory=dict)
     norms: tuple[str, ...] = ("task", "follow", "frozen")
     trains_base: bool = False
+    fixed: Callable[..., Gate] | None = None
 
+
+_POLICY = {
+    "sampling": "soft",
+    "sparsity_weight": 0.05,
+    "sharing_weight": 0.05,
+    "sparsity_loss": "code",
+    "sharing_loss": "code",
+}
 
 METHODS: dict[str, Method] = {
     "taps": Method(
@@ -150,5 +182,27 @@ METHODS: dict[str, Method] = {
         gate=always_base,
         norms=("frozen",),
         trains_base=True,
+    ),
+    "adashare": Method(
+        summary="one network learns for all tasks; each learns which residual blocks it runs",
+        source="AdaShare, NeurIPS 2020, arXiv 1911.12423",
+        gate=select_gate,
+        select=find_blocks,
+        penalty=policy_penalty,
+        options=_POLICY,
+        norms=("frozen", "task"),
+        trains_base=True,
+        fixed=fixed_gate,
+    ),
+    "dynashare": Method(
+        summary="as adashare, and each sample chooses again among its task's blocks",
+        source="DynaShare, arXiv 2305.17305",
+        gate=select_gate,
+        select=find_blocks,
+        penalty=policy_and_rate_penalty,
+        options={**_POLICY, "target_rates": 0.55, "target_weight": 25.0, "target_loss": "gated"},
+        norms=("frozen", "task"),
+        trains_base=True,
+        fixed=instance_gate,
     ),
 }

@@ -56,7 +56,8 @@ class Mixed:
                 answers[task] = module.ask(task, x[place])
             if module.is_closed(answers[task]):
                 closed[task], answers[task] = answers[task], Decision()
-            groups.setdefault(module.shared(answers[task]) or (task,), []).append(task)
+            shared = None if module.looks_at_batch() else module.shared(answers[task])
+            groups.setdefault(shared or (task,), []).append(task)
         pieces: dict[str, object] = {}
         own: dict[str, tuple] = {}
         for tasks in groups.values():

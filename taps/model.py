@@ -25,7 +25,7 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 def adapt(
     net: nn.Module,
     method: str = "taps",
-    norm: str = "task",
+    norm: str | None = None,
     layers: str | None = None,
     train_base: bool | None = None,
     **options,
@@ -40,7 +40,8 @@ def adapt(
         method: a name in ``taps.METHODS``.
         norm: ``"task"`` each task has its own norms everywhere (the paper); ``"follow"`` only where the layer before
             the norm is tuned, so that what is shared is shared exactly; ``"frozen"`` the base's. For BatchNorm,
-            LayerNorm, GroupNorm and their relatives alike. A method for which only one policy makes sense uses that.
+            LayerNorm, GroupNorm and their relatives alike. ``None``: the method's own default, ``"task"`` for TAPS. A
+            method for which only one policy makes sense uses that.
         layers: a regular expression searched in the layers' names; the others stay shared. ``None``: all layers.
         train_base: whether the base learns along with the tasks, as in joint training; ``None``: as the method says.
         **options: the method's own, e.g. for ``"taps"``: ``threshold=0.1`` (τ), ``score_init=0.15``, ``ste="code"``.
@@ -60,6 +61,7 @@ def adapt(
     for name in options:
         if name not in row.options:
             raise unknown(f"option of method {method!r}", name, row.options)
+    norm = row.norms[0] if norm is None else norm
     if norm not in ("task", "follow", "frozen"):
         raise unknown("norm policy", norm, ("task", "follow", "frozen"))
     if norm not in row.norms:
@@ -107,14 +109,24 @@ class TaskModel(nn.Module):
         self._shelf: Shelf | None = None
         self.mixable: dict[torch.Size, str | None] = {}
         self._fingerprint: tuple[tuple, str] | None = None
-        make = [
-            Unit(u.name, type(u.base).__name__, {k: p.shape for k, p in u.base_parameters().items()}) for u in units
-        ]
         self._descriptions = [
-            Unit(unit.name, unit.kind, unit.shapes, index, len(make)) for index, unit in enumerate(make)
+            Unit(
+                unit.name,
+                type(unit.base).__name__,
+                {name: parameter.shape for name, parameter in unit.base_parameters().items()},
+                index,
+                len(units),
+                one.channels,
+                one.channel_dim,
+            )
+            for index, (unit, one) in enumerate(zip(units, found, strict=True))
         ]
-        for one in options and make[:1]:
-            row.gate(one, **options)  # a wrong value is refused here, not at the first task
+        self.policies: dict[str, tuple[float, ...]] = {}
+        for one in options and self._descriptions[:1]:  # a wrong value is refused here, not at the first task
+            gate = row.gate(one, **options)
+            row.penalty({"": [gate]}, "", **options)
+            if row.fixed is not None:
+                row.fixed(one, 1.0, **options)
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -183,12 +195,43 @@ class TaskModel(nn.Module):
 
     def _add(self, task: str, head: nn.Module) -> None:
         like = next(self.backbone.parameters(), None)
-        for unit, description in zip(self._units, self._descriptions, strict=True):
-            unit.add_task(task, self.row.gate(description, **self.options))
+        for unit, gate in zip(self._units, self.make_gates(), strict=True):
+            unit.add_task(task, gate)
         for norm in self._norms:
             norm.add_task(task)
         self.heads[task] = head.to(like.device, like.dtype) if like is not None else head
         head.train(self.training)
+
+    def make_gates(self, policy: Sequence[float] | None = None) -> list[Gate]:
+        """Fresh gates for one task in network order; under a given policy those that follow it.
+
+        Args:
+            policy: 1.0 or 0.0 for each unit, run or skip it; only for methods that learn policies.
+
+        Raises:
+            UserError: if the method learns no policies, or the policy has another number of units.
+        """
+        if policy is None:
+            return [self.row.gate(description, **self.options) for description in self._descriptions]
+        if self.row.fixed is None:
+            raise UserError(f"method {self.method!r} learns no policies")
+        if len(policy) != len(self._units):
+            raise UserError(f"a policy of {len(policy)} units was given, the network has {len(self._units)}")
+        return [
+            self.row.fixed(description, float(run), **self.options)
+            for description, run in zip(self._descriptions, policy, strict=True)
+        ]
+
+    def follow(self, task: str, policy: Sequence[float]) -> None:
+        """From now on ``task`` runs and skips the units as a policy says; its gates are replaced.
+
+        Args:
+            policy: as in :meth:`make_gates`.
+        """
+        self.check_task(task)
+        for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
+            unit.add_task(task, gate)
+        self.policies[task] = tuple(float(run) for run in policy)
 
     def remove_task(self, task: str) -> None:
         """Forget a task and everything it holds; files stay as they are."""
@@ -199,6 +242,7 @@ class TaskModel(nn.Module):
 
     def forget(self, task: str) -> None:
         """Drop whatever there is of ``task``, a task that was only half added included."""
+        self.policies.pop(task, None)
         for module in (*self._units, *self._norms):
             module.remove_task(task)
         if task in self.heads:
@@ -217,21 +261,28 @@ class TaskModel(nn.Module):
         with self.using(task):
             return self.backbone(x)
 
-    def forward(self, x: Tensor, task: str | Sequence[str]):
-        """Run one task, or a batch whose samples belong to different tasks.
+    def forward(self, x: Tensor, task: str | Sequence[str] | None = None, tasks: Sequence[str] | None = None):
+        """Run one task, a batch whose samples belong to different tasks, or several tasks on the same samples.
 
         Args:
             x: a batch, (B, ...) as the backbone takes it.
             task: the task's name, or B names, one a sample. What the tasks share is then computed once for the whole
                 batch; the result is that of running each task on its samples, batch statistics included.
+            tasks: instead of ``task``, names of tasks that all see all samples; what they share is computed once, as in
+                :meth:`predict`, but in the mode the model is in and with gradients. A norm that several tasks share
+                takes its statistics once from each of its different inputs.
 
         Returns:
-            What the task's head returns, (B, num_classes) for a linear head. For several tasks the outputs in the order
-            of the batch: a tensor if their shapes agree, else a list of B outputs.
+            What the task's head returns, (B, num_classes) for a linear head. For one name a sample the outputs in the
+            order of the batch: a tensor if their shapes agree, else a list of B outputs. With ``tasks=`` a dict.
 
         Raises:
             UserError: for an unknown task, or a number of names that is not B.
         """
+        if tasks is not None:
+            return together.outputs(self, x, self._names(tasks))
+        if task is None:
+            raise UserError("say which task to run: task= with its name, or tasks= with several")
         if isinstance(task, str):
             features = self.features(x, task)
             return self.heads[task](features)
@@ -264,7 +315,7 @@ class TaskModel(nn.Module):
                 some = names[start : start + at_once]
                 self._fetch(some)
                 with evaluating(self):
-                    outputs.update(together.predict(self, x, some))
+                    outputs.update(together.outputs(self, x, some))
         return outputs
 
     def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
@@ -281,7 +332,7 @@ class TaskModel(nn.Module):
                 with self.state.running(task):
                     separate += cost.macs(self.backbone, x)
                     heads += cost.macs(self.heads[task], self.backbone(x))
-            one_pass = cost.macs(together.predict, self, x, tasks)
+            one_pass = cost.macs(together.outputs, self, x, tasks)
         return {"macs": one_pass - heads, "macs_separate": separate, "macs_heads": heads}
 
     def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
@@ -312,7 +363,8 @@ class TaskModel(nn.Module):
     def penalty(self, task: str) -> Tensor:
         """The method's penalty as a scalar; for TAPS the mean of |s| over the units."""
         self.check_task(task)
-        value = self.row.penalty({name: [unit.gates[name] for unit in self._units] for name in self.heads}, task)
+        gates = {name: [unit.gates[name] for unit in self._units] for name in self.heads}
+        value = self.row.penalty(gates, task, **self.options)
         return value.to(next(self.heads[task].parameters(), value).device)
 
     def report(self, task: str) -> list[dict]:
@@ -329,7 +381,7 @@ class TaskModel(nn.Module):
                 {
                     "name": unit.name,
                     "kind": type(unit.base).__name__,
-                    "parameters": sum(parameter.numel() for parameter in unit.base_parameters().values()),
+                    "parameters": unit.size,
                     "score": float(score.detach()) if isinstance(score, Tensor) and score.numel() == 1 else None,
                     "run": _mean(decision.run),
                     "specific": _mean(decision.specific),

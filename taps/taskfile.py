@@ -79,6 +79,7 @@ def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
             "bytes": (folder / "task.safetensors").stat().st_size,
             "accounting": accounting(model, task),
             "norms": [norm.name for norm in norms],
+            "policy": model.policies.get(task),
             "units": model.report(task),
             **about,
         },
@@ -187,8 +188,8 @@ def _fill(
 ) -> None:
     stored_norms = set(description["norms"])
     like = next(model.backbone.parameters())
-    for unit, unit_description in zip(model.units, model._descriptions, strict=True):
-        gate = model.row.gate(unit_description, **model.options)
+    gates = model.make_gates(description.get("policy"))
+    for unit, unit_description, gate in zip(model.units, model._descriptions, gates, strict=True):
         used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
         values = {}
         for parameter, shape in unit_description.shapes.items() if used else ():
@@ -198,6 +199,8 @@ def _fill(
                 found = "missing" if value is None else f"of shape {tuple(value.shape)}"
                 raise UserError(f"{path}: {key} is {found}, the base needs {tuple(shape)}")
         unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values or None)
+    if description.get("policy") is not None:
+        model.policies[task] = tuple(description["policy"])
     norms = []
     for norm in model.task_norms:
         if norm.name in stored_norms or trainable:

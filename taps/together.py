@@ -134,15 +134,15 @@ class Predictor(nn.Module):
         }
 
 
-def predict(model: TaskModel, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
-    """Every task's output on the same batch; see :meth:`taps.model.TaskModel.predict`, which sets modes."""
+def outputs(model: TaskModel, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
+    """Every task's output on the same batch, in the mode the model is in; see :meth:`taps.model.TaskModel.predict`."""
     try:
         features = run_together(model.backbone, model.state, x, tasks)
     except Exception as error:
         # Code that a value for several tasks cannot go through fails in any way; a mistake fails again here.
         outputs = {task: model(x, task) for task in tasks}
         reason = str(error) if isinstance(error, Inseparable) else f"{type(error).__name__}: {error}"
-        warnings.warn(f"predict runs the tasks one by one: {reason}", stacklevel=3)
+        warnings.warn(f"the tasks are run one by one: {reason}", stacklevel=3)
         return outputs
     return {task: run_head(model.heads[task], select(features, (task,))) for task in tasks}
 
