@@ -141,6 +141,16 @@ def mix_seed(*numbers: int) -> int:
     return value
 
 
+def endless(size: int, start: int, *seed: int) -> Iterator[tuple[int, int]]:
+    """(index, pass) from a position on: every index once in a pass, each pass in an order of its own."""
+    number, skip = divmod(start, size)
+    while True:
+        generator = torch.Generator().manual_seed(mix_seed(*seed, number))
+        for index in torch.randperm(size, generator=generator).tolist()[skip:]:
+            yield index, number
+        number, skip = number + 1, 0
+
+
 class EpochSampler(Sampler):
     """(index, epoch) pairs in an order that depends on the seed and the epoch alone. Set ``epoch`` before iterating."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from taps.data.images import ImageSet, Sample, leave_signals_to_the_main_process, mix_seed
+from taps.data.images import ImageSet, Sample, endless, leave_signals_to_the_main_process, mix_seed
 from taps.errors import UserError, unknown
 
 SAMPLINGS = ("equal", "proportional", "temperature")
@@ -81,18 +81,12 @@ class TaskSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         totals = [sum(counts[task] for counts in self.plan) for task in range(len(self.sizes))]
-        streams = [self._stream(task, self.epoch * total) for task, total in enumerate(totals)]
+        streams = [
+            endless(size, self.epoch * total, self.seed, task)
+            for task, (size, total) in enumerate(zip(self.sizes, totals, strict=True))
+        ]
         for counts in self.plan:
             yield [(task, *next(streams[task])) for task, count in enumerate(counts) for _ in range(count)]
-
-    def _stream(self, task: int, start: int) -> Iterator[tuple[int, int]]:
-        """(index, pass) of one task, pass after pass, from a position on."""
-        number, skip = divmod(start, self.sizes[task])
-        while True:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, task, number))
-            for index in torch.randperm(self.sizes[task], generator=generator).tolist()[skip:]:
-                yield index, number
-            number, skip = number + 1, 0
 
 
 class TaskSets(Dataset):

@@ -1,0 +1,364 @@
+"""Scenes: a generated dense benchmark. Simple rooms are ray-cast, so that every label is exact.
+
+A room has a floor, a ceiling and walls, and holds spheres, boxes, cylinders and cones of random colours, sizes and textures
+under a random light; the back wall may have an opening, behind which nothing is labelled. Shapes are classes, colours and
+textures say nothing. The camera stands in the origin; x points right, y up, z into the room. ``python -m taps.data.scenes
+FOLDER`` writes one, in the layout that :mod:`taps.data.formatted` reads:
+
+    scenes.json                      train (train1 + train2), val, test: [img, seg, normal, depth, edge, keypoint]
+    img/0001.png                     uint8 RGB
+    seg/0001.png                     uint8, 0..6, 255 for nothing
+    normal/0001.png                  uint8, (n + 1) · 127.5, (255, 255, 255) for nothing
+    depth/0001.npy                   float32, distance along z in metres, 0 for nothing
+    edge/0001.png, keypoint/0001.png uint16, 0..65535 for 0..1
+    about.json                       size, difficulty, seed and format version
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from taps.arguments import Parser
+from taps.commands import run
+from taps.data.formatted import SCENE_CLASSES
+from taps.errors import UserError
+from taps.files import read_json, write_json
+
+_VERSION = 1
+_FLOOR, _CEILING, _WALL, _SPHERE, _BOX, _CYLINDER, _CONE = range(len(SCENE_CLASSES))
+_VOID = 255
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What scenes are made.
+
+    Attributes:
+        size: (height, width) in pixels.
+        train, val, test: number of scenes.
+        difficulty: 0..1: more objects, stronger textures, shadows and noise.
+        seed: of everything.
+    """
+
+    size: tuple[int, int] = (64, 64)
+    train: int = 480
+    val: int = 80
+    test: int = 160
+    difficulty: float = 0.5
+    seed: int = 0
+
+
+class _View:
+    """What the rays of a camera have hit so far."""
+
+    def __init__(self, height: int, width: int) -> None:
+        across, down = np.meshgrid((np.arange(width) + 0.5) / width * 2 - 1, (np.arange(height) + 0.5) / height * 2 - 1)
+        self.field = 0.75  # tangent of half the field of view
+        self.rays = np.stack(
+            [across.ravel() * self.field, -down.ravel() * self.field * height / width, np.ones(height * width)], 1
+        )
+        self.shape = (height, width)
+        self.depth = np.full(height * width, np.inf)
+        self.kind = np.full(height * width, _VOID, np.int64)
+        self.instance = np.full(height * width, -1, np.int64)
+        self.normal = np.zeros((height * width, 3))
+        self.colour = np.zeros((height * width, 3))
+
+    def hit(self, where: np.ndarray, depth: np.ndarray, normal: np.ndarray, kind: int, instance: int, colour) -> None:
+        """Rays ``where`` meet a surface at ``depth`` with a normal (N, 3); ``colour`` maps points (N, 3) to RGB."""
+        nearer = where & (depth > 0.05) & (depth < self.depth)
+        if nearer.any():
+            self.depth[nearer], self.kind[nearer], self.instance[nearer] = depth[nearer], kind, instance
+            self.normal[nearer] = np.broadcast_to(normal, self.normal.shape)[nearer]
+            self.colour[nearer] = colour(self.rays[nearer] * depth[nearer, None])
+
+
+def _texture(random: np.random.Generator, strength: float):
+    """A random colour with a checkered or striped pattern in space."""
+    base = random.uniform(0.15, 0.95, 3)
+    other = np.clip(base + strength * random.uniform(-0.6, 0.6, 3), 0, 1)
+    pitch, turn = random.uniform(0.15, 0.6), random.uniform(0, math.pi)
+    checkered = random.random() < 0.5
+    axes = np.array([[math.cos(turn), 0, math.sin(turn)], [-math.sin(turn), 0.7, math.cos(turn)]])
+
+    def colour(points: np.ndarray) -> np.ndarray:
+        cells = np.floor(points @ axes.T / pitch).astype(np.int64)
+        odd = (cells.sum(1) if checkered else cells[:, 1]) % 2
+        return np.where(odd[:, None] == 1, other, base)
+
+    return colour
+
+
+def _plane(view: _View, normal: Sequence[float], offset: float, kind: int, instance: int, colour, inside=None) -> None:
+    """Points p with n·p = offset."""
+    normal = np.asarray(normal, float)
+    slope = view.rays @ normal
+    with np.errstate(divide="ignore", invalid="ignore"):
+        depth = offset / slope
+    depth = np.where(np.isfinite(depth), depth, -1.0)
+    where = depth > 0
+    if inside is not None:
+        where &= inside(view.rays * depth[:, None])
+    view.hit(where, depth, normal, kind, instance, colour)
+
+
+def _roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> list[np.ndarray]:
+    """The real solutions of a·t² + 2b·t + c = 0, NaN where there are none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.sqrt(b * b - a * c)
+        return [(-b - root) / a, (-b + root) / a]
+
+
+def _sphere(view: _View, centre: np.ndarray, radius: float, instance: int, colour) -> None:
+    rays = view.rays
+    for depth in _roots((rays**2).sum(1), -(rays @ centre), np.full(len(rays), centre @ centre - radius**2)):
+        depth = np.nan_to_num(depth, nan=-1.0)
+        view.hit(depth > 0, depth, (rays * depth[:, None] - centre) / radius, _SPHERE, instance, colour)
+
+
+def _box(view: _View, centre: np.ndarray, half: np.ndarray, turn: float, instance: int, colour) -> None:
+    axes = np.array([[math.cos(turn), 0, math.sin(turn)], [0, 1, 0], [-math.sin(turn), 0, math.cos(turn)]])
+    for axis in range(3):
+        for sign in (-1.0, 1.0):
+            normal = sign * axes[axis]
+            others = [other for other in range(3) if other != axis]
+
+            def inside(points: np.ndarray, others=others) -> np.ndarray:
+                local = (points - centre) @ axes.T
+                return (np.abs(local[:, others]) <= half[others]).all(1)
+
+            _plane(view, normal, float(normal @ centre + half[axis]), _BOX, instance, colour, inside)
+
+
+def _round(view: _View, foot: np.ndarray, radius: float, height: float, slope: float, instance: int, colour) -> None:
+    """A cylinder (``slope`` = 0) or a cone (``slope`` = radius / height) that stands on its foot."""
+    rays = view.rays
+    kind = _CONE if slope else _CYLINDER
+    # The surface is ‖(p − foot)_xz‖ = radius − slope · (p − foot)_y.
+    a = rays[:, 0] ** 2 + rays[:, 2] ** 2 - (slope * rays[:, 1]) ** 2
+    width = radius + slope * foot[1]
+    b = -(rays[:, 0] * foot[0] + rays[:, 2] * foot[2]) + slope * rays[:, 1] * width
+    c = np.full(len(rays), foot[0] ** 2 + foot[2] ** 2 - width**2)
+    for depth in _roots(a, b, c):
+        depth = np.nan_to_num(depth, nan=-1.0, posinf=-1.0, neginf=-1.0)
+        local = rays * depth[:, None] - foot
+        outward = np.stack([local[:, 0], slope * np.hypot(local[:, 0], local[:, 2]), local[:, 2]], 1)
+        outward /= np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-9)
+        where = (depth > 0) & (local[:, 1] >= 0) & (local[:, 1] <= height)
+        view.hit(where, depth, outward, kind, instance, colour)
+    for level, normal in ((height, 1.0), (0.0, -1.0)):
+        reach = radius - slope * level
+
+        def inside(points: np.ndarray, reach=reach) -> np.ndarray:
+            return np.hypot(points[:, 0] - foot[0], points[:, 2] - foot[2]) <= reach
+
+        _plane(view, (0, normal, 0), normal * (foot[1] + level), kind, instance, colour, inside)
+
+
+def render(random: np.random.Generator, size: tuple[int, int], difficulty: float) -> dict[str, np.ndarray]:
+    """One scene.
+
+    Args:
+        random: chooses everything.
+        size: (H, W).
+        difficulty: 0..1.
+
+    Returns:
+        ``image`` (H, W, 3) uint8; ``semseg`` (H, W) uint8; ``normals`` (H, W, 3), unit vectors or NaN; ``depth`` (H, W) in
+        metres, 0 for nothing; ``edges`` and ``keypoints`` (H, W) in 0..1.
+    """
+    view = _View(*size)
+    strength = 0.2 + 0.8 * difficulty
+    floor, ceiling = -random.uniform(0.9, 1.6), random.uniform(0.8, 1.5)
+    back, left, right = random.uniform(4.5, 8.0), -random.uniform(1.8, 3.5), random.uniform(1.8, 3.5)
+    opening = None
+    if random.random() < 0.5:
+        start = random.uniform(left + 0.3, right - 1.3)
+        opening = (start, start + random.uniform(0.7, 1.3), floor + random.uniform(1.2, ceiling - floor - 0.2))
+    walls = _texture(random, strength)
+
+    def within(points: np.ndarray) -> np.ndarray:
+        return points[:, 2] <= back
+
+    _plane(view, (0, 1, 0), floor, _FLOOR, 0, _texture(random, strength), within)
+    _plane(view, (0, -1, 0), -ceiling, _CEILING, 1, _texture(random, 0.2 * strength), within)
+
+    def closed(points: np.ndarray) -> np.ndarray:
+        if opening is None:
+            return np.ones(len(points), bool)
+        through = (points[:, 0] > opening[0]) & (points[:, 0] < opening[1]) & (points[:, 1] < opening[2])
+        return ~through
+
+    _plane(view, (0, 0, -1), -back, _WALL, 2, walls, closed)
+    _plane(view, (1, 0, 0), left, _WALL, 3, walls, within)
+    _plane(view, (-1, 0, 0), -right, _WALL, 4, walls, within)
+    corners = [np.array([x, y, back]) for x in (left, right) for y in (floor, ceiling)]
+    count = 2 + int(random.integers(0, 2 + round(5 * difficulty)))
+    for instance in range(10, 10 + count):
+        kind = int(random.integers(_SPHERE, _CONE + 1))
+        radius, height = random.uniform(0.2, 0.55), random.uniform(0.4, 1.3)
+        z = random.uniform(1.8, back - 0.6)
+        reach = min(z * view.field, right - 0.6, -left - 0.6)
+        foot = np.array([random.uniform(-reach, reach), floor, z])
+        colour = _texture(random, strength)
+        if kind == _SPHERE:
+            _sphere(view, foot + [0, radius, 0], radius, instance, colour)
+        elif kind == _BOX:
+            half, turn = np.array([radius, height / 2, random.uniform(0.2, 0.55)]), random.uniform(0, math.pi)
+            centre = foot + [0, height / 2, 0]
+            _box(view, centre, half, turn, instance, colour)
+            for signs in np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, -1).T:
+                x, y, depth = signs * half
+                along = np.array([math.cos(turn) * x - math.sin(turn) * depth, y, math.sin(turn) * x + math.cos(turn) * depth])
+                corners.append(centre + along)
+        else:
+            _round(view, foot, radius, height, radius / height if kind == _CONE else 0.0, instance, colour)
+            if kind == _CONE:
+                corners.append(foot + [0, height, 0])
+    seen = view.kind != _VOID
+    facing = np.where((view.normal * view.rays).sum(1, keepdims=True) > 0, -1.0, 1.0)
+    normal = view.normal * facing
+    return {
+        "image": _shade(view, normal, seen, random, difficulty),
+        "semseg": view.kind.reshape(size).astype(np.uint8),
+        "normals": np.where(seen[:, None], normal, np.nan).reshape(*size, 3).astype(np.float32),
+        "depth": np.where(seen, view.depth, 0.0).reshape(size).astype(np.float32),
+        "edges": _edges(view, normal),
+        "keypoints": _keypoints(view, corners),
+    }
+
+
+def _shade(view: _View, normal: np.ndarray, seen: np.ndarray, random: np.random.Generator, difficulty: float):
+    """Lambert's law for a point light, an ambient part, distance fog through the opening, and noise of the sensor."""
+    light = np.array([random.uniform(-1.5, 1.5), random.uniform(0.2, 0.9), random.uniform(0.0, 3.0)])
+    towards = light - view.rays * np.where(seen, view.depth, 1.0)[:, None]
+    towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-9)
+    ambient = random.uniform(0.35, 0.6) - 0.2 * difficulty
+    brightness = ambient + (1 - ambient) * np.clip((normal * towards).sum(1), 0, 1)
+    sky = random.uniform(0.5, 1.0, 3)
+    colours = np.where(seen[:, None], view.colour * brightness[:, None], sky)
+    colours = colours * random.uniform(0.7, 1.2) + random.normal(0, 0.01 + 0.05 * difficulty, colours.shape)
+    return (np.clip(colours, 0, 1) * 255).round().astype(np.uint8).reshape(*view.shape, 3)
+
+
+def _edges(view: _View, normal: np.ndarray) -> np.ndarray:
+    """1 on outlines and creases, falling with the distance in pixels as exp(−d²/2)."""
+    from scipy.ndimage import distance_transform_edt
+
+    instance, normal = view.instance.reshape(view.shape), normal.reshape(*view.shape, 3)
+    line = np.zeros(view.shape, bool)
+    for axis in (0, 1):
+        ahead = np.s_[1:, :] if axis == 0 else np.s_[:, 1:]
+        behind = np.s_[:-1, :] if axis == 0 else np.s_[:, :-1]
+        crease = (normal[ahead] * normal[behind]).sum(-1) < math.cos(math.radians(35))
+        line[behind] |= (instance[ahead] != instance[behind]) | (crease & (instance[ahead] >= 0))
+    if not line.any():
+        return np.zeros(view.shape, np.float32)
+    return np.exp(-0.5 * distance_transform_edt(~line) ** 2).astype(np.float32)
+
+
+def _keypoints(view: _View, corners: Sequence[np.ndarray]) -> np.ndarray:
+    """Visible corners of boxes and of the room and tips of cones, each a Gaussian of one pixel in 64."""
+    height, width = view.shape
+    rows, columns = np.mgrid[:height, :width]
+    sigma = max(width / 64.0, 0.7)
+    depth = np.where(np.isfinite(view.depth), view.depth, 1e9).reshape(view.shape)
+    heat = np.zeros(view.shape)
+    for corner in corners:
+        if corner[2] < 0.1:
+            continue
+        column = (corner[0] / corner[2] / view.field + 1) / 2 * width - 0.5
+        row = (1 - corner[1] / corner[2] / (view.field * height / width)) / 2 * height - 0.5
+        r, c = round(row), round(column)
+        if not (0 <= r < height and 0 <= c < width):
+            continue
+        around = depth[max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2]
+        if np.abs(around - corner[2]).min() < 0.04 * corner[2]:
+            heat = np.maximum(heat, np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * sigma**2)))
+    return heat.astype(np.float32)
+
+
+def make_scenes(root: Path, recipe: Recipe | None = None) -> None:
+    """Write the benchmark into ``root``, whole or not at all; one of the same recipe that is there is kept.
+
+    Raises:
+        UserError: if ``root`` holds something else, or the recipe is not possible.
+    """
+    recipe = recipe or Recipe()
+    if min(recipe.size) < 16 or min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.difficulty <= 1:
+        raise UserError("scenes need 16 pixels a side, one scene a split, and a difficulty in 0..1")
+    about = {"version": _VERSION, **asdict(recipe), "size": list(recipe.size)}
+    if root.exists() and any(root.iterdir()):
+        if (root / "about.json").is_file() and read_json(root / "about.json") == about:
+            return
+        raise UserError(f"{root} holds other files; move it away, or choose another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+    try:
+        building.chmod(0o755)
+        _write(building, recipe)
+        write_json(building / "about.json", about)
+        if root.exists():
+            root.rmdir()
+        building.rename(root)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write(root: Path, recipe: Recipe) -> None:
+    random = np.random.default_rng(recipe.seed)
+    columns = ("img", "seg", "normal", "depth", "edge", "keypoint")
+    for column in columns:
+        (root / column).mkdir()
+    entries = []
+    for number in tqdm(range(recipe.train + recipe.val + recipe.test), desc="rendering scenes", disable=None, leave=False):
+        scene = render(random, recipe.size, recipe.difficulty)
+        paths = [f"{column}/{number + 1:04d}.{'npy' if column == 'depth' else 'png'}" for column in columns]
+        entries.append(paths)
+        normals = np.where(np.isnan(scene["normals"]), 1.0, scene["normals"])
+        stored = (
+            scene["image"],
+            scene["semseg"],
+            ((normals + 1) * 127.5).round().astype(np.uint8),
+            scene["depth"],
+            (scene["edges"] * 65535).round().astype(np.uint16),
+            (scene["keypoints"] * 65535).round().astype(np.uint16),
+        )
+        for path, array in zip(paths, stored, strict=True):
+            if path.endswith(".npy"):
+                np.save(root / path, array, allow_pickle=False)
+            else:
+                Image.fromarray(array).save(root / path)
+    train, rest = entries[: recipe.train], entries[recipe.train :]
+    cut = round(0.7 * recipe.train)
+    lists = {"train": train, "train1": train[:cut], "train2": train[cut:], "val": rest[: recipe.val], "test": rest[recipe.val :]}
+    write_json(root / "scenes.json", lists)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    parser = Parser(prog="python -m taps.data.scenes", description="Generate the Scenes benchmark in a folder.")
+    default = Recipe()
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("--size", type=int, nargs=2, default=default.size, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: 64 64)")
+    for name in ("train", "val", "test"):
+        number = getattr(default, name)
+        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"scenes of this split (default: {number})")
+    parser.add_argument("--difficulty", type=float, default=default.difficulty, metavar="X", help="0..1 (default: 0.5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    given = vars(parser.parse_args(arguments))
+    folder = given.pop("folder")
+    make_scenes(folder, Recipe(**{**given, "size": tuple(given["size"])}))
+
+
+if __name__ == "__main__":
+    run(main)
