@@ -81,6 +81,11 @@ class SelectGate(Gate):
         return Decision(run=float(select >= skip))
 
     @property
+    def score(self) -> Tensor:
+        """α, which reports and pictures show as the gate's score."""
+        return self.probability
+
+    @property
     def probability(self) -> Tensor:
         """α, the probability of running the block: a scalar in 0..1."""
         return self.logits.softmax(0)[0]
@@ -138,9 +143,7 @@ def policy_penalty(
     for name, value in (("sparsity_loss", sparsity_loss), ("sharing_loss", sharing_loss)):
         if value not in VARIANTS:
             raise UserError(f"{name} must be one of {', '.join(VARIANTS)}, not {value!r}")
-    learned = {
-        name: list(own) for name, own in gates.items() if all(isinstance(gate, SelectGate) for gate in own)
-    }
+    learned = {name: list(own) for name, own in gates.items() if all(isinstance(gate, SelectGate) for gate in own)}
     if task not in learned:
         return torch.zeros(())
     own = learned.pop(task)

@@ -8,7 +8,7 @@ transforms of the images follow from the seed and the epoch (:mod:`taps.data.ima
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,12 @@ from taps.files import write_tensors
 
 
 def save(
-    path: Path, model, tasks: Sequence[str], optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: dict
+    path: Path,
+    model,
+    tasks: Sequence[str],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    accelerator: Accelerator,
+    progress: dict,
 ) -> None:
     """Write the state of a run after some number of steps. Every process must call it; the first one writes.
 
@@ -30,7 +35,7 @@ def save(
         path: the file.
         model: the unwrapped :class:`taps.model.TaskModel`.
         tasks: those in training.
-        optimizer: made by :func:`taps.train.make_optimizer`.
+        optimizers: made by :func:`taps.recipe.make_optimizer`, by name.
         accelerator: tells processes apart and holds the gradient scaler.
         progress: counters, as JSON.
     """
@@ -39,12 +44,13 @@ def save(
         return
     tensors = moving(model, tasks)
     numbers: dict[str, object] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{name}"] = value
-            else:
-                numbers[f"{index}/{name}"] = value
+    for key, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{key}/{index}/{name}"] = value
+                else:
+                    numbers[f"{key}/{index}/{name}"] = value
     for rank, states in enumerate(random_states):
         tensors.update((f"random/{rank}/{name}", tensor) for name, tensor in states.items())
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -86,9 +92,13 @@ def read_record(path: Path) -> dict | None:
 
 
 def restore(
-    path: Path, model, tasks: Sequence[str], optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    path: Path,
+    model,
+    tasks: Sequence[str],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    accelerator: Accelerator,
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Bring model and optimiser back to the state in ``path``.
+    """Bring model and optimisers back to the state in ``path``.
 
     Returns:
         The counters, and this process's random state for :func:`set_random_state`.
@@ -117,19 +127,21 @@ def restore(
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
-    state: dict[int, dict] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, key = name.split("/", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    for name, value in record["optimizer"].items():
-        index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:  # in the order that fresh state would have
-                values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    states: dict[str, dict[int, dict]] = {key: {} for key in optimizers}
+    stored = {
+        name.removeprefix("optimizer/"): tensor for name, tensor in tensors.items() if name.startswith("optimizer/")
+    }
+    for name, value in {**stored, **record["optimizer"]}.items():
+        key, index, entry = name.split("/", 2)
+        states[key].setdefault(int(index), {})[entry] = value
+    for key, optimizer in optimizers.items():
+        optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if (
+                    isinstance(value, Tensor) and value.shape == parameter.shape
+                ):  # in the order that fresh state would have
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     if record["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(record["scaler"])
     prefix = f"random/{accelerator.process_index}/"

@@ -264,6 +264,11 @@ class Experiment:
                     about = {"classes": list(task.classes), "epoch": row["epoch"], "val_error": row.get("val_error")}
                     model.save_task(task.name, self.folder.task_path(task.name), about)
 
+        def validate() -> tuple[dict[str, dict], float]:
+            accuracies = {task.name: self._score(model, task, "validation") for task in tasks}
+            errors = {name: {"val_error": 100.0 - accuracy} for name, accuracy in accuracies.items()}
+            return errors, sum(accuracies.values()) / len(accuracies)
+
         fit(
             model,
             names,
@@ -271,7 +276,7 @@ class Experiment:
             sampler,
             recipe_of(self.options, model),
             self.accelerator,
-            validate=lambda: {task.name: self._score(model, task, "validation") for task in tasks},
+            validate=validate,
             on_epoch=on_epoch,
             state_path=self.folder.state_path,
             resume=resume,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from taps.errors import unknown
-from taps.methods import Phase, open_then_settle
+from taps.methods import ROLES, Phase, open_then_settle
 from taps.model import TaskModel
 
 OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
+DECAYS = ("cosine", "step", "constant")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,21 @@ class Recipe:
         score_lr: that of the gates; ``None`` is ``lr``.
         base_lr: that of a base that learns too; ``None`` is ``lr``/√K for K tasks, whose gradients add up there.
         momentum: of sgd and nag.
-        weight_decay: on deltas and heads (and the weights of a base that learns too); never on gates and norms.
+        weight_decay: on deltas and heads (and the weights of a base that learns too); never on norms.
+        gate_weight_decay: on gates.
+        betas: of adam and adamw.
+        decay: how the learning rate falls from epoch to epoch: with a ``"cosine"``, in a ``"step"`` every ``decay_epochs``
+            by the factor ``decay_rate``, or it stays ``"constant"``.
         accumulate: batches a step, > 0.
         eval_epochs: validate after every so many epochs and after the last.
         seed: of the order of the data, dropout and the like.
         limit_batches: use only so many batches of an epoch; ``None`` for all.
         compile: run training steps through ``torch.compile``; validation is short and runs as it is.
         mixed: run a batch of several tasks in one forward pass; else task by task, which needs the memory of one.
+        task_weights: factors of the tasks' losses; 1 for those that are not named.
+        plan: the phases; ``None`` for those of the model's method.
+        others: recipes of further optimisers by name, for phases that name them.
+        save_epochs: write the checkpoint after every so many epochs, and when the best epoch is found.
         channels_last: keep images and their convolutions' weights in the memory order that CPUs and CUDA run fastest.
     """
 
@@ -52,23 +61,41 @@ class Recipe:
     base_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
+    gate_weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay: str = "cosine"
+    decay_epochs: float = 1.0
+    decay_rate: float = 0.5
     accumulate: int = 1
     eval_epochs: int = 1
     seed: int = 0
     limit_batches: int | None = None
     compile: bool = False
     mixed: bool = True
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    plan: tuple[Phase, ...] | None = None
+    others: Mapping[str, Recipe] = field(default_factory=dict)
+    save_epochs: int = 1
     channels_last: bool = True
 
     def phases(self, model: TaskModel) -> tuple[Phase, ...]:
         """The phases of this recipe for the model's method."""
+        if self.plan is not None:
+            return self.plan
         if self.budget is not None:
             return open_then_settle(self.epochs, self.warmup_epochs)
         return model.row.phases(self.epochs, self.warmup_epochs, self.settle_epochs)
 
-    def learning_rate(self, epoch: int) -> float:
-        """The factor on ``lr`` in the 0-based ``epoch``: ½(1 + cos(π·epoch/epochs))."""
-        return 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
+    def learning_rate(self, epoch: int, epochs: int | None = None) -> float:
+        """The factor on ``lr`` in the 0-based ``epoch`` of ``epochs`` (all of the recipe's, or those that its optimiser has).
+
+        ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1.
+        """
+        if self.decay == "constant":
+            return 1.0
+        if self.decay == "step":
+            return self.decay_rate ** math.floor(epoch / self.decay_epochs + 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / (epochs or self.epochs)))
 
 
 def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:
@@ -80,12 +107,16 @@ def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:
     return phases[-1]
 
 
-def make_optimizer(model: TaskModel, tasks: Sequence[str], recipe: Recipe) -> torch.optim.Optimizer:
-    """An optimiser with one parameter group a role; gates have their own learning rate, gates and norms no decay.
+def make_optimizer(
+    model: TaskModel, tasks: Sequence[str], recipe: Recipe, roles: Collection[str] = ROLES
+) -> torch.optim.Optimizer:
+    """An optimiser with one parameter group a role; gates have their own learning rate and decay, norms have no decay.
 
     Raises:
-        UserError: for an unknown optimiser.
+        UserError: for an unknown optimiser or decay.
     """
+    if recipe.decay not in DECAYS:
+        raise unknown("decay", recipe.decay, DECAYS)
     if recipe.optimizer not in OPTIMIZERS:
         raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
     rates = {
@@ -94,14 +125,17 @@ def make_optimizer(model: TaskModel, tasks: Sequence[str], recipe: Recipe) -> to
     }
     groups = []
     for role, parameters in model.roles(*tasks).items():
+        if role not in roles:
+            continue
         lr = recipe.lr if rates.get(role) is None else rates[role]
         vectors = [parameter for parameter in parameters.values() if role == "base" and parameter.dim() < 2]
         others = [parameter for parameter in parameters.values() if not (role == "base" and parameter.dim() < 2)]
-        for chosen, decays in ((others, role not in ("gate", "norm")), (vectors, False)):
+        decays = {"gate": recipe.gate_weight_decay, "norm": 0.0}.get(role, recipe.weight_decay)
+        for chosen, decay in ((others, decays), (vectors, 0.0)):
             if chosen:
-                decay = recipe.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role})
     if recipe.optimizer in ("sgd", "nag"):
         nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
-    return (torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW)(groups, lr=recipe.lr)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=recipe.lr, betas=recipe.betas)

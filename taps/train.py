@@ -1,7 +1,8 @@
 """The training loop: one loop that executes the phases of any method, for one task or for several at once.
 
-Loss of a step = Σ_t K·n_t/n · (task loss_t + λ · phase.penalty · model.penalty(t)), where n_t of the step's n images
-belong to the t-th of K tasks: for one task its loss and penalty, for several that appear equally often the sum of theirs.
+Loss of a step = Σ_t K·n_t/n · (λ_t · task loss_t + λ · phase.penalty · model.penalty(t)), where n_t of the step's n images
+belong to the t-th of K tasks: for one task its loss and penalty, for several that appear equally often, or that all see
+the same images, the sum of theirs.
 A step takes ``accumulate`` batches and the last step of an epoch what is left. The learning rate follows a cosine from
 ``lr`` in the first epoch towards 0 *after* the last, so no epoch is spent at 0.
 """
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -25,13 +27,21 @@ from tqdm import tqdm
 
 from taps import budget, checkpoint
 from taps.cost import is_tuned
-from taps.data.images import EpochSampler, mix_seed
-from taps.data.tasks import TaskSampler
+from taps.data.images import mix_seed
 from taps.errors import DivergedError
 from taps.methods import ROLES, Phase
 from taps.model import TaskModel
 from taps.recipe import Recipe, make_optimizer, phase_at
 from taps.signals import Interrupted, StopSignals
+
+#: mean loss of a batch from outputs and labels
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Sampler(Protocol):
+    """What decides the order of a stream of batches, from its seed and the number of its epoch."""
+
+    epoch: int
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Progress:
     Attributes:
         epoch: 0-based; ``batch``: batches of it that are done on each process.
         sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far.
-        best: best validation accuracy so far (a mean over tasks), ``None`` before the first.
+        best: best of the numbers that validation gave so far, ``None`` before the first.
         decided: whether a budget has settled the gates.
     """
 
@@ -55,13 +65,13 @@ class Progress:
 def fit(
     model: TaskModel,
     task: str | Sequence[str],
-    loader: DataLoader,
-    sampler: EpochSampler | TaskSampler,
+    loader: DataLoader | Mapping[str, DataLoader],
+    sampler: Sampler | Mapping[str, Sampler],
     recipe: Recipe,
     accelerator: Accelerator | None = None,
     *,
-    criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
-    validate: Callable[[], dict[str, float]] | None = None,
+    criterion: Criterion | Mapping[str, Criterion] = nn.functional.cross_entropy,
+    validate: Callable[[], tuple[dict[str, dict], float]] | None = None,
     on_epoch: Callable[[list[dict], bool], None] | None = None,
     state_path: Path | None = None,
     resume: bool = False,
@@ -73,11 +83,14 @@ def fit(
         model: has the tasks.
         task: one name or several.
         loader, sampler: for one task from :func:`taps.data.images.make_loader`, batches (images, labels); for several
-            from :func:`taps.data.tasks.make_task_loader`, batches (images, labels, positions of their tasks).
+            from :func:`taps.data.tasks.make_task_loader`, batches (images, labels, positions of their tasks), or from
+            :func:`taps.data.dense.make_stream`, batches (images, labels by task). Several streams by name, if the
+            phases name them.
         recipe: how.
         accelerator: devices, processes and precision; one process on the default device if ``None``.
-        criterion: mean loss of a batch from outputs and labels.
-        validate: returns each task's accuracy in 0..100; epochs of the last phase compete for the best mean.
+        criterion: mean loss of a batch from outputs and labels; one for all tasks or one a task.
+        validate: returns what is to be reported of each task, and one number, the larger the better, in which the
+            epochs of the phases that compete are compared.
         on_epoch: called by the first process after each epoch with a row of numbers a task and whether the epoch is
             the best so far.
         state_path: where the checkpoint is kept, after each epoch and when the run is stopped.
@@ -85,7 +98,7 @@ def fit(
         stop: signals to obey.
 
     Returns:
-        The final counters; ``best`` is the best validation accuracy.
+        The final counters; ``best`` is the best number that ``validate`` returned.
 
     Raises:
         DivergedError: if the loss is not finite; the last checkpoint is left as it is.
@@ -102,21 +115,23 @@ def fit(
         is_last = run.progress.epoch + 1 == recipe.epochs
         is_best = validate is None and is_last
         if validate is not None and (is_last or (run.progress.epoch + 1) % recipe.eval_epochs == 0):
-            accuracies = validate()
+            found, number = validate()
             for row in rows:
-                row["val_error"] = 100.0 - accuracies[row["task"]]
-            accuracy = sum(accuracies.values()) / len(accuracies)
+                row.update(found[row["task"]])
             # A task of an earlier phase is not what was asked for; the last epoch is, however short its phase.
-            competes = phase is run.phases[-1] or is_last
-            is_best = competes and (run.progress.best is None or accuracy >= run.progress.best)
-            run.progress.best = accuracy if is_best else run.progress.best
+            competes = phase.competes or phase is run.phases[-1] or is_last
+            is_best = competes and (run.progress.best is None or number >= run.progress.best)
+            run.progress.best = number if is_best else run.progress.best
         if on_epoch is not None and run.accelerator.is_main_process:
             on_epoch(rows, is_best)
         run.progress = Progress(run.progress.epoch + 1, best=run.progress.best, decided=run.progress.decided)
-        run.save()
-        if not is_last:
+        if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
+            run.save()
+        if not is_last and run.stop_requested():
+            run.save()
             run.obey()
     set_trainable(run.roles, ROLES)
+    run.open_units(None)
     run.accelerator.free_memory()
     return run.progress
 
@@ -136,33 +151,45 @@ class _Run:
         self,
         model: TaskModel,
         tasks: tuple[str, ...],
-        loader: DataLoader,
-        sampler: EpochSampler | TaskSampler,
+        loader: DataLoader | Mapping[str, DataLoader],
+        sampler: Sampler | Mapping[str, Sampler],
         recipe: Recipe,
         accelerator: Accelerator,
-        criterion: Callable,
+        criterion: Criterion | Mapping[str, Criterion],
         state_path: Path | None,
         stop: StopSignals | None,
     ) -> None:
-        self.model, self.tasks, self.sampler, self.recipe = model, tasks, sampler, recipe
+        self.model, self.tasks, self.recipe = model, tasks, recipe
         self.name = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-        self.accelerator, self.criterion, self.state_path, self.stop = accelerator, criterion, state_path, stop
-        optimizer = make_optimizer(model, tasks, recipe)
+        self.accelerator, self.state_path, self.stop = accelerator, state_path, stop
+        self.criteria = dict(criterion) if isinstance(criterion, Mapping) else dict.fromkeys(tasks, criterion)
+        self.phases = recipe.phases(model)
+        self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
+        recipes = {"main": recipe, **recipe.others}
+        self.recipes = {name: recipes[name] for name in dict.fromkeys(phase.optimizer for phase in self.phases)}
+        roles = {
+            name: {role for phase in self.phases if phase.optimizer == name for role in phase.trains}
+            for name in self.recipes
+        }
+        optimizers = [make_optimizer(model, tasks, own, roles[name]) for name, own in self.recipes.items()]
+        loaders = dict(loader) if isinstance(loader, Mapping) else {"train": loader}
+        self.samplers = dict(sampler) if isinstance(sampler, Mapping) else {"train": sampler}
         model.to(accelerator.device)
         if recipe.channels_last and accelerator.device.type != "mps":
             _to_channels_last(model)
-        self.parallel, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        self.parallel, *prepared = accelerator.prepare(model, *optimizers, *loaders.values())
+        self.optimizers = dict(zip(self.recipes, prepared, strict=False))
+        self.loaders = dict(zip(loaders, prepared[len(optimizers) :], strict=True))
         self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
-        self.phases = recipe.phases(model)
         self.roles = model.roles(*tasks)
-        self.batches = min(len(self.loader), recipe.limit_batches or len(self.loader))
+        self.phase: Phase | None = None
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
 
     def resume(self) -> None:
         """Continue from the checkpoint."""
         counters, self.random_state = checkpoint.restore(
-            self.state_path, self.model, self.tasks, self.optimizer, self.accelerator
+            self.state_path, self.model, self.tasks, self.optimizers, self.accelerator
         )
         if not self.accelerator.is_main_process:  # the sums over all processes go on in the first one
             counters.update(sums={})
@@ -173,7 +200,7 @@ class _Run:
         self.check_finite(self.progress.epoch + (self.progress.batch > 0))
         if self.state_path is not None:
             counters = {**vars(self.progress), "sums": self._sums()}
-            checkpoint.save(self.state_path, self.model, self.tasks, self.optimizer, self.accelerator, counters)
+            checkpoint.save(self.state_path, self.model, self.tasks, self.optimizers, self.accelerator, counters)
 
     def check_finite(self, epoch: int) -> None:
         """Raise a ``DivergedError`` before lost weights replace what is kept."""
@@ -184,23 +211,22 @@ class _Run:
 
     def obey(self) -> None:
         """End the run if any process was asked to stop."""
-        if self._stop_requested():
+        if self.stop_requested():
             raise Interrupted(self.stop.received or signal.SIGTERM)
 
     def train_epoch(self) -> Phase:
         """Train what is left of the current epoch; returns the phase of its last step."""
         done, epochs = self.progress.epoch, self.recipe.epochs
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.recipe.learning_rate(done)
-        self.parallel.train()
-        self.sampler.epoch = done
-        rest = self.loader
+        phase, self.phase = self.epochs[done], None
+        loader, sampler = self.loaders[phase.data], self.samplers[phase.data]
+        self.batches = min(len(loader), self.recipe.limit_batches or len(loader))
+        sampler.epoch = sum(earlier.data == phase.data for earlier in self.epochs[:done])
+        rest = loader
         if self.progress.batch == 0:
             torch.manual_seed(mix_seed(self.recipe.seed, done, self.accelerator.process_index))
         else:
-            rest = self.accelerator.skip_first_batches(self.loader, self.progress.batch)
+            rest = self.accelerator.skip_first_batches(loader, self.progress.batch)
             checkpoint.set_random_state(self.random_state or {})
-        phase = phase_at(self.phases, done)
         quiet = None if self.accelerator.is_main_process else True
         options = {"total": self.batches, "initial": self.progress.batch, "disable": quiet, "leave": False}
         with tqdm(desc=f"{self.name} {done + 1}/{epochs}", **options) as bar:
@@ -214,7 +240,7 @@ class _Run:
                     )
                 bar.update(len(window))
                 bar.set_postfix(loss=f"{loss / len(self.tasks):.3f}", refresh=False)
-                if self.progress.batch < self.batches and self._stop_requested():
+                if self.progress.batch < self.batches and self.stop_requested():
                     self.save()
                     self.obey()
         return phase
@@ -223,7 +249,14 @@ class _Run:
         """The phase of the next step, with its roles learning and its gates decided."""
         epoch = self.progress.epoch
         phase = phase_at(self.phases, epoch + self.progress.batch / self.batches)
-        set_trainable(self.roles, phase.trains)
+        if phase is not self.phase:
+            self.phase = phase
+            set_trainable(self.roles, phase.trains)
+            self._set_modes(phase)
+            self.open_units(phase.opened)
+            self.model.state.temperature = phase.temperature
+            for group in self.optimizers[phase.optimizer].param_groups:
+                group["lr"] = group["initial_lr"] * self._decay(phase)
         is_last_step = epoch + 1 == self.recipe.epochs and self.progress.batch + batches >= self.batches
         if self.recipe.budget is not None and not self.progress.decided and (phase is self.phases[-1] or is_last_step):
             for task in self.tasks:
@@ -234,20 +267,42 @@ class _Run:
                 gate.decide()  # read before the compiler looks
         return phase
 
+    def _set_modes(self, phase: Phase) -> None:
+        """Training mode, but for norms whose roles stand still in this phase: their statistics do too."""
+        self.parallel.train()
+        for norm in self.model.task_norms:
+            if "base" not in phase.trains:
+                norm.base.eval()
+            for task in norm.norms if "norm" not in phase.trains else ():
+                norm.norms[task].eval()
+
+    def open_units(self, count: int | None) -> None:
+        """Let the gates of the last ``count`` units take part; ``None`` for all."""
+        for task in self.tasks:
+            gates = self.model.gates(task)
+            for index, gate in enumerate(gates):
+                gate.opened = count is None or index >= len(gates) - count
+
+    def _decay(self, phase: Phase) -> float:
+        """The factor on the learning rates of the phase's optimiser in this epoch, counted in epochs that it has."""
+        own = [epoch for epoch, other in enumerate(self.epochs) if other.optimizer == phase.optimizer]
+        done = sum(epoch < self.progress.epoch for epoch in own)
+        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1))
+
     def _step(self, window: list, phase: Phase) -> float:
         """One optimiser step over a window of batches; returns its loss, penalty included."""
         weight = self.recipe.penalty_weight * phase.penalty
-        images = sum(len(batch[1]) for batch in window)
-        parts = [part for batch in window for part in self._parts(batch)]
+        shared = isinstance(window[0][1], Mapping)  # all tasks see all images
+        images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
+        parts = [part for batch in window for part in self._parts(batch, phase)]
+        optimizer = self.optimizers[phase.optimizer]
         total = 0.0
-        for index, (x, labels, names) in enumerate(parts):
+        for index, (x, call, labels) in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.parallel):
-                output = self.forward(x, task=names)
-                loss = torch.zeros((), device=labels.device)
-                for task, rows in _rows(names).items():
-                    own = output if rows is None else _pick(output, rows)
-                    targets = labels if rows is None else labels[rows]
+                output = self.forward(x, **call)
+                loss = torch.zeros((), device=x.device)
+                for task, own, targets in _by_task(output, call, labels):
                     loss = loss + self._task_loss(task, own, targets, weight) * (
                         len(self.tasks) * len(targets) / images
                     )
@@ -256,30 +311,37 @@ class _Run:
                     return total
                 self.accelerator.backward(loss)
         self.progress.batch += len(window)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return total
 
-    def _parts(self, batch) -> list[tuple[Tensor, Tensor, str | list[str]]]:
-        """A batch as the forward passes it takes: images, labels, and the name of their task or one name an image."""
+    def _parts(self, batch, phase: Phase) -> list[tuple[Tensor, dict, Tensor | Mapping[str, Tensor]]]:
+        """A batch as the forward passes it takes: images, which tasks the model runs on them, and their labels."""
         x, labels, *which = batch
+        if isinstance(labels, Mapping):
+            labels = {task: labels[task] for task in self.tasks}
+            if phase.together and len(self.tasks) > 1:
+                return [(x, {"tasks": self.tasks}, labels)]
+            return [(x, {"task": task}, labels[task]) for task in self.tasks]
         if not which:
-            return [(x, labels, self.tasks[0])]
-        if self.recipe.mixed:
-            return [(x, labels, [self.tasks[index] for index in which[0].tolist()])]
+            return [(x, {"task": self.tasks[0]}, labels)]
+        if self.recipe.mixed and phase.together:
+            return [(x, {"task": [self.tasks[index] for index in which[0].tolist()]}, labels)]
         present = sorted(set(which[0].tolist()))
-        return [(x[which[0] == index], labels[which[0] == index], self.tasks[index]) for index in present]
+        return [(x[which[0] == index], {"task": self.tasks[index]}, labels[which[0] == index]) for index in present]
 
     def _task_loss(self, task: str, output: Tensor, labels: Tensor, weight: float) -> Tensor:
         """Mean loss of one task's images, penalty included; what it amounts to is noted."""
-        loss = self.criterion(output, labels)
+        loss = self.criteria[task](output, labels) * self.recipe.task_weights.get(task, 1.0)
         if weight:
             loss = loss + weight * self.model.penalty(task)
         sums = self.progress.sums.setdefault(task, {"loss": 0.0, "wrong": 0.0, "images": 0.0})
         sums["loss"] += loss.item() * len(labels)
         sums["images"] += len(labels)
-        if output.dim() == 2 and labels.dim() == 1:
+        if _is_classification(output, labels):
             sums["wrong"] += float((output.detach().argmax(1) != labels).sum())
+        else:
+            sums["wrong"] = math.nan
         return loss
 
     def numbers(self, phase: Phase) -> list[dict]:
@@ -294,10 +356,13 @@ class _Run:
                     "epoch": self.progress.epoch + 1,
                     "phase": phase.name,
                     "train_loss": sums["loss"] / max(sums["images"], 1.0),
-                    "train_error": 100.0 * sums["wrong"] / max(sums["images"], 1.0),
-                    "lr": self.recipe.lr * self.recipe.learning_rate(self.progress.epoch),
+                    "train_error": None
+                    if math.isnan(sums["wrong"])
+                    else 100.0 * sums["wrong"] / max(sums["images"], 1.0),
+                    "lr": self.recipes[phase.optimizer].lr * self._decay(phase),
                     "penalty": float(self.model.penalty(task).detach()),
                     "tuned_layers": sum(map(is_tuned, rows)) / len(rows),
+                    "executed": sum(row["run"] for row in rows) / len(rows),
                     "scores": [row["score"] for row in rows],
                 }
             )
@@ -319,7 +384,7 @@ class _Run:
             for _, tensor in self.model.named_buffers():
                 tensor.copy_(broadcast(tensor.clone(), from_process=0))
 
-    def _stop_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any process was asked to stop; all processes agree on the step."""
         if self.stop is None:
             return False
@@ -347,18 +412,26 @@ def _to_channels_last(model: nn.Module) -> None:
             parameter.data = torch.empty_like(parameter.data, memory_format=torch.channels_last).copy_(parameter.data)
 
 
-def _rows(names: str | list[str]) -> dict[str, list[int] | None]:
-    """The rows of each task; ``None`` where all rows are one task's."""
-    if isinstance(names, str):
-        return {names: None}
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(name, []).append(row)
-    return rows
+def _is_classification(output: Tensor, labels: Tensor) -> bool:
+    return output.dim() == 2 and labels.dim() == 1
 
 
-def _pick(output: Tensor | list, rows: list[int]) -> Tensor:
-    return output[rows] if isinstance(output, Tensor) else torch.stack([output[row] for row in rows])
+def _by_task(output, call: dict, labels: Tensor | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each task's outputs and labels in a forward pass."""
+    if isinstance(labels, Mapping):
+        yield from ((task, output[task], labels[task]) for task in labels)
+    elif isinstance(call["task"], str):
+        yield call["task"], output, labels
+    else:
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(call["task"]):
+            rows.setdefault(name, []).append(row)
+        for task, own in rows.items():
+            yield (
+                task,
+                output[own] if isinstance(output, Tensor) else torch.stack([output[row] for row in own]),
+                labels[own],
+            )
 
 
 def _windows(batches: Iterable, size: int) -> Iterator[list]:

@@ -113,7 +113,7 @@ def test_ten_steps_equal_the_published_arithmetic():
             velocity[k] = gradient[k] if step == 0 else momentum * velocity[k] + gradient[k]
             values[k] = values[k] - lr * velocity[k]
 
-    optimizer = make_optimizer(model, "t", Recipe(lr=lr, momentum=momentum))
+    optimizer = make_optimizer(model, ["t"], Recipe(lr=lr, momentum=momentum))
     model.train()
     losses = []
     for step in range(steps):
@@ -158,7 +158,7 @@ def test_phases_count_epochs_exactly():
 def test_gates_and_norms_do_not_decay_and_gates_have_their_own_rate():
     model = taps.adapt(taps.create_backbone("resnet18", pretrained=False))
     model.add_task("a", num_classes=2)
-    optimizer = make_optimizer(model, "a", Recipe(lr=0.1, score_lr=0.7, weight_decay=0.01))
+    optimizer = make_optimizer(model, ["a"], Recipe(lr=0.1, score_lr=0.7, weight_decay=0.01))
     groups = {group["role"]: group for group in optimizer.param_groups}
     assert {role: group["weight_decay"] for role, group in groups.items()} == {
         "delta": 0.01, "head": 0.01, "gate": 0.0, "norm": 0.0

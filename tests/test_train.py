@@ -145,7 +145,7 @@ def test_a_run_always_ends_with_a_task(accelerator):
         sampler,
         recipe,
         accelerator,
-        validate=lambda: {"a": 50.0},
+        validate=lambda: ({"a": {"val_error": 50.0}}, 50.0),
         on_epoch=lambda r, b: kept.append(b),
     )
     assert kept == [False, True]

@@ -108,7 +108,9 @@ def split_train(data: DenseData, val_fraction: float, policy_fraction: float, se
     if "val" not in splits:
         count = round(val_fraction * len(samples))
         if val_fraction and not 0 < count < len(samples):
-            raise UserError(f"{data.name}: val_fraction {val_fraction} of {len(samples)} training samples leaves a part empty")
+            raise UserError(
+                f"{data.name}: val_fraction {val_fraction} of {len(samples)} training samples leaves a part empty"
+            )
         splits["val"], samples = (samples[:count] or list(splits["test"])), samples[count:]
         held = {sample["image"] for sample in splits["val"]}
         for name in ("train", "weights", "policy"):
@@ -188,7 +190,9 @@ class DenseSet(Dataset):
                     target = target * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
                 targets[name] = target
         height, width = (self.data.crop, self.data.crop) if isinstance(self.data.crop, int) else self.data.crop
-        missing = [max(0, want - have) for want, have in zip((width, height), (image.shape[2], image.shape[1]), strict=True)]
+        missing = [
+            max(0, want - have) for want, have in zip((width, height), (image.shape[2], image.shape[1]), strict=True)
+        ]
         border = [side for gap in missing for side in (gap // 2, gap - gap // 2)]
         top = int(random[2] * (image.shape[1] + missing[1] - height + 1))
         left = int(random[3] * (image.shape[2] + missing[0] - width + 1))
@@ -247,9 +251,7 @@ def make_stream(
     """
     samples = DenseSet(data, split, True, seed)
     if len(samples) < batch_size:
-        raise UserError(
-            f"{data.name}: --batch_size {batch_size} is larger than the {len(samples)} samples of {split}"
-        )
+        raise UserError(f"{data.name}: --batch_size {batch_size} is larger than the {len(samples)} samples of {split}")
     sampler = StreamSampler(len(samples), batch_size, batches * processes, seed)
     loader = DataLoader(
         samples,

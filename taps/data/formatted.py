@@ -64,7 +64,10 @@ def _labels(path: Path, array: np.ndarray, classes: int, void: int, shift: int =
     ids = np.where(values == void, VOID, values - shift)
     wrong = (ids != VOID) & ((ids < 0) | (ids >= classes))
     if wrong.any():
-        raise UserError(f"{path} holds class {int(values[wrong][0])}; there are {classes} classes ({shift}–{classes - 1 + shift}) and {void} for none")
+        raise UserError(
+            f"{path} holds class {int(values[wrong][0])}; there are {classes} classes ({shift}–{classes - 1 + shift}) "
+            f"and {void} for none"
+        )
     if (ids == VOID).all():
         raise UserError(f"{path} has no labelled pixel")
     return ids
@@ -247,7 +250,9 @@ def read_lists(root: Path, layout: Layout) -> dict[str, list[dict[str, Path]]]:
             splits.setdefault(own, []).append(dict(zip(layout.columns, parts, strict=True)))
     shared = {s["image"] for s in splits.get("weights", ())} & {s["image"] for s in splits.get("policy", ())}
     if shared:
-        raise UserError(f"{path}: {next(iter(shared)).name} is in both 'train1' and 'train2', which have to be disjoint")
+        raise UserError(
+            f"{path}: {next(iter(shared)).name} is in both 'train1' and 'train2', which have to be disjoint"
+        )
     return splits
 
 

@@ -211,19 +211,21 @@ def render(random: np.random.Generator, size: tuple[int, int], difficulty: float
         foot = np.array([random.uniform(-reach, reach), floor, z])
         colour = _texture(random, strength)
         if kind == _SPHERE:
-            _sphere(view, foot + [0, radius, 0], radius, instance, colour)
+            _sphere(view, foot + np.array([0, radius, 0]), radius, instance, colour)
         elif kind == _BOX:
             half, turn = np.array([radius, height / 2, random.uniform(0.2, 0.55)]), random.uniform(0, math.pi)
-            centre = foot + [0, height / 2, 0]
+            centre = foot + np.array([0, height / 2, 0])
             _box(view, centre, half, turn, instance, colour)
             for signs in np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, -1).T:
                 x, y, depth = signs * half
-                along = np.array([math.cos(turn) * x - math.sin(turn) * depth, y, math.sin(turn) * x + math.cos(turn) * depth])
+                along = np.array(
+                    [math.cos(turn) * x - math.sin(turn) * depth, y, math.sin(turn) * x + math.cos(turn) * depth]
+                )
                 corners.append(centre + along)
         else:
             _round(view, foot, radius, height, radius / height if kind == _CONE else 0.0, instance, colour)
             if kind == _CONE:
-                corners.append(foot + [0, height, 0])
+                corners.append(foot + np.array([0, height, 0]))
     seen = view.kind != _VOID
     facing = np.where((view.normal * view.rays).sum(1, keepdims=True) > 0, -1.0, 1.0)
     normal = view.normal * facing
@@ -320,7 +322,9 @@ def _write(root: Path, recipe: Recipe) -> None:
     for column in columns:
         (root / column).mkdir()
     entries = []
-    for number in tqdm(range(recipe.train + recipe.val + recipe.test), desc="rendering scenes", disable=None, leave=False):
+    for number in tqdm(
+        range(recipe.train + recipe.val + recipe.test), desc="rendering scenes", disable=None, leave=False
+    ):
         scene = render(random, recipe.size, recipe.difficulty)
         paths = [f"{column}/{number + 1:04d}.{'npy' if column == 'depth' else 'png'}" for column in columns]
         entries.append(paths)
@@ -340,7 +344,13 @@ def _write(root: Path, recipe: Recipe) -> None:
                 Image.fromarray(array).save(root / path)
     train, rest = entries[: recipe.train], entries[recipe.train :]
     cut = round(0.7 * recipe.train)
-    lists = {"train": train, "train1": train[:cut], "train2": train[cut:], "val": rest[: recipe.val], "test": rest[recipe.val :]}
+    lists = {
+        "train": train,
+        "train1": train[:cut],
+        "train2": train[cut:],
+        "val": rest[: recipe.val],
+        "test": rest[recipe.val :],
+    }
     write_json(root / "scenes.json", lists)
 
 
@@ -349,10 +359,19 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser(prog="python -m taps.data.scenes", description="Generate the Scenes benchmark in a folder.")
     default = Recipe()
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--size", type=int, nargs=2, default=default.size, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: 64 64)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=default.size,
+        metavar=("HEIGHT", "WIDTH"),
+        help="in pixels (default: 64 64)",
+    )
     for name in ("train", "val", "test"):
         number = getattr(default, name)
-        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"scenes of this split (default: {number})")
+        parser.add_argument(
+            f"--{name}", type=int, default=number, metavar="N", help=f"scenes of this split (default: {number})"
+        )
     parser.add_argument("--difficulty", type=float, default=default.difficulty, metavar="X", help="0..1 (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     given = vars(parser.parse_args(arguments))

@@ -1,0 +1,198 @@
+"""What is measured of dense predictions, streamed over a data set; and Δ_T, the gain over single-task networks.
+
+Each kind of task has one metric object that takes batches of predictions and labels at the labels' size and gives a dict
+of numbers. All pixels of the data set count alike. ``published=True`` repeats the arithmetic of the published programs where
+it differs; every difference is named in the class's docstring and in ``docs/metrics.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from taps.data.dense import VOID, DenseTask
+
+#: metrics of which less is better
+LOWER_IS_BETTER = frozenset(
+    {"mean_angle", "median_angle", "rmse_angle", "abs_error", "rel_error", "rmse", "error", "cross_entropy"}
+)
+#: metrics that do not count for Δ_T, since the published tables lack them
+NOT_COUNTED = frozenset({"rmse", "rmse_angle"})
+_ANGLES = (11.25, 22.5, 30.0)
+_BINS = 18000  # of 0.01° each
+
+
+class ClassMetrics(Metric):
+    """``miou`` and ``pixel_accuracy`` in percent, from the confusion matrix of the whole data set.
+
+    A class takes part in the mean if it is labelled or predicted anywhere. Published: only if some pixel of it is right,
+    so that a class that is always missed does no harm; and accuracy is the mean of the batches' accuracies, weighted by
+    their images.
+    """
+
+    def __init__(self, classes: int, published: bool = False) -> None:
+        super().__init__()
+        self.published = published
+        self.confusion = MulticlassConfusionMatrix(classes, ignore_index=VOID)
+        self.add_state("accurate", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """``prediction`` (B, C, H, W), ``target`` (B, H, W)."""
+        chosen = prediction.argmax(1)
+        self.confusion.update(chosen, target)
+        known = target != VOID
+        right = (chosen == target)[known].sum() / known.sum().clamp(min=1)
+        self.accurate += right.double() * len(target)
+        self.images += len(target)
+
+    def compute(self) -> dict[str, float]:
+        matrix = self.confusion.compute().double()
+        right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        union = labelled + predicted - right
+        counts = right > 0 if self.published else union > 0
+        miou = float((right[counts] / union[counts]).mean()) if counts.any() else 0.0
+        accuracy = float(right.sum() / matrix.sum().clamp(min=1))
+        if self.published:
+            accuracy = float(self.accurate / self.images.clamp(min=1))
+        return {"miou": 100 * miou, "pixel_accuracy": 100 * accuracy}
+
+    def reset(self) -> None:
+        super().reset()
+        self.confusion.reset()
+
+
+class NormalMetrics(Metric):
+    """Angles in degrees between predicted and labelled normals: ``mean_angle``, ``median_angle`` (to 0.01°), ``rmse_angle``,
+    and the percentages ``within_11.25``, ``within_22.5`` and ``within_30``.
+
+    Published: angles between the encoded vectors (n + 1)/2, all of which lie in one octant, so that they look smaller.
+    """
+
+    def __init__(self, published: bool = False) -> None:
+        super().__init__()
+        self.published = published
+        self.add_state("histogram", torch.zeros(_BINS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """``prediction`` (B, 3, H, W) of any length, ``target`` (B, 3, H, W)."""
+        valid = target.isfinite().all(1)
+        a = normalize(prediction.double().movedim(1, -1)[valid], dim=-1)
+        b = normalize(target.double().movedim(1, -1)[valid], dim=-1)
+        if self.published:
+            a, b = normalize(a + 1, dim=-1), normalize(b + 1, dim=-1)
+        # of small angles the arc cosine would lose half of the digits
+        angles = 2 * torch.rad2deg(torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))
+        bins = (angles * (_BINS / 180.0)).long().clamp(max=_BINS - 1)
+        self.histogram += torch.bincount(bins, minlength=_BINS).to(self.histogram)
+        within = [(angles < limit).sum() for limit in _ANGLES]
+        self.sums += torch.stack([angles.new_tensor(len(angles)), angles.sum(), (angles**2).sum(), *within]).to(
+            self.sums
+        )
+
+    def compute(self) -> dict[str, float]:
+        count, total, squares, *within = self.sums.tolist()
+        if not count:
+            return dict.fromkeys(("mean_angle", "median_angle", "rmse_angle"), math.nan)
+        half = int((self.histogram.cumsum(0) < (count + 1) // 2).sum())
+        shares = {f"within_{limit:g}": 100 * share / count for limit, share in zip(_ANGLES, within, strict=True)}
+        return {
+            "mean_angle": total / count,
+            "median_angle": (half + 0.5) * 180.0 / _BINS,
+            "rmse_angle": math.sqrt(squares / count),
+            **shares,
+        }
+
+
+class DepthMetrics(Metric):
+    """``abs_error`` and ``rel_error`` = mean abs(p − g)/g, ``rmse``, and ``delta_1``–``delta_3``, the percentages of pixels with
+    max(p/g, g/p) < 1.25^k; a prediction that is not positive is wrong.
+
+    Published: a negative prediction counts as right, and the errors are means of the batches' means.
+    """
+
+    def __init__(self, published: bool = False) -> None:
+        super().__init__()
+        self.published = published
+        self.add_state("sums", torch.zeros(7, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("batches", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """``prediction`` and ``target`` (B, 1, H, W)."""
+        valid = target.isfinite()
+        p, g = prediction.double()[valid], target.double()[valid]
+        error = (p - g).abs()
+        ratio = torch.maximum(p / g, g / p)
+        good = torch.ones_like(p, dtype=torch.bool) if self.published else p > 0
+        within = [((ratio < 1.25**power) & good).sum().double() for power in (1, 2, 3)]
+        parts = [error.new_tensor(len(p)), error.sum(), (error / g).sum(), (error**2).sum(), *within]
+        self.sums += torch.stack(parts).to(self.sums)
+        if len(p):
+            self.batches += torch.stack([error.new_tensor(1.0), error.mean(), (error / g).mean()]).to(self.batches)
+
+    def compute(self) -> dict[str, float]:
+        count, error, relative, squares, *within = self.sums.tolist()
+        if not count:
+            return dict.fromkeys(("abs_error", "rel_error", "rmse"), math.nan)
+        batches, batch_error, batch_relative = self.batches.tolist()
+        return {
+            "abs_error": batch_error / batches if self.published else error / count,
+            "rel_error": batch_relative / batches if self.published else relative / count,
+            "rmse": math.sqrt(squares / count),
+            **{f"delta_{power}": 100 * share / count for power, share in zip((1, 2, 3), within, strict=True)},
+        }
+
+
+class MapMetrics(Metric):
+    """``error``: the mean absolute error of a map such as keypoints or edges. Published: the mean of the batches' means."""
+
+    def __init__(self, published: bool = False) -> None:
+        super().__init__()
+        self.published = published
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """``prediction`` and ``target`` (B, 1, H, W)."""
+        valid = target.isfinite()
+        error = (prediction.double() - target.double())[valid].abs()
+        if len(error):
+            parts = [error.new_tensor(len(error)), error.sum(), error.new_tensor(1.0), error.mean()]
+            self.sums += torch.stack(parts).to(self.sums)
+
+    def compute(self) -> dict[str, float]:
+        count, error, batches, means = self.sums.tolist()
+        if not count:
+            return {"error": math.nan}
+        return {"error": means / batches if self.published else error / count}
+
+
+def make_metric(task: DenseTask, published: bool = False) -> Metric:
+    """The metric of a task's kind."""
+    if task.kind == "classes":
+        return ClassMetrics(task.channels, published)
+    kinds = {"normals": NormalMetrics, "depth": DepthMetrics, "disparity": DepthMetrics, "map": MapMetrics}
+    return kinds[task.kind](published)
+
+
+def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    r"""Δ_{T_i} in percent: the mean over a task's metrics of (−1)^{l_j} (M_j − M_j^{single}) / M_j^{single} · 100, where l_j = 1
+    for a metric of which less is better (AdaShare §4)."""
+    gains = []
+    for name, value in metrics.items():
+        if name in reference and reference[name] and name not in NOT_COUNTED:
+            gain = (value - reference[name]) / abs(reference[name])
+            gains.append(-gain if name in LOWER_IS_BETTER else gain)
+    return 100.0 * sum(gains) / len(gains) if gains else math.nan
+
+
+def delta_t(metrics: Mapping[str, Mapping[str, float]], reference: Mapping[str, Mapping[str, float]]) -> float:
+    """Δ_T in percent: the mean of :func:`relative_gain` over the tasks."""
+    gains: Iterable[float] = [relative_gain(own, reference[task]) for task, own in metrics.items()]
+    return sum(gains) / len(metrics)
