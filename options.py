@@ -8,10 +8,18 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from taps.adashare import SAMPLINGS as GATE_SAMPLINGS
+from taps.adashare import VARIANTS
 from taps.arguments import Parser
+from taps.benchmark import BENCHMARKS
+from taps.data.formatted import ALIASES
 from taps.data.tasks import SAMPLINGS
+from taps.dynashare import TARGET_LOSSES
+from taps.errors import UserError, unknown
 from taps.methods import METHODS
-from taps.recipe import OPTIMIZERS
+from taps.mtl import PHASES
+from taps.presets import preset
+from taps.recipe import DECAYS, OPTIMIZERS
 
 #: defaults of the published program, and those of the demo where they differ
 PUBLISHED = {
@@ -213,6 +221,13 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
         "--seed", type=number(int, 0), default=0, metavar="N", help="of everything random (default: 0)"
     )
 
+    add_machine(parser)
+    add_output(parser.add_argument_group("output"), "(default: data, model and method; demo: demo)")
+    return parser
+
+
+def add_machine(parser: Parser) -> None:
+    """Devices and precision."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
     machine.add_argument(
@@ -223,7 +238,10 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
     machine.add_argument(
         "--amp", default="none", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)"
     )
-    output = parser.add_argument_group("output")
+
+
+def add_output(output, name: str) -> None:
+    """Where results go."""
     output.add_argument(
         "--result_path",
         default="results",
@@ -233,7 +251,7 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
     output.add_argument(
         "--experiment_name",
         metavar="NAME",
-        help="the experiment's folder (default: data, model and method; demo: demo)",
+        help=f"the experiment's folder {name}",
     )
     output.add_argument(
         "--resume",
@@ -241,7 +259,6 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
         help="continue the experiment exactly where it stopped; start it if there is none",
     )
     output.add_argument("--overwrite", action="store_true", help="delete an earlier experiment of this name")
-    return parser
 
 
 def sequential_parser() -> Parser:
@@ -355,6 +372,360 @@ def _complete(
         parser.error(f"--budget chooses among layers, which method {options.method} does not")
     if options.budget is not None and not 0 < options.warmup_epochs < options.epochs:
         parser.error("--budget compares layers after the warm-up: --warmup_epochs must be above 0 and below --epochs")
+    return options
+
+
+def mtl_parser() -> Parser:
+    """Options of ``train_mtl.py``. Those without a default take the benchmark's published value (``taps/presets.py``)."""
+    parser = Parser(
+        prog="train_mtl.py",
+        description="Learn which blocks of one network each of several tasks runs, train again under sampled policies, and "
+        "test. Without options: AdaShare on Scenes, a generated benchmark.",
+        epilog="What has no default here has the published value of the benchmark, the number of tasks and the method. "
+        "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume.",
+        allow_abbrev=False,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--benchmark", default="scenes", choices=BENCHMARKS, help="(default: scenes, generated where it is missing)"
+    )
+    data.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="PATH",
+        help="the benchmark's folder (default: datasets/<name>); for domainnet its root, or any folders with train/ and test/",
+    )
+    data.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="which of the benchmark's tasks, e.g. semseg normals depth"
+    )
+    data.add_argument("--num_class", type=int, metavar="N", help="classes of cityscapes: 2, 7 or 19")
+    data.add_argument(
+        "--crop", type=number(int, 8), metavar="PIXELS", help="side of the training crops of a dense benchmark"
+    )
+    data.add_argument("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images of domainnet")
+    data.add_argument(
+        "--cropped", action="store_true", help="domainnet: scale images without regard to their proportions"
+    )
+    data.add_argument(
+        "--val_fraction",
+        type=number(float, 0, 0.9),
+        metavar="F",
+        help="part of train that choices are made on, where the data has none; 0 chooses on the test split, as published",
+    )
+    data.add_argument(
+        "--policy_fraction",
+        type=number(float, 0, 0.9, above=True),
+        metavar="F",
+        help="part of train that learns policies, where the data does not say",
+    )
+    data.add_argument(
+        "--workers", type=number(int, 0), default=0, metavar="N", help="processes that load data (default: 0)"
+    )
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--model_type", metavar="NAME", help="any timm model with residual blocks")
+    network.add_argument("--model_path", metavar="FILE", help="start from these weights")
+    network.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="start from timm's ImageNet weights, or from random ones",
+    )
+    network.add_argument("--output_stride", type=int, choices=(8, 16, 32), help="of the features of a dense benchmark")
+    network.add_argument(
+        "--channels", nargs="+", type=number(int, 1), metavar="N", help="of a ResNet's four stages, for small networks"
+    )
+    network.add_argument("--head_width", type=number(int, 1), metavar="N", help="channels inside a dense head")
+    network.add_argument(
+        "--head_rates", nargs="+", type=number(int, 1), metavar="N", help="dilations of a dense head's branches"
+    )
+    network.add_argument("--head_dropout", type=number(float, 0, 1), metavar="P", help="in dense heads")
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--method",
+        default="adashare",
+        choices=(*METHODS, "single_task"),
+        metavar="NAME",
+        help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+        + "; single_task: one network a task (default: adashare)",
+    )
+    method.add_argument(
+        "--norm",
+        choices=("task", "follow", "frozen"),
+        help="norm layers: each task's own, only behind tuned layers, or shared",
+    )
+    method.add_argument("--lam", type=number(float, 0), metavar="λ", help="taps: weight of the sparsity penalty")
+    method.add_argument(
+        "--sparsity_weight", type=number(float, 0), metavar="X", help="weight of the loss that skips blocks"
+    )
+    method.add_argument(
+        "--sharing_weight", type=number(float, 0), metavar="X", help="weight of the loss that makes policies alike"
+    )
+    method.add_argument(
+        "--sparsity_loss",
+        choices=VARIANTS,
+        default="code",
+        help="of the published program or of the paper (default: code)",
+    )
+    method.add_argument(
+        "--sharing_loss",
+        choices=VARIANTS,
+        default="code",
+        help="of the published program or of the paper (default: code)",
+    )
+    method.add_argument(
+        "--sampling",
+        choices=GATE_SAMPLINGS,
+        default="soft",
+        help="gates mix while they learn, or are 0 or 1 (default: soft)",
+    )
+    method.add_argument(
+        "--init_temperature",
+        type=number(float, 0, above=True),
+        metavar="τ",
+        help="of the Gumbel-softmax in the first cycle",
+    )
+    method.add_argument(
+        "--temperature_decay",
+        type=number(float, 0, 1, above=True),
+        metavar="X",
+        help="factor on the temperature after each cycle",
+    )
+    method.add_argument(
+        "--curriculum_speed",
+        type=number(int, 1),
+        metavar="N",
+        help="cycles until one more block, from the last, is opened",
+    )
+    method.add_argument(
+        "--target_rates",
+        nargs="+",
+        type=number(float, 0, 1),
+        metavar="T",
+        help="dynashare: share of samples that run each block; one value is that of the second half",
+    )
+    method.add_argument(
+        "--target_weight",
+        type=number(float, 0),
+        default=25.0,
+        metavar="X",
+        help="dynashare: weight of the target-rate loss (default: 25)",
+    )
+    method.add_argument(
+        "--target_loss",
+        choices=TARGET_LOSSES,
+        default="gated",
+        help="dynashare: mean over gated blocks, or as in the published program over all (default: gated)",
+    )
+
+    phases = parser.add_argument_group("phases")
+    phases.add_argument(
+        "--phases",
+        nargs="+",
+        choices=PHASES,
+        default=list(PHASES),
+        help="which to run: policy learns, retrain trains under policies, test measures (default: all)",
+    )
+    phases.add_argument(
+        "--exp_ids",
+        nargs="+",
+        type=number(int, 0),
+        metavar="N",
+        help="which policies to train under: seeds of their draws",
+    )
+    phases.add_argument(
+        "--sample",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw policies from the learned probabilities (default), or round these",
+    )
+    phases.add_argument("--policy", metavar="FILE", help="train under this policy.json instead of the run's own")
+    phases.add_argument(
+        "--retrain_from",
+        choices=("scratch", "policy"),
+        help="start retraining from the network's first weights or from those of policy learning",
+    )
+    phases.add_argument(
+        "--iterations", type=number(int, 1), metavar="N", help="steps of warm-up and policy learning together"
+    )
+    phases.add_argument(
+        "--warmup_iterations", type=number(int, 0), metavar="N", help="steps before policies are learned"
+    )
+    phases.add_argument(
+        "--retrain_iterations",
+        type=number(int, 1),
+        metavar="N",
+        help="steps of training under a policy, and of methods without one",
+    )
+    phases.add_argument(
+        "--weight_iterations", type=number(int, 1), metavar="N", help="weight steps of a cycle (default: one pass)"
+    )
+    phases.add_argument(
+        "--policy_iterations", type=number(int, 1), metavar="N", help="policy steps of a cycle (default: one pass)"
+    )
+    phases.add_argument("--eval_iterations", type=number(int, 1), metavar="N", help="steps between validations, about")
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--batch_size",
+        type=number(int, 1),
+        metavar="N",
+        help="samples a step on each process; of domainnet images of each task",
+    )
+    training.add_argument(
+        "--task_weights", nargs="+", type=task_weight, metavar="TASK=X", help="factors of the tasks' losses"
+    )
+    training.add_argument(
+        "--loss_at",
+        choices=("output", "label"),
+        help="compare maps at the network's output size, as published, or at the labels'",
+    )
+    training.add_argument("--optimizer", choices=OPTIMIZERS, help="of warm-up and retraining")
+    training.add_argument(
+        "--lr", "--learning_rate", type=number(float, 0, above=True), metavar="X", help="learning rate of the heads"
+    )
+    training.add_argument(
+        "--base_lr", "--backbone_lr", type=number(float, 0, above=True), metavar="X", help="that of the shared network"
+    )
+    training.add_argument(
+        "--score_lr",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help="that of gates which learn with the weights (default: that of --lr)",
+    )
+    training.add_argument("--decay", choices=DECAYS, help="how they fall")
+    training.add_argument(
+        "--decay_iterations", type=number(int, 1), metavar="N", help="steps between two falls of --decay step"
+    )
+    training.add_argument("--decay_rate", type=number(float, 0, 1, above=True), metavar="X", help="factor of each fall")
+    training.add_argument("--betas", nargs=2, type=number(float, 0, 1), metavar="X", help="of adam and adamw")
+    training.add_argument(
+        "--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd and nag (default: 0.9)"
+    )
+    training.add_argument("--wd", type=number(float, 0), metavar="X", help="weight decay")
+    training.add_argument("--weights_optimizer", choices=OPTIMIZERS, help="of the weight steps of policy learning")
+    training.add_argument(
+        "--weights_lr",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help="its learning rate (default: --lr and --base_lr)",
+    )
+    training.add_argument(
+        "--policy_lr", type=number(float, 0, above=True), metavar="X", help="learning rate of the policy steps (adam)"
+    )
+    training.add_argument("--policy_wd", type=number(float, 0), metavar="X", help="weight decay of the policy steps")
+    training.add_argument(
+        "--limit_batches",
+        type=number(int, 1),
+        metavar="N",
+        help="use only N batches an epoch of the loop and N to evaluate, to try things out",
+    )
+    training.add_argument(
+        "--seed", type=number(int, 0), default=0, metavar="N", help="of everything random (default: 0)"
+    )
+
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        "--metrics",
+        choices=("exact", "published"),
+        default="exact",
+        help="repeat the arithmetic of the published programs, to compare with their tables (default: exact)",
+    )
+    report.add_argument(
+        "--single_task",
+        metavar="PATH",
+        help="what Δ_T compares with: the folder or summary.json of a single-task run, 'measure' to train one network a task first, or 'none'",
+    )
+    add_machine(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML or JSON file of options, such as settings.json of an earlier run; the command line overrides it",
+    )
+    add_output(output, "(default: benchmark and method)")
+    return parser
+
+
+def task_weight(text: str) -> tuple[str, float]:
+    """``TASK=X``."""
+    name, _, value = text.partition("=")
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = -1.0
+    if not name or not 0 <= weight < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=X with a number X of at least 0")
+    return ALIASES.get(name, name), weight
+
+
+def config_arguments(parser: Parser, path: Path) -> list[str]:
+    """A settings file as the arguments that say the same.
+
+    Raises:
+        UserError: if it cannot be read or names an unknown option.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} does not hold option: value lines")
+    known = {action.dest: action for action in parser._actions}
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name in ("versions", "commit", "command", "config", "resume", "overwrite", "phases") or value is None:
+            continue
+        if name not in known:
+            raise unknown(f"option in {path}", str(name), known)
+        action = known[name]
+        option = action.option_strings[0]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            arguments.append(option if value else f"--no-{name}")
+        elif action.nargs == 0:
+            arguments.extend([option] if value else [])
+        else:
+            if isinstance(value, dict):
+                value = [f"{key}={number}" for key, number in value.items()]
+            values_given = value if isinstance(value, list) else [value]
+            arguments.extend([option, *map(str, values_given)] if values_given else [])
+    return arguments
+
+
+def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; values come from the command line, then from ``--config``, then from the benchmark's preset."""
+    parser = mtl_parser()
+    options = parser.parse_args(arguments)
+    if options.config:
+        options = parser.parse_args([*config_arguments(parser, Path(options.config)), *arguments])
+    published = preset(options.benchmark, len(options.tasks) if options.tasks else None, options.method)
+    if options.task_weights is not None:
+        options.task_weights = {**published["task_weights"], **dict(options.task_weights)}
+    for name, value in published.items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, list(value) if isinstance(value, tuple) else value)
+    if options.tasks:
+        options.tasks = [ALIASES.get(name, name) for name in options.tasks]
+        options.task_weights = {name: weight for name, weight in options.task_weights.items() if name in options.tasks}
+    if options.target_rates is not None and len(options.target_rates) == 1:
+        options.target_rates = options.target_rates[0]
+    if options.experiment_name is None:
+        options.experiment_name = f"{options.benchmark}_{options.method}"
+    for name in ("model_path", "policy"):
+        setattr(options, name, os.path.abspath(getattr(options, name)) if getattr(options, name) else None)
+    options.dataset = [os.path.abspath(path) for path in options.dataset] if options.dataset else None
+    if options.single_task not in (None, "measure", "none"):
+        options.single_task = os.path.abspath(options.single_task)
+    options.resize = round(options.input_size * 8 / 7)
+    if options.resume and options.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    if options.iterations < options.warmup_iterations:
+        parser.error(f"--warmup_iterations {options.warmup_iterations} are more than --iterations {options.iterations}")
+    if options.benchmark == "domainnet" and not options.dataset:
+        parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
     return options
 
 

@@ -161,7 +161,8 @@ def wrap(
             feeder = wrapper
             replacement[id(module)] = wrapper
         elif id(module) not in inside_norm and is_norm(module):
-            wrapper = TaskNorm(name, module, state, norm, feeder, frozen)
+            inside_unit = any(name.startswith(f"{unit.name}.") for unit in units[-1:])
+            wrapper = TaskNorm(name, module, state, norm, feeder, frozen, len(units) - inside_unit)
             inside_norm.update(id(inner) for inner in module.modules())
             norms.append(wrapper)
             replacement[id(module)] = wrapper

@@ -81,7 +81,9 @@ def make_accelerator(options: Namespace) -> Accelerator:
     if precision == "fp16" and cpu:
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     # Closed units under norm="follow" and gates that stand still have parameters without a gradient in some steps.
-    some_unused = options.norm == "follow" or bool(options.budget) or options.settle_epochs > 0 or "variant" in options
+    given = vars(options)
+    some_unused = given["norm"] == "follow" or given.get("budget") or given.get("settle_epochs", 0) > 0
+    some_unused = bool(some_unused) or "variant" in given or "phases" in given
     unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
 

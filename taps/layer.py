@@ -300,40 +300,66 @@ class TaskNorm(TaskModule):
     """A normalisation layer of the base, with a whole copy (affine and running statistics) for each task that wants one.
 
     Policies: ``"task"`` every task uses its copy; ``"follow"`` it uses its copy only while the unit that feeds the norm
-    is tuned, so what is shared is shared exactly; ``"frozen"`` every task uses the base's. The base's own norm is
-    always in evaluation mode while the base is frozen: its statistics never move.
+    is tuned, so what is shared is shared exactly, and where tasks skip blocks, tasks that have come the same way have a
+    copy in common; ``"frozen"`` every task uses the base's. The base's own norm is always in evaluation mode while the
+    base is frozen: its statistics never move.
 
     Args:
         name: the norm's dotted name in the unwrapped network.
         base: the norm.
         state: shared by all units of the model.
         policy: ``"task"``, ``"follow"`` or ``"frozen"``.
-        feeder: the unit that comes before it in network order, or ``None``.
+        feeder: the layer that comes before it in network order, if that is a unit.
         frozen: whether the base is frozen.
+        position: number of units that end before it, in network order.
     """
 
     def __init__(
-        self, name: str, base: nn.Module, state: State, policy: str, feeder: GatedUnit | None, frozen: bool
+        self,
+        name: str,
+        base: nn.Module,
+        state: State,
+        policy: str,
+        feeder: GatedUnit | None,
+        frozen: bool,
+        position: int = 0,
     ) -> None:
         super().__init__()
         self.name = name
         self.policy = policy
         self.state = state
         self.frozen = frozen
+        self.position = position
         self.base = base
         self.norms = TaskDict()
+        self._contents: dict[int, tuple] = {}
         self._feeder = (feeder,)  # in a tuple, so that it is not registered here a second time
 
-    def add_task(self, task: str) -> None:
-        if self.policy == "frozen" or (self.policy == "follow" and self._feeder[0] is None):
+    def add_task(self, *tasks: str, always: bool = False) -> None:
+        """Give ``tasks`` a copy, one that they have in common, if the policy says so or ``always``."""
+        if not always and (self.policy == "frozen" or (self.policy == "follow" and self._feeder[0] is None)):
             return
         own = copy.deepcopy(self.base)
         own.requires_grad_(True)
-        self.norms[task] = own.train(self.training)
+        for task in tasks:
+            self.norms[task] = own.train(self.training)
 
     def remove_task(self, task: str) -> None:
         if task in self.norms:
             del self.norms[task]
+
+    def hold(self, held: bool, tasks: bool = True) -> None:
+        """While held, norms use the statistics of the batch and leave their running ones as they are.
+
+        Args:
+            held: whether to.
+            tasks: the tasks' norms too, not only the base's.
+        """
+        for norm in (self.base, *(self.norms[task] for task in self.norms if tasks)):
+            for inner in norm.modules():
+                if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+                    momentum = inner.__dict__.setdefault("_momentum", inner.momentum)
+                    inner.momentum = 0.0 if held else momentum
 
     def follows(self, unit: GatedUnit) -> bool:
         """Whether this norm is the task's own only while ``unit`` is tuned."""
@@ -342,15 +368,26 @@ class TaskNorm(TaskModule):
     def own(self, task: str | None) -> nn.Module | None:
         """The task's copy if it is in use, else ``None``."""
         norm = self.norms.get(task)
-        if norm is None or self.policy == "task":
+        if norm is None or self.policy == "task" or self._feeder[0] is None:
             return norm
         return norm if self._feeder[0].gates[task].decide().uses_delta else None
 
     def ask(self, task: str | None, x: Tensor | None) -> nn.Module | None:
         return self.own(task)
 
-    def shared(self, own: nn.Module | None) -> str | None:
-        return "base" if own is None else None
+    def shared(self, own: nn.Module | None) -> Hashable | None:
+        """``"base"``, else a name for the copy, in evaluation mode one that copies of the same contents have in common."""
+        if own is None:
+            return "base"
+        if own.training:
+            return id(own)
+        tensors = [tensor for tensor in (*own.parameters(), *own.buffers()) if tensor.dim()]
+        version = tuple((id(tensor), tensor._version) for tensor in tensors)
+        known = self._contents.get(id(own))
+        if known is None or known[0] != version:
+            contents = hash(tuple(tensor.detach().float().cpu().numpy().tobytes() for tensor in tensors))
+            known = self._contents[id(own)] = (version, contents)
+        return known[1]
 
     def looks_at_batch(self) -> bool:
         return self.base.training and next(self.base.buffers(), None) is not None
@@ -396,6 +433,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for inner, mode in modes.items():
+            inner.training = mode
+
+
+@contextmanager
+def batch_statistics(module: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside the ``with`` block norms use the statistics of each batch, if ``wanted``, and leave their running ones."""
+    norms = [inner for inner in module.modules() if isinstance(inner, TaskNorm)] if wanted else []
+    modes = {inner: inner.training for norm in norms for inner in norm.modules()}
+    for norm in norms:
+        norm.train()
+        norm.hold(True)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.hold(False)
         for inner, mode in modes.items():
             inner.training = mode
 

@@ -37,6 +37,7 @@ class Phase:
         opened: how many units a curriculum has opened, counted from the last; ``None`` for all.
         together: whether tasks on the same samples run in one pass that shares what they have in common; else one
             after another, in the memory of one.
+        validates: whether its epochs count when the loop validates every so many.
         competes: whether its epochs compete for the best one, as those of the last phase always do.
     """
 
@@ -49,6 +50,7 @@ class Phase:
     temperature: float = 1.0
     opened: int | None = None
     together: bool = True
+    validates: bool = True
     competes: bool = False
 
 
@@ -190,7 +192,7 @@ METHODS: dict[str, Method] = {
         select=find_blocks,
         penalty=policy_penalty,
         options=_POLICY,
-        norms=("frozen", "task"),
+        norms=("follow", "frozen", "task"),
         trains_base=True,
         fixed=fixed_gate,
     ),
@@ -201,7 +203,7 @@ METHODS: dict[str, Method] = {
         select=find_blocks,
         penalty=policy_and_rate_penalty,
         options={**_POLICY, "target_rates": 0.55, "target_weight": 25.0, "target_loss": "gated"},
-        norms=("frozen", "task"),
+        norms=("follow", "frozen", "task"),
         trains_base=True,
         fixed=instance_gate,
     ),

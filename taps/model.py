@@ -222,16 +222,26 @@ class TaskModel(nn.Module):
             for description, run in zip(self._descriptions, policy, strict=True)
         ]
 
-    def follow(self, task: str, policy: Sequence[float]) -> None:
-        """From now on ``task`` runs and skips the units as a policy says; its gates are replaced.
+    def follow(self, policies: Mapping[str, Sequence[float]]) -> None:
+        """From now on tasks run and skip units as policies say; their gates are replaced.
+
+        With ``norm="follow"`` tasks get norms of their own, copies of the base's, from where they first skip different
+        units; tasks that have come the same way have them in common.
 
         Args:
-            policy: as in :meth:`make_gates`.
+            policies: by task, as in :meth:`make_gates`.
         """
-        self.check_task(task)
-        for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
-            unit.add_task(task, gate)
-        self.policies[task] = tuple(float(run) for run in policy)
+        for task, policy in policies.items():
+            self.check_task(task)
+            for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
+                unit.add_task(task, gate)
+            self.policies[task] = tuple(float(run) for run in policy)
+        for norm in self._norms if self.norm == "follow" else ():
+            ways: dict[tuple[float, ...], list[str]] = {}
+            for task, policy in self.policies.items():
+                ways.setdefault(policy[: norm.position], []).append(task)
+            for tasks in ways.values() if len(ways) > 1 else ():
+                norm.add_task(*tasks, always=True)
 
     def remove_task(self, task: str) -> None:
         """Forget a task and everything it holds; files stay as they are."""

@@ -258,6 +258,116 @@ def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]
     return figure
 
 
+def policy(learned, executed: Mapping[str, Mapping[str, Sequence[float]]] | None = None) -> Figure:
+    """Tasks × blocks: the learned probability of running each block, and below it the share of samples that ran it in each
+    network trained under a policy.
+
+    Args:
+        learned: a :class:`taps.policy.Policy`.
+        executed: for each trained network, by task, shares of samples 0..1.
+    """
+    panels = {"learned probability": learned.probability, **(executed or {})}
+    names, count = list(learned.run), len(learned.units)
+    figure = _figure(min(max(0.34 * count + 3.0, 7), 26), len(panels) * (0.28 * len(names) + 0.5) + 1.2)
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, shares) in zip(grid, panels.items(), strict=True):
+        axes.imshow([shares[name] for name in names], aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(
+            f"{title}: {100 * sum(sum(shares[n]) for n in names) / (count * len(names)):.0f} % of the blocks",
+            fontsize=9,
+            loc="left",
+        )
+        axes.set_xticks([index - 0.5 for index in range(1, count)], minor=True)
+        axes.set_yticks([index - 0.5 for index in range(1, len(names))], minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.2)
+        for row, name in enumerate(names):
+            for column, value in enumerate(shares[name]):
+                text = f"{value:.2f}".lstrip("0") if 0 < value < 1 else f"{value:.0f}"
+                if count <= 40:
+                    color = "white" if value > 0.7 else "black"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        _bare(axes)
+    grid[-1].set_xticks(range(count), learned.units, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
+    grid[-1].set_xlabel(f"residual blocks of {learned.backbone} in network order")
+    return figure
+
+
+def similarity(learned) -> Figure:
+    """How alike the tasks' policies are: 1 − mean difference of the probabilities, in %."""
+    names = list(learned.run)
+    values = [[100 * learned.similarity(a, b) for b in names] for a in names]
+    side = 0.6 * len(names) + 2.4
+    figure = _figure(side + 1.2, side)
+    axes = figure.add_subplot()
+    low = min(min(row) for row in values)
+    image = axes.imshow(values, cmap="Blues", vmin=math.floor(low / 10) * 10 if low < 100 else 90, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    middle = sum(image.get_clim()) / 2
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            color = "white" if value > middle else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    _bare(axes)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label("policies alike, %", fontsize=8)
+    axes.set_title("which tasks run the same blocks", fontsize=9, loc="left")
+    return figure
+
+
+def maps(samples: Sequence[Mapping], kinds: Mapping[str, str]) -> Figure:
+    """Images, and for every dense task what is labelled and what is predicted; pixels without a label are white.
+
+    Args:
+        samples: dicts of ``image`` (H, W, 3), and by task ``targets`` and ``predicted`` (C, H, W) tensors.
+        kinds: of the tasks.
+    """
+    tasks = list(kinds)
+    height, width = samples[0]["image"].shape[:2]
+    figure = _figure(1.9 * (1 + 2 * len(tasks)), 1.9 * height / width * len(samples) + 0.5)
+    grid = figure.subplots(len(samples), 1 + 2 * len(tasks), squeeze=False)
+    for axes, sample in zip(grid, samples, strict=True):
+        image = sample["image"]
+        axes[0].imshow(image if image.dtype.kind == "u" else image / 255.0)
+        for index, task in enumerate(tasks):
+            target, predicted = sample["targets"][task], sample["predicted"][task]
+            for place, drawn in zip(
+                axes[1 + 2 * index : 3 + 2 * index], _drawn(kinds[task], target, predicted), strict=True
+            ):
+                place.imshow(drawn, interpolation="nearest")
+    titles = ["image"] + [f"{task}, {what}" for task in tasks for what in ("labelled", "predicted")]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=8)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _bare(axes)
+    return figure
+
+
+def _drawn(kind: str, target, predicted) -> tuple:
+    """A label and a prediction as RGB arrays (H, W, 3) in the same colours."""
+    import torch
+    from matplotlib import colormaps
+
+    white = torch.ones(3)
+    if kind == "classes":
+        colors = torch.tensor([colormaps["tab20"](index % 20)[:3] for index in range(256)])
+        labelled = torch.where((target == 255)[..., None], white, colors[target])
+        return labelled.numpy(), colors[predicted.argmax(0)].numpy()
+    if kind == "normals":
+        shown = [
+            torch.nn.functional.normalize(vectors.nan_to_num(), dim=0).movedim(0, -1) / 2 + 0.5
+            for vectors in (target, predicted)
+        ]
+        return torch.where(target.isfinite().all(0)[..., None], shown[0], white).numpy(), shown[1].clamp(0, 1).numpy()
+    valid = target[0].isfinite()
+    low, high = (float(target[0][valid].min()), float(target[0][valid].max())) if valid.any() else (0.0, 1.0)
+    scaled = [((values[0].nan_to_num() - low) / max(high - low, 1e-6)).clamp(0, 1) for values in (target, predicted)]
+    labelled, guess = (torch.from_numpy(colormaps["viridis"](values.numpy())[..., :3]).float() for values in scaled)
+    return torch.where(valid[..., None], labelled, white).numpy(), guess.numpy()
+
+
 def run_pictures(
     descriptions: Mapping[str, Mapping], summary: Mapping, metrics: Iterable[Mapping]
 ) -> dict[str, Figure]:

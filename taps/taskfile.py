@@ -204,7 +204,7 @@ def _fill(
     norms = []
     for norm in model.task_norms:
         if norm.name in stored_norms or trainable:
-            norm.add_task(task)
+            norm.add_task(task, always=norm.name in stored_norms)
         if norm.name in stored_norms:
             norms.append(norm)
     model.heads[task] = head.to(like.device, like.dtype).train(model.training)

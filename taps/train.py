@@ -114,7 +114,7 @@ def fit(
         rows = run.numbers(phase)
         is_last = run.progress.epoch + 1 == recipe.epochs
         is_best = validate is None and is_last
-        if validate is not None and (is_last or (run.progress.epoch + 1) % recipe.eval_epochs == 0):
+        if validate is not None and (is_last or run.validates_now()):
             found, number = validate()
             for row in rows:
                 row.update(found[row["task"]])
@@ -132,6 +132,8 @@ def fit(
             run.obey()
     set_trainable(run.roles, ROLES)
     run.open_units(None)
+    for norm in model.task_norms:
+        norm.hold(False)
     run.accelerator.free_memory()
     return run.progress
 
@@ -214,6 +216,11 @@ class _Run:
         if self.stop_requested():
             raise Interrupted(self.stop.received or signal.SIGTERM)
 
+    def validates_now(self) -> bool:
+        """Whether the current epoch is one after which the loop validates."""
+        so_far = [phase.validates for phase in self.epochs[: self.progress.epoch + 1]]
+        return so_far[-1] and sum(so_far) % self.recipe.eval_epochs == 0
+
     def train_epoch(self) -> Phase:
         """Train what is left of the current epoch; returns the phase of its last step."""
         done, epochs = self.progress.epoch, self.recipe.epochs
@@ -268,13 +275,11 @@ class _Run:
         return phase
 
     def _set_modes(self, phase: Phase) -> None:
-        """Training mode, but for norms whose roles stand still in this phase: their statistics do too."""
+        """Training mode; norms whose roles stand still in this phase leave their running statistics as they are."""
         self.parallel.train()
         for norm in self.model.task_norms:
-            if "base" not in phase.trains:
-                norm.base.eval()
-            for task in norm.norms if "norm" not in phase.trains else ():
-                norm.norms[task].eval()
+            norm.hold("norm" not in phase.trains)
+            norm.hold("base" not in phase.trains, tasks=False)
 
     def open_units(self, count: int | None) -> None:
         """Let the gates of the last ``count`` units take part; ``None`` for all."""

@@ -34,6 +34,7 @@ class TaskSampler:
         temperature: T > 0 of ``"temperature"``.
         seed: chooses the order.
         processes: the number of batches is a multiple of it.
+        batches: of an epoch; ``None`` for as many as hold all images once.
 
     Raises:
         UserError: for an unknown sampling or a batch too small.
@@ -49,6 +50,7 @@ class TaskSampler:
         temperature: float = 2.0,
         seed: int = 0,
         processes: int = 1,
+        batches: int | None = None,
     ) -> None:
         if sampling not in SAMPLINGS:
             raise unknown("sampling", sampling, SAMPLINGS)
@@ -60,7 +62,7 @@ class TaskSampler:
         power = {"equal": 0.0, "proportional": 1.0, "temperature": 1.0 / temperature}[sampling]
         weights = [size**power for size in sizes]
         self.shares = [weight / sum(weights) for weight in weights]
-        self.batches = processes * math.ceil(sum(sizes) / (batch_size * processes))
+        self.batches = batches or processes * math.ceil(sum(sizes) / (batch_size * processes))
         self.plan = list(self._counts())
         self.epoch = 0
 
@@ -114,6 +116,7 @@ def make_task_loader(
     seed: int = 0,
     workers: int = 0,
     processes: int = 1,
+    batches: int | None = None,
 ) -> tuple[DataLoader, TaskSampler]:
     """A training loader over several tasks and its sampler; batches are (images, labels, positions of their tasks).
 
@@ -121,11 +124,17 @@ def make_task_loader(
         samples: training images by task.
         transforms: of each task's images.
         batch_size: images a task on average; a batch has as many times the number of tasks.
-        sampling, temperature, seed, processes: as in :class:`TaskSampler`.
+        sampling, temperature, seed, processes, batches: as in :class:`TaskSampler`.
         workers: processes that load images.
     """
     sampler = TaskSampler(
-        [len(own) for own in samples.values()], batch_size * len(samples), sampling, temperature, seed, processes
+        [len(own) for own in samples.values()],
+        batch_size * len(samples),
+        sampling,
+        temperature,
+        seed,
+        processes,
+        batches,
     )
     sets = [
         ImageSet(own, transforms[task], mix_seed(seed, position))

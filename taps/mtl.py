@@ -1,0 +1,558 @@
+"""A multi-task benchmark run: from options and data to a results folder, stage after stage.
+
+    results/<experiment>/
+      single_task/<task>/…     one network a task, the reference of Δ_T where it is measured
+      policy/policy.json …     what warm-up and policy learning left: the best policy, with its weights
+      retrain_000/policy.json … training under a policy sampled with seed 0, or the plain training of a method without
+      summary.json             the table; policy.png, similarity.png, predictions.png
+
+A stage holds ``base.safetensors`` and task files of its best epoch, ``trained.json`` once it is trained, and ``summary.json``
+once it is tested. A stage that is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from taps import checkpoint, cost, plots, results
+from taps.benchmark import Benchmark, Metrics, measure_executed
+from taps.errors import UserError
+from taps.files import read_json, read_tensors, write_json, write_tensors
+from taps.layer import batch_statistics, evaluating
+from taps.methods import METHODS
+from taps.model import TaskModel, adapt
+from taps.plan import POLICY_METHODS, Plan, policy_plan, weights_plan
+from taps.policy import Policy, read_policy
+from taps.signals import StopSignals
+from taps.train import fit
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PHASES = ("policy", "retrain", "test")
+
+
+@dataclass
+class MultiTask:
+    """One run. :meth:`start` opens its folder, :meth:`train` and :meth:`test` do the work.
+
+    Attributes:
+        options: of the command.
+        benchmark: the data.
+        accelerator: devices and processes.
+        folder: the results folder.
+        stop: signals to obey.
+        writer: of TensorBoard, in the first process.
+    """
+
+    options: Namespace
+    benchmark: Benchmark
+    accelerator: Accelerator
+    folder: results.RunFolder
+    stop: StopSignals
+    writer: SummaryWriter | None = None
+
+    @classmethod
+    @contextmanager
+    def start(cls, options: Namespace, benchmark: Benchmark, accelerator: Accelerator, stop: StopSignals):
+        """Open the results folder for the ``with`` block; a run of later phases continues the one that is there."""
+        path = Path(options.result_path) / options.experiment_name
+        later = ("policy" not in options.phases and options.method in POLICY_METHODS) or options.phases == ["test"]
+        if later and not (path / "settings.json").is_file():
+            raise UserError(f"{path} holds no run; start it with --phases policy, or all phases")
+        settings = {**vars(options), "tasks": benchmark.tasks}
+        if accelerator.is_main_process:
+            stages = ("policy", "single_task", *(f"retrain_{number:03d}" for number in range(1000)))
+            results.RunFolder.open(path, settings, options.resume or later, options.overwrite, stages)
+        accelerator.wait_for_everyone()
+        run = cls(options, benchmark, accelerator, results.RunFolder(path), stop)
+        if accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
+
+            run.writer = SummaryWriter(path)
+        try:
+            yield run
+        finally:
+            if run.writer is not None:
+                run.writer.close()
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    def model(self, tasks: Sequence[str], method: str | None = None, policy: Policy | None = None) -> TaskModel:
+        """A fresh model: the same start for the same seed, whatever was trained before."""
+        name = method or self.options.method
+        options = {
+            key: getattr(self.options, key)
+            for key in METHODS[name].options
+            if getattr(self.options, key, None) is not None
+        }
+        norm = self.options.norm if self.options.norm in METHODS[name].norms else None
+        model = adapt(self.benchmark.backbone(), name, norm=norm, train_base=True, **options)
+        for index, task in enumerate(tasks):
+            torch.manual_seed(self.options.seed + 1 + index)
+            model.add_task(task, head=self.benchmark.head(task, model.num_features))
+        if policy is not None:
+            model.follow({task: policy.run[task] for task in tasks})
+        return model.to(self.accelerator.device)
+
+    def stored(self, stage: str, tasks: Sequence[str], method: str | None = None) -> TaskModel:
+        """The model that a stage has left."""
+        path = self.folder.path / stage
+        model = self.model((), method)
+        model.load_base(read_tensors(path / "base.safetensors"))
+        for task in tasks:
+            model.load_task(path / task, head=self.benchmark.head(task, model.num_features))
+        return model.eval()
+
+    @torch.no_grad()
+    def start_from(self, model: TaskModel, stage: str) -> None:
+        """Give ``model`` the weights and heads that a stage has left."""
+        path = self.folder.path / stage
+        model.load_base(read_tensors(path / "base.safetensors"))
+        for task in model.tasks:
+            stored = read_tensors(path / task / "task.safetensors")
+            head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
+            model.heads[task].load_state_dict(head)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Every stage that the phases ask for and that is not finished."""
+        options, tasks = self.options, self.benchmark.tasks
+        units = len(self.model((), options.method if options.method in METHODS else "hard_sharing").units)
+        plan = None
+        if options.method in POLICY_METHODS and "policy" in options.phases:
+            plan = policy_plan(options, {split: self.benchmark.size(split) for split in ("weights", "policy")}, units)
+        self._announce(units)
+        if options.single_task == "measure" and {"policy", "retrain"} & set(options.phases):
+            self._train_single()
+        if options.method == "single_task":
+            self._train_single()
+            return
+        if plan is not None and not self._is_trained("policy"):
+            self._fit("policy", self.model(tasks), plan, tasks)
+        if "retrain" not in options.phases:
+            return
+        if options.method not in POLICY_METHODS:
+            if not self._is_trained("retrain_000"):
+                self._fit("retrain_000", self.model(tasks), weights_plan(options, options.seed), tasks)
+            return
+        learned = self.policy()
+        for number in options.exp_ids:
+            stage = f"retrain_{number:03d}"
+            if self._is_trained(stage):
+                continue
+            policy = learned
+            if options.sample:
+                policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
+            model = self.model(tasks, policy=policy)
+            if options.retrain_from == "policy":
+                self.start_from(model, "policy")
+            if self.accelerator.is_main_process:
+                policy.write(self.folder.path / stage / "policy.json")
+            self._fit(stage, model, weights_plan(options, options.seed + number), tasks)
+
+    def policy(self) -> Policy:
+        """The policy to train under: the given one, or what this run has learned.
+
+        Raises:
+            UserError: if there is none, or it is for another network or other tasks.
+        """
+        path = Path(self.options.policy) if self.options.policy else self.folder.path / "policy" / "policy.json"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; learn a policy first with --phases policy")
+        policy = read_policy(path)
+        policy.check_fits(self.model(()), self.benchmark.tasks, path)
+        return policy
+
+    def _train_single(self) -> None:
+        for task in self.benchmark.tasks:
+            stage = f"single_task/{task}"
+            if not self._is_trained(stage):
+                plan = weights_plan(Namespace(**{**vars(self.options), "method": "single_task"}), self.options.seed)
+                self._fit(stage, self.model([task], "hard_sharing"), plan, [task])
+
+    def _is_trained(self, stage: str) -> bool:
+        return (self.folder.path / stage / "trained.json").is_file()
+
+    def _fit(self, stage: str, model: TaskModel, plan: Plan, tasks: Sequence[str]) -> None:
+        """Train a stage and keep its best epoch."""
+        folder = results.RunFolder(self.folder.path / stage)
+        folder.rows = folder.read_metrics()
+        resume = checkpoint.read_record(folder.state_path) is not None
+        done = checkpoint.read_record(folder.state_path)["progress"]["epoch"] if resume else 0
+        for task in tasks:
+            folder.keep_metrics(task, done)
+        processes = self.accelerator.num_processes
+        streams = {
+            split: self.benchmark.stream(split, steps, plan.recipe.seed, processes, tasks)
+            for split, steps in plan.batches.items()
+            if any(phase.data == split for phase in plan.phases)
+        }
+        started = time.perf_counter()
+
+        def on_epoch(rows: list[dict], is_best: bool) -> None:
+            nonlocal started
+            now = time.perf_counter()
+            folder.add_metrics([{**row, "seconds": round((now - started) / len(rows), 3)} for row in rows])
+            started = now
+            if any("score" in row for row in rows):
+                self._report(stage, rows, plan.recipe.epochs, is_best)
+            if is_best:
+                write_tensors(folder.base_path, model.base_state())
+                for task in tasks:
+                    model.save_task(task, folder.task_path(task))
+                if model.row.fixed is not None and not model.policies:
+                    Policy.of(model).write(folder.path / "policy.json")
+
+        def validate() -> tuple[dict[str, dict], float]:
+            # While policies change, no running statistics are those of the way that a task goes.
+            with evaluating(model), batch_statistics(model, model.row.fixed is not None and not model.policies):
+                metrics = self.benchmark.evaluate(model, "val", self.accelerator, self.options.limit_batches)
+            value = score(metrics)
+            return {task: {"metrics": own, "score": value} for task, own in metrics.items()}, value
+
+        fit(
+            model,
+            list(tasks),
+            {split: loader for split, (loader, _) in streams.items()},
+            {split: sampler for split, (_, sampler) in streams.items()},
+            plan.recipe,
+            self.accelerator,
+            criterion=self.benchmark.criteria(),
+            validate=validate,
+            on_epoch=on_epoch,
+            state_path=folder.state_path,
+            resume=resume,
+            stop=self.stop,
+        )
+        if self.accelerator.is_main_process:
+            write_json(folder.path / "trained.json", {"seconds": round(sum(row["seconds"] for row in folder.rows), 1)})
+        self.accelerator.wait_for_everyone()
+
+    def _announce(self, units: int) -> None:
+        say, options = self.accelerator.print, self.options
+        say(
+            f"{options.benchmark}: {', '.join(self.benchmark.tasks)}; method {options.method}, {options.model_type}, "
+            f"{units} blocks, {self.accelerator.num_processes} × {self.accelerator.device.type}, results in {self.folder.path}"
+        )
+        sizes = ", ".join(
+            f"{self.benchmark.size(split)} {split}" for split in ("train", "weights", "policy", "val", "test")
+        )
+        say(f"  samples: {sizes}")
+        if not options.val_fraction:
+            say(
+                "  no validation samples are taken out of train: where the data has none, choices are made on the test split, as published"
+            )
+
+    def _report(self, stage: str, rows: list[dict], epochs: int, is_best: bool) -> None:
+        """An epoch in one line, and in TensorBoard."""
+        first = rows[0]
+        values = "  ".join(f"{row['task']} {_first(row['metrics'])}" for row in rows)
+        executed = sum(row["executed"] for row in rows) / len(rows)
+        loss = sum(row["train_loss"] for row in rows)
+        self.accelerator.print(
+            f"{stage} {first['epoch']}/{epochs} {first['phase']}: loss {loss:.3f}  {values}  blocks {100 * executed:.0f} %"
+            f"{'  *' if is_best else ''}",
+            flush=True,
+        )
+        for row in rows if self.writer is not None else ():
+            for name, value in row["metrics"].items():
+                self.writer.add_scalar(f"{stage}/{row['task']}/{name}", value, row["epoch"])
+            self.writer.add_scalar(f"{stage}/{row['task']}/loss", row["train_loss"], row["epoch"])
+        if self.writer is not None:
+            self.writer.flush()
+
+    # -- testing -------------------------------------------------------------------------------------------------
+
+    def test(self) -> None:
+        """Test what is trained, once, and write the table and the pictures."""
+        options, tasks = self.options, self.benchmark.tasks
+        single = self._reference()
+        if options.method == "single_task":
+            self._write({"retrains": {}, "tasks": single}, single, None)
+            return
+        stages = sorted(path.parent.name for path in self.folder.path.glob("retrain_*/trained.json"))
+        if not stages:
+            raise UserError(f"{self.folder.path} has no trained network to test; run --phases retrain first")
+        tested = {}
+        for stage in stages:
+            path = self.folder.path / stage / "summary.json"
+            if not path.is_file():
+                model = self.stored(stage, tasks)
+                metrics, rates = measure_executed(
+                    self.benchmark, model, "test", self.accelerator, options.limit_batches
+                )
+                row = {"tasks": metrics, "executed": rates, **self._cost(model)}
+                validated = [r["score"] for r in results.RunFolder(path.parent).read_metrics() if "score" in r]
+                row["validation_score"] = max(validated)
+                if self.accelerator.is_main_process:
+                    write_json(path, row)
+            self.accelerator.wait_for_everyone()
+            tested[stage] = read_json(path)
+        best = max(tested, key=lambda stage: tested[stage]["validation_score"])
+        self._write(
+            {"retrains": tested, "best": best, "tasks": mean_metrics([row["tasks"] for row in tested.values()])},
+            single,
+            best,
+        )
+
+    def _reference(self) -> Metrics | None:
+        """The single-task results: measured here, or given."""
+        source = self.options.single_task
+        if source == "measure" or self.options.method == "single_task":
+            found = {}
+            for task in self.benchmark.tasks:
+                path = self.folder.path / "single_task" / task / "summary.json"
+                if not path.is_file():
+                    if not self._is_trained(f"single_task/{task}"):
+                        raise UserError(
+                            f"task {task} has no single-task network yet; run all phases, or --phases retrain test"
+                        )
+                    model = self.stored(f"single_task/{task}", [task], "hard_sharing")
+                    with evaluating(model):
+                        metrics = self.benchmark.evaluate(model, "test", self.accelerator, self.options.limit_batches)
+                    if self.accelerator.is_main_process:
+                        write_json(path, {"tasks": metrics})
+                    self.accelerator.wait_for_everyone()
+                found.update(read_json(path)["tasks"])
+            return found
+        return read_reference(Path(source), self.benchmark.tasks) if source not in (None, "none") else None
+
+    def _cost(self, model: TaskModel) -> dict:
+        """MACs, parameters and time beside one network a task that runs everything, with and without heads."""
+        tasks = model.tasks
+        x = self.benchmark.example().to(self.accelerator.device)
+        with evaluating(model), torch.no_grad(), model.state.running(None):
+            full = len(tasks) * cost.macs(model.backbone, x)
+        macs = model.predict_cost(x)
+        backbone = model.base_parameters
+        executed = (
+            [sum(model.policies[task][index] for task in tasks) > 0 for index in range(len(model.units))]
+            if model.policies
+            else []
+        )
+        unused = sum(unit.size for unit, used in zip(model.units, executed, strict=False) if not used)
+        own = _own_norms(model, tasks) + sum(cost.accounting(model, task)["delta_parameters"] for task in tasks)
+        gates = {
+            id(p): p.numel()
+            for task in tasks
+            if model.policies
+            for gate in model.gates(task)
+            for p in gate.parameters()
+        }
+        heads = sum(p.numel() for task in tasks for p in model.heads[task].parameters())
+        used = backbone - unused + own + sum(gates.values())
+        return {
+            "macs": macs["macs"] // len(x),
+            "macs_heads": macs["macs_heads"] // len(x),
+            "macs_x_single": macs["macs"] / full,
+            "macs_x_single_with_heads": (macs["macs"] + macs["macs_heads"]) / (full + macs["macs_heads"]),
+            "parameters": used,
+            "parameters_heads": heads,
+            "parameters_x_single": used / (len(tasks) * backbone),
+            "parameters_x_single_with_heads": (used + heads) / (len(tasks) * backbone + heads),
+            **self._time(model, x),
+        }
+
+    @torch.no_grad()
+    def _time(self, model: TaskModel, x: Tensor, rounds: int = 5) -> dict[str, float]:
+        """Median time of one pass for all tasks ÷ that of one full pass a task, run in turn."""
+        ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
+        tasks = model.tasks
+        features = model.predict(x)
+        with evaluating(model):
+            for _ in range(rounds):
+                seconds = {}
+                for name in ("features", "full", "heads"):
+                    started = time.perf_counter()
+                    if name == "features":
+                        features = model(x, tasks=tasks)
+                    elif name == "full":
+                        for _ in tasks:
+                            with model.state.running(None):
+                                features = model.backbone(x)
+                    else:
+                        for task in tasks:
+                            model.heads[task](features)
+                    if x.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds[name] = time.perf_counter() - started
+                ratios["time_x_single"].append((seconds["features"] - seconds["heads"]) / seconds["full"])
+                ratios["time_x_single_with_heads"].append(seconds["features"] / (seconds["full"] + seconds["heads"]))
+        return {name: statistics.median(values) for name, values in ratios.items()}
+
+    def _write(self, found: dict, single: Metrics | None, best: str | None) -> None:
+        """``summary.json``, the table and the pictures, by the first process."""
+        if not self.accelerator.is_main_process:
+            return
+        seconds = sum(read_json(path)["seconds"] for path in self.folder.path.rglob("trained.json"))
+        summary = summarise(self.options.method, self.options.seed, seconds, found, single)
+        write_json(self.folder.path / "summary.json", summary)
+        figures = {}
+        path = self.folder.path / "policy" / "policy.json"
+        if self.options.method in POLICY_METHODS and best is not None:
+            learned = read_policy(Path(self.options.policy) if self.options.policy else path)
+            figures["policy"] = plots.policy(
+                learned, {stage: row["executed"] for stage, row in found["retrains"].items()}
+            )
+            figures["similarity"] = plots.similarity(learned)
+        if best is not None:
+            shown = self.benchmark.shown(self.stored(best, self.benchmark.tasks))
+            if shown:
+                figures["predictions"] = plots.maps(
+                    shown, {name: task.kind for name, task in self.benchmark.data.tasks.items()}
+                )
+        pictures = []
+        for name, figure in figures.items():
+            pictures.append(str(self.folder.path / f"{name}.png"))
+            plots.save(figure, Path(pictures[-1]))
+            if self.writer is not None:
+                self.writer.add_figure(name, figure)
+        self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
+
+
+def _own_norms(model: TaskModel, tasks: Sequence[str]) -> int:
+    """Numbers in the tasks' own norms; those that tasks have in common count once."""
+    total = 0
+    for norm in model.task_norms:
+        owned = {norm.shared(own): own for own in map(norm.own, tasks) if own is not None}
+        total += sum(tensor.numel() for own in owned.values() for tensor in cost.norm_tensors(own).values())
+    return total
+
+
+def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """One number to compare epochs by, the larger the better: the mean over tasks of the mean over metrics of ±log M.
+
+    A difference of 0.01 is a gain of about 1 % relative to whatever reference.
+    """
+    from taps.dense_metrics import LOWER_IS_BETTER, NOT_COUNTED
+
+    means = []
+    for own in metrics.values():
+        values = [
+            (-1.0 if name in LOWER_IS_BETTER else 1.0) * math.log(max(value, 1e-3))
+            for name, value in own.items()
+            if name not in NOT_COUNTED and not math.isnan(value)
+        ]
+        means.append(sum(values) / max(len(values), 1))
+    return sum(means) / len(means)
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The mean of several results."""
+    return {
+        task: {name: sum(row[task][name] for row in rows) / len(rows) for name in own} for task, own in rows[0].items()
+    }
+
+
+def read_reference(path: Path, tasks: Sequence[str]) -> Metrics:
+    """Single-task results: ``summary.json`` of a run, or a JSON file ``{"tasks": {task: {metric: value}}}``.
+
+    Raises:
+        UserError: if the file lacks a task.
+    """
+    path = path / "summary.json" if path.is_dir() else path
+    stored = read_json(path)
+    metrics = stored.get("single_task") or stored.get("tasks") or {}
+    for task in tasks:
+        if not isinstance(metrics.get(task), dict):
+            raise UserError(f"{path} has no results of task {task!r}")
+    return {task: metrics[task] for task in tasks}
+
+
+def summarise(method: str, seed: int, seconds: float, found: dict, single: Metrics | None) -> dict:
+    """The contents of ``summary.json`` (see ``results/README.md``)."""
+    from taps.dense_metrics import delta_t
+
+    rows = found["retrains"]
+    gains = {stage: delta_t(row["tasks"], single) for stage, row in rows.items()} if single else {}
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows.values()]
+        return sum(values) / len(values) if values else None
+
+    executed = [
+        sum(sum(own) / len(own) for own in row["executed"].values()) / len(row["executed"]) for row in rows.values()
+    ]
+    summary = {
+        "method": method,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "delta_t": sum(gains.values()) / len(gains) if gains else (0.0 if method == "single_task" else None),
+        "executed_blocks": sum(executed) / len(executed) if executed else 1.0,
+        **{
+            key: mean(key) if rows else 1.0
+            for key in (
+                "macs_x_single", "macs_x_single_with_heads", "parameters_x_single", "parameters_x_single_with_heads",
+                "time_x_single", "time_x_single_with_heads",
+            )
+        },
+        "tasks": found["tasks"],
+        "single_task": single,
+    }  # fmt: skip
+    if rows:
+        summary["best"] = found["best"]
+        summary["retrains"] = {
+            stage: {"delta_t": gains.get(stage), "executed_blocks": share, "tasks": row["tasks"]}
+            for (stage, row), share in zip(rows.items(), executed, strict=True)
+        }
+        summary["spread"] = {
+            task: {
+                name: statistics.stdev(row["tasks"][task][name] for row in rows.values()) if len(rows) > 1 else 0.0
+                for name in own
+            }
+            for task, own in found["tasks"].items()
+        }
+        summary["delta_t_spread"] = statistics.stdev(gains.values()) if len(gains) > 1 else 0.0
+    return summary
+
+
+def table(summary: Mapping) -> str:
+    """The summary as text: a row a metric of each task."""
+    single, spread, best = summary["single_task"], summary.get("spread"), summary.get("best")
+    many = len(summary.get("retrains", ())) > 1
+    width = max(len(task) for task in summary["tasks"])
+    head = f"{'task':{width}}  {'metric':14}  {'test':>9}"
+    head += f"  {'spread':>7}  {'best':>9}" if many else ""
+    head += f"  {'single':>9}" if single and summary["method"] != "single_task" else ""
+    lines = [head]
+    for task, own in summary["tasks"].items():
+        for name, value in own.items():
+            line = f"{task:{width}}  {name:14}  {value:9.3f}"
+            if many:
+                line += f"  {spread[task][name]:7.3f}  {summary['retrains'][best]['tasks'][task][name]:9.3f}"
+            if single and summary["method"] != "single_task":
+                line += f"  {single[task].get(name, math.nan):9.3f}"
+            lines.append(line)
+    if summary["delta_t"] is not None and summary["method"] != "single_task":
+        text = f"Δ_T {summary['delta_t']:+.2f} % against single-task networks"
+        if many:
+            text += f" (mean of {len(summary['retrains'])}, spread {summary['delta_t_spread']:.2f}, best by validation {summary['retrains'][best]['delta_t']:+.2f})"
+        lines.append(text)
+    lines.append(
+        f"blocks executed {100 * summary['executed_blocks']:.1f} %; × one network a task: MACs {summary['macs_x_single']:.3f} "
+        f"({summary['macs_x_single_with_heads']:.3f} with heads), parameters {summary['parameters_x_single']:.3f} "
+        f"({summary['parameters_x_single_with_heads']:.3f}), time {summary['time_x_single']:.3f} "
+        f"({summary['time_x_single_with_heads']:.3f})"
+    )
+    lines.append(f"method {summary['method']}, {summary['seconds']:.0f} s of training")
+    return "\n".join(lines)
+
+
+def _first(metrics: Mapping[str, float]) -> str:
+    """A task's first metric, short."""
+    name, value = next(iter(metrics.items()))
+    return f"{name} {value:.3g}"

@@ -1,0 +1,144 @@
+"""Plans: the published workflow of policy methods as lists of phases, from numbers of iterations.
+
+Warm-up → cycles of weight steps on one part of the training data and policy steps on another, with a falling temperature and
+a curriculum that opens blocks from the last (AdaShare §3.3) → training again under a policy.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+
+from taps.errors import UserError
+from taps.methods import METHODS, SETTLED, Phase
+from taps.recipe import Recipe
+
+#: the methods that first learn a policy and then train under it
+POLICY_METHODS = tuple(name for name, row in METHODS.items() if row.fixed is not None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage of training.
+
+    Attributes:
+        phases: in order; every phase is a whole number of epochs of the loop.
+        batches: steps of an epoch by stream of data.
+        recipe: with these phases in it.
+    """
+
+    phases: tuple[Phase, ...]
+    batches: dict[str, int]
+    recipe: Recipe
+
+
+def _segments(iterations: int, wanted: int) -> tuple[int, int]:
+    """(epochs, steps an epoch) that make up ``iterations`` steps, rounded up, with about ``wanted`` steps an epoch."""
+    epochs = max(round(iterations / wanted), 1)
+    return epochs, math.ceil(iterations / epochs)
+
+
+def _recipe(options: Namespace, steps: int, seed: int, **changes) -> Recipe:
+    """The optimiser of warm-up and retraining; its learning rate falls every ``decay_iterations`` steps."""
+    weights = {} if options.task_weights is None else dict(options.task_weights)
+    return Recipe(
+        penalty_weight=options.lam if options.method == "taps" else 1.0,
+        optimizer=options.optimizer,
+        lr=options.lr,
+        base_lr=options.base_lr,
+        score_lr=options.score_lr,
+        momentum=options.momentum,
+        weight_decay=options.wd,
+        betas=tuple(options.betas),
+        decay=options.decay,
+        decay_epochs=(options.decay_iterations or 1) / steps,
+        decay_rate=options.decay_rate,
+        seed=seed,
+        limit_batches=options.limit_batches,
+        task_weights=weights,
+        **changes,
+    )
+
+
+def cycle_steps(options: Namespace, sizes: dict[str, int]) -> tuple[int, int]:
+    """Weight and policy steps of a cycle: as the options say, or one pass over the data of each."""
+    weights = options.weight_iterations or max(sizes["weights"] // options.batch_size, 1)
+    return weights, options.policy_iterations or max(sizes["policy"] // options.batch_size, 1)
+
+
+def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
+    """Warm-up and policy learning.
+
+    Args:
+        options: of the command.
+        sizes: number of samples of ``weights`` and ``policy``.
+        units: L, number of blocks.
+
+    Raises:
+        UserError: if the iterations do not suffice to open all blocks.
+    """
+    weight_steps, policy_steps = cycle_steps(options, sizes)
+    each = weight_steps + policy_steps
+    cycles = (options.iterations - options.warmup_iterations) // each
+    needed = options.curriculum_speed * (units - 1) + 1
+    if cycles < needed:
+        raise UserError(
+            f"--iterations {options.iterations} leave {max(cycles, 0)} cycles of {weight_steps} + {policy_steps} steps after "
+            f"{options.warmup_iterations} of warm-up; to open {units} blocks at --curriculum_speed "
+            f"{options.curriculum_speed} takes {needed}: give at least {options.warmup_iterations + needed * each} iterations"
+        )
+    batches = {"weights": weight_steps, "policy": policy_steps}
+    phases: list[Phase] = []
+    epochs = 0
+    if options.warmup_iterations:
+        epochs, batches["train"] = _segments(options.warmup_iterations, options.eval_iterations)
+        phases.append(Phase("warm-up", epochs, penalty=0.0, trains=SETTLED, opened=0))
+    every = max(round(options.eval_iterations / each), 1)
+    for cycle in range(cycles):
+        opened = min(cycle // options.curriculum_speed + 1, units)
+        state = {"temperature": options.init_temperature * options.temperature_decay**cycle, "opened": opened}
+        last = cycle == cycles - 1
+        phases.append(
+            Phase(
+                "weights", 1, penalty=0.0, trains=SETTLED, data="weights", optimizer="weights", together=False,
+                validates=False, **state,
+            )
+        )  # fmt: skip
+        phases.append(
+            Phase(
+                "policy", 1, trains=("gate",), data="policy", optimizer="policy", together=False,
+                validates=last or (cycle + 1) % every == 0, competes=opened == units, **state,
+            )
+        )  # fmt: skip
+    steps = batches.get("train", 1)
+    main = _recipe(options, steps, options.seed)
+    alternating = {"decay": "constant", "task_weights": main.task_weights}
+    others = {
+        "weights": Recipe(
+            optimizer=options.weights_optimizer,
+            lr=options.weights_lr or options.lr,
+            base_lr=options.weights_lr or options.base_lr,
+            momentum=options.momentum,
+            weight_decay=options.wd,
+            **alternating,
+        ),
+        "policy": Recipe(optimizer="adam", lr=options.policy_lr, gate_weight_decay=options.policy_wd, **alternating),
+    }
+    total = epochs + 2 * cycles
+    recipe = _recipe(
+        options, steps, options.seed, epochs=total, plan=tuple(phases), others=others, save_epochs=max(every, 1)
+    )
+    return Plan(tuple(phases), batches, recipe)
+
+
+def weights_plan(options: Namespace, seed: int) -> Plan:
+    """Training under a given policy, or without one: one phase in which everything learns."""
+    epochs, steps = _segments(options.retrain_iterations, options.eval_iterations)
+    phases = (Phase("retrain" if options.method in POLICY_METHODS else "train", epochs),)
+    if options.method == "taps":
+        warm = min(options.warmup_iterations / steps, epochs)
+        phases = (Phase("warm-up", warm, penalty=0.0), Phase("train", epochs - warm))
+        phases = tuple(phase for phase in phases if phase.epochs > 0)
+    recipe = _recipe(options, steps, seed, epochs=epochs, plan=phases)
+    return Plan(phases, {"train": steps}, recipe)

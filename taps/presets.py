@@ -1,0 +1,74 @@
+"""Published configurations of the multi-task benchmarks, by benchmark and number of tasks, and that of the offline default.
+
+Where a number of tasks was not published, the nearest published one is taken. NYUv2, CityScapes and Taskonomy: AdaShare's and
+DynaShare's settings files; DomainNet: AdaShare's branch of that name.
+"""
+
+from __future__ import annotations
+
+#: what all of the published configurations have in common
+_COMMON = {
+    "pretrained": False, "output_stride": 8, "channels": None, "crop": None, "head_width": 1024, "head_rates": (6, 12, 18, 24),
+    "head_dropout": 0.5, "loss_at": "output", "norm": "follow", "batch_size": 16, "optimizer": "adam", "betas": (0.5, 0.999),
+    "wd": 1e-4, "decay": "step", "decay_iterations": 4000, "decay_rate": 0.5, "weights_optimizer": "sgd", "weights_lr": None,
+    "policy_lr": 0.01, "policy_wd": 5e-4, "iterations": 20000, "warmup_iterations": 4000, "retrain_iterations": 20000,
+    "weight_iterations": None, "policy_iterations": None, "eval_iterations": 400, "init_temperature": 5.0,
+    "temperature_decay": 0.965, "curriculum_speed": 3, "retrain_from": "scratch", "exp_ids": tuple(range(8)),
+    "policy_fraction": 0.2, "val_fraction": 0.1, "input_size": 224, "task_weights": {}, "lam": 1.0, "num_class": 19,
+    "single_task": None,
+}  # fmt: skip
+
+_OWN: dict[tuple[str, int], dict] = {
+    ("nyuv2", 2): {
+        "tasks": ("semseg", "normals"), "model_type": "resnet18", "crop": 321, "lr": 1e-3, "base_lr": 1e-3,
+        "sparsity_weight": 0.05, "sharing_weight": 0.05, "task_weights": {"semseg": 1.0, "normals": 20.0},
+    },
+    ("nyuv2", 3): {
+        "tasks": ("semseg", "normals", "depth"), "model_type": "resnet34", "crop": 321, "lr": 1e-3, "base_lr": 1e-3,
+        "sparsity_weight": 0.001, "sharing_weight": 0.05, "task_weights": {"semseg": 1.0, "normals": 20.0, "depth": 3.0},
+    },
+    ("cityscapes", 2): {
+        "tasks": ("semseg", "depth"), "model_type": "resnet34", "crop": 224, "lr": 1e-4, "base_lr": 1e-3,
+        "sparsity_weight": 0.01, "sharing_weight": 0.1, "task_weights": {"semseg": 1.0, "depth": 20.0},
+    },
+    ("taskonomy", 5): {
+        "tasks": ("semseg", "normals", "depth", "keypoints", "edges"), "model_type": "resnet34", "crop": 224, "lr": 1e-4,
+        "base_lr": 1e-4, "sparsity_weight": 0.001, "sharing_weight": 0.005, "curriculum_speed": 1,
+        "iterations": 100_000, "warmup_iterations": 20_000, "retrain_iterations": 30_000, "decay_iterations": 12_000,
+        "decay_rate": 0.3, "eval_iterations": 1000, "weight_iterations": 400, "policy_iterations": 100,
+        "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 2.0, "keypoints": 7.0, "edges": 7.0},
+    },
+    ("domainnet", 6): {
+        "model_type": "resnet34", "pretrained": True, "norm": "task", "batch_size": 32, "lr": 1e-3, "base_lr": 1e-5,
+        "sparsity_weight": 0.01, "sharing_weight": 0.1, "curriculum_speed": 1, "weights_optimizer": "adam",
+        "decay_iterations": 2000, "decay_rate": 0.3,
+    },
+    ("scenes", 3): {
+        "tasks": ("semseg", "normals", "depth"), "model_type": "resnet18", "channels": (24, 48, 72, 96), "crop": 64,
+        "head_width": 32, "head_rates": (1, 2, 3, 4), "head_dropout": 0.0, "loss_at": "label", "lr": 3e-3, "base_lr": 3e-3,
+        "betas": (0.9, 0.999), "decay": "cosine", "weights_optimizer": "adam", "sparsity_weight": 0.05,
+        "sharing_weight": 0.05, "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 1.0}, "iterations": 320,
+        "warmup_iterations": 120, "retrain_iterations": 240, "weight_iterations": 12, "policy_iterations": 6,
+        "eval_iterations": 60, "curriculum_speed": 1, "temperature_decay": 0.8, "exp_ids": (0, 1),
+        "single_task": "measure",
+    },
+}  # fmt: skip
+
+#: DynaShare's own settings, on top of AdaShare's; instance gates are trained from the policy's weights
+_DYNASHARE: dict[str, dict] = {
+    "nyuv2": {"retrain_iterations": 50_000, "decay_iterations": 10_000, "retrain_from": "policy", "target_rates": (0.55,)},
+    "cityscapes": {"retrain_iterations": 50_000, "retrain_from": "policy", "target_rates": (1.0,) * 7 + (0.99,) * 9},
+    "taskonomy": {"retrain_from": "policy", "target_rates": (0.55,)},
+    "domainnet": {"retrain_from": "policy", "target_rates": (0.55,)},
+    "scenes": {"target_rates": (0.55,)},
+}  # fmt: skip
+
+
+def preset(benchmark: str, tasks: int | None, method: str) -> dict:
+    """The values of options for a benchmark, a number of tasks (``None``: the published ones) and a method."""
+    known = [count for name, count in _OWN if name == benchmark]
+    count = min(known, key=lambda own: abs(own - tasks)) if tasks else known[-1]
+    values = {**_COMMON, **_OWN[benchmark, count]}
+    if method == "dynashare":
+        values.update(_DYNASHARE[benchmark])
+    return values

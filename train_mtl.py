@@ -1,0 +1,35 @@
+"""Learn which blocks of one network each of several tasks runs; train again under sampled policies; test.
+
+python train_mtl.py                                              # AdaShare on Scenes: all phases, offline
+python train_mtl.py --method dynashare                           # the same with gates for every sample
+python train_mtl.py --benchmark nyuv2 --tasks semseg normals depth --phases policy
+python train_mtl.py --benchmark nyuv2 --tasks semseg normals depth --phases retrain test --exp_ids 0 1 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from options import parse_mtl
+from taps import commands
+from taps.benchmark import open_benchmark
+from taps.mtl import MultiTask
+from taps.signals import StopSignals
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse_mtl(arguments)
+    if options.multi_gpu:
+        commands.launch_on_every_gpu(__file__, arguments)
+    accelerator = commands.make_accelerator(options)
+    benchmark = open_benchmark(options, accelerator)
+    with StopSignals() as stop, MultiTask.start(options, benchmark, accelerator, stop) as run:
+        if {"policy", "retrain"} & set(options.phases):
+            run.train()
+        if "test" in options.phases:
+            run.test()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    commands.run(main)
