@@ -433,7 +433,7 @@ def mtl_parser() -> Parser:
     )
     network.add_argument("--output_stride", type=int, choices=(8, 16, 32), help="of the features of a dense benchmark")
     network.add_argument(
-        "--channels", nargs="+", type=number(int, 1), metavar="N", help="of a ResNet's four stages, for small networks"
+        "--channels", nargs=4, type=number(int, 1), metavar="N", help="of a ResNet's four stages, for small networks"
     )
     network.add_argument("--head_width", type=number(int, 1), metavar="N", help="channels inside a dense head")
     network.add_argument(
@@ -660,6 +660,10 @@ def task_weight(text: str) -> tuple[str, float]:
     return ALIASES.get(name, name), weight
 
 
+#: entries of a run's settings that are no options, or none that another run should repeat
+NOT_CONFIGURED = ("versions", "commit", "command", "config", "resume", "overwrite", "phases", "resize")
+
+
 def config_arguments(parser: Parser, path: Path) -> list[str]:
     """A settings file as the arguments that say the same.
 
@@ -677,7 +681,7 @@ def config_arguments(parser: Parser, path: Path) -> list[str]:
     known = {action.dest: action for action in parser._actions}
     arguments: list[str] = []
     for name, value in values.items():
-        if name in ("versions", "commit", "command", "config", "resume", "overwrite", "phases") or value is None:
+        if name in NOT_CONFIGURED or value is None:
             continue
         if name not in known:
             raise unknown(f"option in {path}", str(name), known)
@@ -710,8 +714,6 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     if options.tasks:
         options.tasks = [ALIASES.get(name, name) for name in options.tasks]
         options.task_weights = {name: weight for name, weight in options.task_weights.items() if name in options.tasks}
-    if options.target_rates is not None and len(options.target_rates) == 1:
-        options.target_rates = options.target_rates[0]
     if options.experiment_name is None:
         options.experiment_name = f"{options.benchmark}_{options.method}"
     for name in ("model_path", "policy"):

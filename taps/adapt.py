@@ -158,7 +158,7 @@ def wrap(
             unit = by_module[id(module)]
             wrapper = GatedUnit(name, module, unit.parameter_names, state, unit.shortcut)
             units.append(wrapper)
-            feeder = wrapper
+            feeder = wrapper if unit.parameter_names else None
             replacement[id(module)] = wrapper
         elif id(module) not in inside_norm and is_norm(module):
             inside_unit = any(name.startswith(f"{unit.name}.") for unit in units[-1:])

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from taps.adapt import Found, find_layers
 from taps.errors import UserError
@@ -19,8 +20,16 @@ Skips = Mapping[str, nn.Module | None]
 
 
 def zeros() -> nn.Module:
-    """Zeros in the shape of the input: the shortcut of a branch that is added to its input elsewhere."""
-    return nn.Threshold(float("inf"), 0.0)
+    """Zeros in the shape of the first input: the shortcut of a branch that is added to its input elsewhere.
+
+    A graph of torch's own, so that merged networks need no class of this library.
+    """
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.placeholder("*args")
+    graph.placeholder("**kwargs")
+    graph.output(graph.call_function(torch.zeros_like, (x,)))
+    return fx.GraphModule(nn.Module(), graph, "Zeros")
 
 
 def identity(block: nn.Module) -> Skips:

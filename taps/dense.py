@@ -24,11 +24,11 @@ def to_size(prediction: Tensor, size: tuple[int, int], mode: str = "bilinear") -
 
 
 def shrink(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels at the prediction's size, by nearest neighbour."""
+    """Labels at the prediction's size: of each cell the first pixel, as in the published programs."""
     if target.shape[-2:] == torch.Size(size):
         return target
     flat = target[:, None].float() if target.dim() == 3 else target
-    small = interpolate(flat, size, mode="nearest-exact")
+    small = interpolate(flat, size, mode="nearest")
     return small[:, 0].to(target.dtype) if target.dim() == 3 else small
 
 

@@ -92,14 +92,14 @@ def target_rate(gates: Sequence[Gate], variant: str = "gated") -> Tensor:
 
 
 def rates(target_rates: float | Sequence[float], count: int) -> list[float]:
-    """One target a block: a number is that of the second half, the first half always runs.
+    """One target a block: a single number is that of the second half, the first half always runs.
 
     Raises:
         UserError: for a list of another length, or a rate outside of 0..1.
     """
-    if isinstance(target_rates, (int, float)):
-        target_rates = [1.0] * (count // 2) + [float(target_rates)] * (count - count // 2)
-    values = [float(rate) for rate in target_rates]
+    values = [float(rate) for rate in ([target_rates] if isinstance(target_rates, (int, float)) else target_rates)]
+    if len(values) == 1:
+        values = [1.0] * (count // 2) + values * (count - count // 2)
     if len(values) != count:
         raise UserError(f"target_rates has {len(values)} values, the network has {count} blocks")
     if any(not 0 <= rate <= 1 for rate in values):

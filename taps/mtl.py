@@ -73,11 +73,12 @@ class MultiTask:
         if later and not (path / "settings.json").is_file():
             raise UserError(f"{path} holds no run; start it with --phases policy, or all phases")
         settings = {**vars(options), "tasks": benchmark.tasks}
+        run = cls(options, benchmark, accelerator, results.RunFolder(path), stop)
+        run.check()
         if accelerator.is_main_process:
             stages = ("policy", "single_task", *(f"retrain_{number:03d}" for number in range(1000)))
             results.RunFolder.open(path, settings, options.resume or later, options.overwrite, stages)
         accelerator.wait_for_everyone()
-        run = cls(options, benchmark, accelerator, results.RunFolder(path), stop)
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
 
@@ -87,6 +88,34 @@ class MultiTask:
         finally:
             if run.writer is not None:
                 run.writer.close()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of samples that learn weights and policies in turn."""
+        return {split: self.benchmark.size(split) for split in ("weights", "policy")}
+
+    @property
+    def learns_policy(self) -> bool:
+        return self.options.method in POLICY_METHODS
+
+    def check(self) -> None:
+        """Refuse what cannot be trained before anything is written.
+
+        Raises:
+            UserError: for a network, plan, policy or reference that does not fit.
+        """
+        options = self.options
+        model = self.model((), "hard_sharing" if options.method == "single_task" else None)
+        for split in ("train", "weights", "policy") if self.learns_policy else ("train",):
+            self.benchmark.stream(split, 1, 0, 1, self.benchmark.tasks)
+        if self.learns_policy:
+            model.make_gates([1.0] * len(model.units))
+            if "policy" in options.phases:
+                policy_plan(options, self.sizes, len(model.units))
+            if options.policy:
+                self.policy()
+        if options.single_task not in (None, "none", "measure"):
+            read_reference(Path(options.single_task), self.benchmark.tasks)
 
     # -- models --------------------------------------------------------------------------------------------------
 
@@ -132,22 +161,19 @@ class MultiTask:
         """Every stage that the phases ask for and that is not finished."""
         options, tasks = self.options, self.benchmark.tasks
         units = len(self.model((), options.method if options.method in METHODS else "hard_sharing").units)
-        plan = None
-        if options.method in POLICY_METHODS and "policy" in options.phases:
-            plan = policy_plan(options, {split: self.benchmark.size(split) for split in ("weights", "policy")}, units)
         self._announce(units)
         if options.single_task == "measure" and {"policy", "retrain"} & set(options.phases):
             self._train_single()
         if options.method == "single_task":
             self._train_single()
             return
-        if plan is not None and not self._is_trained("policy"):
-            self._fit("policy", self.model(tasks), plan, tasks)
+        if self.learns_policy and "policy" in options.phases and not self._is_trained("policy"):
+            self._fit("policy", self.model(tasks), policy_plan(options, self.sizes, units), tasks)
         if "retrain" not in options.phases:
             return
-        if options.method not in POLICY_METHODS:
+        if not self.learns_policy:
             if not self._is_trained("retrain_000"):
-                self._fit("retrain_000", self.model(tasks), weights_plan(options, options.seed), tasks)
+                self._fit("retrain_000", self.model(tasks), weights_plan(options, self.sizes, options.seed), tasks)
             return
         learned = self.policy()
         for number in options.exp_ids:
@@ -162,7 +188,7 @@ class MultiTask:
                 self.start_from(model, "policy")
             if self.accelerator.is_main_process:
                 policy.write(self.folder.path / stage / "policy.json")
-            self._fit(stage, model, weights_plan(options, options.seed + number), tasks)
+            self._fit(stage, model, weights_plan(options, self.sizes, options.seed + number), tasks)
 
     def policy(self) -> Policy:
         """The policy to train under: the given one, or what this run has learned.
@@ -178,10 +204,11 @@ class MultiTask:
         return policy
 
     def _train_single(self) -> None:
+        alone = Namespace(**{**vars(self.options), "method": "single_task"})
         for task in self.benchmark.tasks:
             stage = f"single_task/{task}"
             if not self._is_trained(stage):
-                plan = weights_plan(Namespace(**{**vars(self.options), "method": "single_task"}), self.options.seed)
+                plan = weights_plan(alone, self.sizes, self.options.seed)
                 self._fit(stage, self.model([task], "hard_sharing"), plan, [task])
 
     def _is_trained(self, stage: str) -> bool:
@@ -403,7 +430,7 @@ class MultiTask:
         write_json(self.folder.path / "summary.json", summary)
         figures = {}
         path = self.folder.path / "policy" / "policy.json"
-        if self.options.method in POLICY_METHODS and best is not None:
+        if self.learns_policy and best is not None:
             learned = read_policy(Path(self.options.policy) if self.options.policy else path)
             figures["policy"] = plots.policy(
                 learned, {stage: row["executed"] for stage, row in found["retrains"].items()}

@@ -132,9 +132,18 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     return Plan(tuple(phases), batches, recipe)
 
 
-def weights_plan(options: Namespace, seed: int) -> Plan:
-    """Training under a given policy, or without one: one phase in which everything learns."""
-    epochs, steps = _segments(options.retrain_iterations, options.eval_iterations)
+def weights_plan(options: Namespace, sizes: dict[str, int], seed: int) -> Plan:
+    """Training under a given policy, or without one: one phase in which everything learns.
+
+    Where policies are retrained from the weights of policy learning, methods without policies take as many weight steps as
+    those have had then, so that all networks are trained equally long.
+    """
+    total = options.retrain_iterations
+    if options.method not in POLICY_METHODS and options.retrain_from == "policy":
+        weight_steps, policy_steps = cycle_steps(options, sizes)
+        cycles = max(options.iterations - options.warmup_iterations, 0) // (weight_steps + policy_steps)
+        total += options.warmup_iterations + cycles * weight_steps
+    epochs, steps = _segments(total, options.eval_iterations)
     phases = (Phase("retrain" if options.method in POLICY_METHODS else "train", epochs),)
     if options.method == "taps":
         warm = min(options.warmup_iterations / steps, epochs)

@@ -44,13 +44,13 @@ _OWN: dict[tuple[str, int], dict] = {
         "decay_iterations": 2000, "decay_rate": 0.3,
     },
     ("scenes", 3): {
-        "tasks": ("semseg", "normals", "depth"), "model_type": "resnet18", "channels": (24, 48, 72, 96), "crop": 64,
+        "tasks": ("semseg", "normals", "depth"), "model_type": "resnet18", "channels": (16, 32, 48, 64), "crop": 64,
         "head_width": 32, "head_rates": (1, 2, 3, 4), "head_dropout": 0.0, "loss_at": "label", "lr": 3e-3, "base_lr": 3e-3,
-        "betas": (0.9, 0.999), "decay": "cosine", "weights_optimizer": "adam", "sparsity_weight": 0.05,
-        "sharing_weight": 0.05, "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 1.0}, "iterations": 320,
-        "warmup_iterations": 120, "retrain_iterations": 240, "weight_iterations": 12, "policy_iterations": 6,
-        "eval_iterations": 60, "curriculum_speed": 1, "temperature_decay": 0.8, "exp_ids": (0, 1),
-        "single_task": "measure",
+        "betas": (0.9, 0.999), "decay": "cosine", "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0,
+        "sparsity_weight": 0.015, "sharing_weight": 0.02, "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 1.0},
+        "iterations": 262, "warmup_iterations": 100, "retrain_iterations": 180, "weight_iterations": 12,
+        "policy_iterations": 6, "eval_iterations": 60, "curriculum_speed": 1, "temperature_decay": 0.8,
+        "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
     },
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def read_array(path: Path, shape: tuple[int, ...] | None = None, kinds: str = "u
             array = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as image:
-                array = np.asarray(image)
+                array = np.array(image)
     except Exception as error:  # decoders raise almost anything on damaged files
         raise UserError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
     if array.dtype.kind not in kinds:
