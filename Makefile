@@ -19,9 +19,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready  ## ratios against plain networks, measured side by side; peak memory of joint training
+bench: .venv/ready  ## ratios against plain networks, measured side by side; peak memory of joint training; what skipping saves
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/skipping.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -326,6 +326,7 @@ def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.method == "hard_sharing":
         parser.error("method hard_sharing trains all tasks together: use train_joint.py")
+    _refuse_policies(parser, options)
     return _complete(parser, options, PUBLISHED, DEMO)
 
 
@@ -335,11 +336,17 @@ def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.method == "hard_sharing" and options.variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
+    _refuse_policies(parser, options)
     demo = {**DEMO, "experiment_name": f"demo_{options.variant}"}
     options = _complete(parser, options, JOINT, demo, f"_{options.variant}")
     if options.shared_epochs is None:
         options.shared_epochs = options.epochs
     return options
+
+
+def _refuse_policies(parser: Parser, options: argparse.Namespace) -> None:
+    if METHODS[options.method].fixed is not None:
+        parser.error(f"method {options.method} learns a policy and trains again under it: use train_mtl.py")
 
 
 def _complete(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from taps.layer import evaluating
 
 if TYPE_CHECKING:
     from taps.model import TaskModel
@@ -72,3 +76,79 @@ def macs(function: Callable, *args) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
+
+
+def own_norm_parameters(model: TaskModel, tasks: Iterable[str]) -> int:
+    """Numbers in the tasks' own norms; those that tasks have in common count once."""
+    tasks, total = list(tasks), 0
+    for norm in model.task_norms:
+        owned = {norm.shared(own): own for own in map(norm.own, tasks) if own is not None}
+        total += sum(tensor.numel() for own in owned.values() for tensor in norm_tensors(own).values())
+    return total
+
+
+@torch.no_grad()
+def beside_single(model: TaskModel, x: Tensor) -> dict:
+    """What all tasks of a model cost, and that divided by the cost of one network a task that runs everything.
+
+    Args:
+        model: blocks that its policies use for no task are not counted as stored.
+        x: a batch, (B, ...).
+
+    Returns:
+        ``macs`` and ``macs_heads`` a sample; ``parameters`` and ``parameters_heads``; and ``macs_x_single``,
+        ``parameters_x_single``, ``time_x_single`` of the backbone, and with the heads under ``…_with_heads``.
+    """
+    tasks = model.tasks
+    with evaluating(model), model.state.running(None):
+        full = len(tasks) * macs(model.backbone, x)
+    own = model.predict_cost(x)
+    used = model.base_parameters + own_norm_parameters(model, tasks)
+    used += sum(accounting(model, task)["delta_parameters"] for task in tasks)
+    if model.policies:
+        for index, unit in enumerate(model.units):
+            gates = [gate for task in tasks for gate in unit.gates[task].parameters()]
+            used += sum(parameter.numel() for parameter in gates)
+            used -= unit.size if not any(model.policies[task][index] for task in tasks) else 0
+    heads = sum(parameter.numel() for task in tasks for parameter in model.heads[task].parameters())
+    single = len(tasks) * model.base_parameters
+    return {
+        "macs": own["macs"] // len(x),
+        "macs_heads": own["macs_heads"] // len(x),
+        "macs_x_single": own["macs"] / full,
+        "macs_x_single_with_heads": (own["macs"] + own["macs_heads"]) / (full + own["macs_heads"]),
+        "parameters": used,
+        "parameters_heads": heads,
+        "parameters_x_single": used / single,
+        "parameters_x_single_with_heads": (used + heads) / (single + heads),
+        **_time_beside_single(model, x),
+    }
+
+
+def _time_beside_single(model: TaskModel, x: Tensor, rounds: int = 5) -> dict[str, float]:
+    """Medians over several rounds of the time of one pass for all tasks ÷ that of one full pass a task, run in turn."""
+    ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
+    tasks = model.tasks
+
+    def seconds(function: Callable) -> float:
+        started = time.perf_counter()
+        function()
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def full() -> None:
+        for _ in tasks:
+            with model.state.running(None):
+                model.backbone(x)
+
+    with evaluating(model):
+        model(x, tasks=tasks)
+        with model.state.running(None):
+            features = model.backbone(x)
+        for _ in range(rounds):
+            everything = seconds(lambda: model(x, tasks=tasks))
+            single, heads = seconds(full), seconds(lambda: [model.heads[task](features) for task in tasks])
+            ratios["time_x_single"].append((everything - heads) / single)
+            ratios["time_x_single_with_heads"].append(everything / (single + heads))
+    return {name: statistics.median(values) for name, values in ratios.items()}

@@ -12,8 +12,6 @@ once it is tested. A stage that is finished is not repeated.
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from taps import checkpoint, cost, plots, results
 from taps.benchmark import Benchmark, Metrics, measure_executed
@@ -35,6 +32,7 @@ from taps.methods import METHODS
 from taps.model import TaskModel, adapt
 from taps.plan import POLICY_METHODS, Plan, policy_plan, weights_plan
 from taps.policy import Policy, read_policy
+from taps.scores import mean_metrics, read_reference, score, summarise, table
 from taps.signals import StopSignals
 from taps.train import fit
 
@@ -281,7 +279,7 @@ class MultiTask:
         say(f"  samples: {sizes}")
         if not options.val_fraction:
             say(
-                "  no validation samples are taken out of train: where the data has none, choices are made on the test split, as published"
+                "  no validation samples are taken out of train: without a val list choices are made on test, as published"
             )
 
     def _report(self, stage: str, rows: list[dict], epochs: int, is_best: bool) -> None:
@@ -322,7 +320,8 @@ class MultiTask:
                 metrics, rates = measure_executed(
                     self.benchmark, model, "test", self.accelerator, options.limit_batches
                 )
-                row = {"tasks": metrics, "executed": rates, **self._cost(model)}
+                example = self.benchmark.example().to(self.accelerator.device)
+                row = {"tasks": metrics, "executed": rates, **cost.beside_single(model, example)}
                 validated = [r["score"] for r in results.RunFolder(path.parent).read_metrics() if "score" in r]
                 row["validation_score"] = max(validated)
                 if self.accelerator.is_main_process:
@@ -358,69 +357,6 @@ class MultiTask:
             return found
         return read_reference(Path(source), self.benchmark.tasks) if source not in (None, "none") else None
 
-    def _cost(self, model: TaskModel) -> dict:
-        """MACs, parameters and time beside one network a task that runs everything, with and without heads."""
-        tasks = model.tasks
-        x = self.benchmark.example().to(self.accelerator.device)
-        with evaluating(model), torch.no_grad(), model.state.running(None):
-            full = len(tasks) * cost.macs(model.backbone, x)
-        macs = model.predict_cost(x)
-        backbone = model.base_parameters
-        executed = (
-            [sum(model.policies[task][index] for task in tasks) > 0 for index in range(len(model.units))]
-            if model.policies
-            else []
-        )
-        unused = sum(unit.size for unit, used in zip(model.units, executed, strict=False) if not used)
-        own = _own_norms(model, tasks) + sum(cost.accounting(model, task)["delta_parameters"] for task in tasks)
-        gates = {
-            id(p): p.numel()
-            for task in tasks
-            if model.policies
-            for gate in model.gates(task)
-            for p in gate.parameters()
-        }
-        heads = sum(p.numel() for task in tasks for p in model.heads[task].parameters())
-        used = backbone - unused + own + sum(gates.values())
-        return {
-            "macs": macs["macs"] // len(x),
-            "macs_heads": macs["macs_heads"] // len(x),
-            "macs_x_single": macs["macs"] / full,
-            "macs_x_single_with_heads": (macs["macs"] + macs["macs_heads"]) / (full + macs["macs_heads"]),
-            "parameters": used,
-            "parameters_heads": heads,
-            "parameters_x_single": used / (len(tasks) * backbone),
-            "parameters_x_single_with_heads": (used + heads) / (len(tasks) * backbone + heads),
-            **self._time(model, x),
-        }
-
-    @torch.no_grad()
-    def _time(self, model: TaskModel, x: Tensor, rounds: int = 5) -> dict[str, float]:
-        """Median time of one pass for all tasks ÷ that of one full pass a task, run in turn."""
-        ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
-        tasks = model.tasks
-        features = model.predict(x)
-        with evaluating(model):
-            for _ in range(rounds):
-                seconds = {}
-                for name in ("features", "full", "heads"):
-                    started = time.perf_counter()
-                    if name == "features":
-                        features = model(x, tasks=tasks)
-                    elif name == "full":
-                        for _ in tasks:
-                            with model.state.running(None):
-                                features = model.backbone(x)
-                    else:
-                        for task in tasks:
-                            model.heads[task](features)
-                    if x.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    seconds[name] = time.perf_counter() - started
-                ratios["time_x_single"].append((seconds["features"] - seconds["heads"]) / seconds["full"])
-                ratios["time_x_single_with_heads"].append(seconds["features"] / (seconds["full"] + seconds["heads"]))
-        return {name: statistics.median(values) for name, values in ratios.items()}
-
     def _write(self, found: dict, single: Metrics | None, best: str | None) -> None:
         """``summary.json``, the table and the pictures, by the first process."""
         if not self.accelerator.is_main_process:
@@ -449,134 +385,6 @@ class MultiTask:
             if self.writer is not None:
                 self.writer.add_figure(name, figure)
         self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
-
-
-def _own_norms(model: TaskModel, tasks: Sequence[str]) -> int:
-    """Numbers in the tasks' own norms; those that tasks have in common count once."""
-    total = 0
-    for norm in model.task_norms:
-        owned = {norm.shared(own): own for own in map(norm.own, tasks) if own is not None}
-        total += sum(tensor.numel() for own in owned.values() for tensor in cost.norm_tensors(own).values())
-    return total
-
-
-def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
-    """One number to compare epochs by, the larger the better: the mean over tasks of the mean over metrics of ±log M.
-
-    A difference of 0.01 is a gain of about 1 % relative to whatever reference.
-    """
-    from taps.dense_metrics import LOWER_IS_BETTER, NOT_COUNTED
-
-    means = []
-    for own in metrics.values():
-        values = [
-            (-1.0 if name in LOWER_IS_BETTER else 1.0) * math.log(max(value, 1e-3))
-            for name, value in own.items()
-            if name not in NOT_COUNTED and not math.isnan(value)
-        ]
-        means.append(sum(values) / max(len(values), 1))
-    return sum(means) / len(means)
-
-
-def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
-    """The mean of several results."""
-    return {
-        task: {name: sum(row[task][name] for row in rows) / len(rows) for name in own} for task, own in rows[0].items()
-    }
-
-
-def read_reference(path: Path, tasks: Sequence[str]) -> Metrics:
-    """Single-task results: ``summary.json`` of a run, or a JSON file ``{"tasks": {task: {metric: value}}}``.
-
-    Raises:
-        UserError: if the file lacks a task.
-    """
-    path = path / "summary.json" if path.is_dir() else path
-    stored = read_json(path)
-    metrics = stored.get("single_task") or stored.get("tasks") or {}
-    for task in tasks:
-        if not isinstance(metrics.get(task), dict):
-            raise UserError(f"{path} has no results of task {task!r}")
-    return {task: metrics[task] for task in tasks}
-
-
-def summarise(method: str, seed: int, seconds: float, found: dict, single: Metrics | None) -> dict:
-    """The contents of ``summary.json`` (see ``results/README.md``)."""
-    from taps.dense_metrics import delta_t
-
-    rows = found["retrains"]
-    gains = {stage: delta_t(row["tasks"], single) for stage, row in rows.items()} if single else {}
-
-    def mean(key: str) -> float | None:
-        values = [row[key] for row in rows.values()]
-        return sum(values) / len(values) if values else None
-
-    executed = [
-        sum(sum(own) / len(own) for own in row["executed"].values()) / len(row["executed"]) for row in rows.values()
-    ]
-    summary = {
-        "method": method,
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "delta_t": sum(gains.values()) / len(gains) if gains else (0.0 if method == "single_task" else None),
-        "executed_blocks": sum(executed) / len(executed) if executed else 1.0,
-        **{
-            key: mean(key) if rows else 1.0
-            for key in (
-                "macs_x_single", "macs_x_single_with_heads", "parameters_x_single", "parameters_x_single_with_heads",
-                "time_x_single", "time_x_single_with_heads",
-            )
-        },
-        "tasks": found["tasks"],
-        "single_task": single,
-    }  # fmt: skip
-    if rows:
-        summary["best"] = found["best"]
-        summary["retrains"] = {
-            stage: {"delta_t": gains.get(stage), "executed_blocks": share, "tasks": row["tasks"]}
-            for (stage, row), share in zip(rows.items(), executed, strict=True)
-        }
-        summary["spread"] = {
-            task: {
-                name: statistics.stdev(row["tasks"][task][name] for row in rows.values()) if len(rows) > 1 else 0.0
-                for name in own
-            }
-            for task, own in found["tasks"].items()
-        }
-        summary["delta_t_spread"] = statistics.stdev(gains.values()) if len(gains) > 1 else 0.0
-    return summary
-
-
-def table(summary: Mapping) -> str:
-    """The summary as text: a row a metric of each task."""
-    single, spread, best = summary["single_task"], summary.get("spread"), summary.get("best")
-    many = len(summary.get("retrains", ())) > 1
-    width = max(len(task) for task in summary["tasks"])
-    head = f"{'task':{width}}  {'metric':14}  {'test':>9}"
-    head += f"  {'spread':>7}  {'best':>9}" if many else ""
-    head += f"  {'single':>9}" if single and summary["method"] != "single_task" else ""
-    lines = [head]
-    for task, own in summary["tasks"].items():
-        for name, value in own.items():
-            line = f"{task:{width}}  {name:14}  {value:9.3f}"
-            if many:
-                line += f"  {spread[task][name]:7.3f}  {summary['retrains'][best]['tasks'][task][name]:9.3f}"
-            if single and summary["method"] != "single_task":
-                line += f"  {single[task].get(name, math.nan):9.3f}"
-            lines.append(line)
-    if summary["delta_t"] is not None and summary["method"] != "single_task":
-        text = f"Δ_T {summary['delta_t']:+.2f} % against single-task networks"
-        if many:
-            text += f" (mean of {len(summary['retrains'])}, spread {summary['delta_t_spread']:.2f}, best by validation {summary['retrains'][best]['delta_t']:+.2f})"
-        lines.append(text)
-    lines.append(
-        f"blocks executed {100 * summary['executed_blocks']:.1f} %; × one network a task: MACs {summary['macs_x_single']:.3f} "
-        f"({summary['macs_x_single_with_heads']:.3f} with heads), parameters {summary['parameters_x_single']:.3f} "
-        f"({summary['parameters_x_single_with_heads']:.3f}), time {summary['time_x_single']:.3f} "
-        f"({summary['time_x_single_with_heads']:.3f})"
-    )
-    lines.append(f"method {summary['method']}, {summary['seconds']:.0f} s of training")
-    return "\n".join(lines)
 
 
 def _first(metrics: Mapping[str, float]) -> str:

@@ -1,0 +1,134 @@
+"""The outcome of a multi-task run: one number to compare epochs by, the summary, and its table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from taps.benchmark import Metrics
+from taps.errors import UserError
+from taps.files import read_json
+
+
+def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """One number to compare epochs by, the larger the better: the mean over tasks of the mean over metrics of ±log M.
+
+    A difference of 0.01 is a gain of about 1 % relative to whatever reference.
+    """
+    from taps.dense_metrics import LOWER_IS_BETTER, NOT_COUNTED
+
+    means = []
+    for own in metrics.values():
+        values = [
+            (-1.0 if name in LOWER_IS_BETTER else 1.0) * math.log(max(value, 1e-3))
+            for name, value in own.items()
+            if name not in NOT_COUNTED and not math.isnan(value)
+        ]
+        means.append(sum(values) / max(len(values), 1))
+    return sum(means) / len(means)
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The mean of several results."""
+    return {
+        task: {name: sum(row[task][name] for row in rows) / len(rows) for name in own} for task, own in rows[0].items()
+    }
+
+
+def read_reference(path: Path, tasks: Sequence[str]) -> Metrics:
+    """Single-task results: ``summary.json`` of a run, or a JSON file ``{"tasks": {task: {metric: value}}}``.
+
+    Raises:
+        UserError: if the file lacks a task.
+    """
+    path = path / "summary.json" if path.is_dir() else path
+    stored = read_json(path)
+    metrics = stored.get("single_task") or stored.get("tasks") or {}
+    for task in tasks:
+        if not isinstance(metrics.get(task), dict):
+            raise UserError(f"{path} has no results of task {task!r}")
+    return {task: metrics[task] for task in tasks}
+
+
+def summarise(method: str, seed: int, seconds: float, found: dict, single: Metrics | None) -> dict:
+    """The contents of ``summary.json`` (see ``results/README.md``)."""
+    from taps.dense_metrics import delta_t
+
+    rows = found["retrains"]
+    gains = {stage: delta_t(row["tasks"], single) for stage, row in rows.items()} if single else {}
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows.values()]
+        return sum(values) / len(values) if values else None
+
+    executed = [
+        sum(sum(own) / len(own) for own in row["executed"].values()) / len(row["executed"]) for row in rows.values()
+    ]
+    summary = {
+        "method": method,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "delta_t": sum(gains.values()) / len(gains) if gains else (0.0 if method == "single_task" else None),
+        "executed_blocks": sum(executed) / len(executed) if executed else 1.0,
+        **{
+            key: mean(key) if rows else 1.0
+            for key in (
+                "macs_x_single", "macs_x_single_with_heads", "parameters_x_single", "parameters_x_single_with_heads",
+                "time_x_single", "time_x_single_with_heads",
+            )
+        },
+        "tasks": found["tasks"],
+        "single_task": single,
+    }  # fmt: skip
+    if rows:
+        summary["best"] = found["best"]
+        summary["retrains"] = {
+            stage: {"delta_t": gains.get(stage), "executed_blocks": share, "tasks": row["tasks"]}
+            for (stage, row), share in zip(rows.items(), executed, strict=True)
+        }
+        summary["spread"] = {
+            task: {
+                name: statistics.stdev(row["tasks"][task][name] for row in rows.values()) if len(rows) > 1 else 0.0
+                for name in own
+            }
+            for task, own in found["tasks"].items()
+        }
+        summary["delta_t_spread"] = statistics.stdev(gains.values()) if len(gains) > 1 else 0.0
+    return summary
+
+
+def table(summary: Mapping) -> str:
+    """The summary as text: a row a metric of each task."""
+    single, spread, best = summary["single_task"], summary.get("spread"), summary.get("best")
+    many = len(summary.get("retrains", ())) > 1
+    width = max(len(task) for task in summary["tasks"])
+    head = f"{'task':{width}}  {'metric':14}  {'test':>9}"
+    head += f"  {'spread':>7}  {'best':>9}" if many else ""
+    head += f"  {'single':>9}" if single and summary["method"] != "single_task" else ""
+    lines = [head]
+    for task, own in summary["tasks"].items():
+        for name, value in own.items():
+            line = f"{task:{width}}  {name:14}  {value:9.3f}"
+            if many:
+                line += f"  {spread[task][name]:7.3f}  {summary['retrains'][best]['tasks'][task][name]:9.3f}"
+            if single and summary["method"] != "single_task":
+                line += f"  {single[task].get(name, math.nan):9.3f}"
+            lines.append(line)
+    if summary["delta_t"] is not None and summary["method"] != "single_task":
+        text = f"Δ_T {summary['delta_t']:+.2f} % against single-task networks"
+        if many:
+            text += (
+                f" (mean of {len(summary['retrains'])}, spread {summary['delta_t_spread']:.2f}, "
+                f"best by validation {summary['retrains'][best]['delta_t']:+.2f})"
+            )
+        lines.append(text)
+    lines.append(
+        f"blocks executed {100 * summary['executed_blocks']:.1f} %; × one network a task: MACs {summary['macs_x_single']:.3f} "
+        f"({summary['macs_x_single_with_heads']:.3f} with heads), parameters {summary['parameters_x_single']:.3f} "
+        f"({summary['parameters_x_single_with_heads']:.3f}), time {summary['time_x_single']:.3f} "
+        f"({summary['time_x_single_with_heads']:.3f})"
+    )
+    lines.append(f"method {summary['method']}, {summary['seconds']:.0f} s of training")
+    return "\n".join(lines)
