@@ -256,6 +256,22 @@ def test_wrong_lists_are_named(nyuv2, change, message):
         open_formatted("nyuv2", nyuv2, layout_of("nyuv2"))
 
 
+def test_a_tree_is_checked_file_by_file(nyuv2, scenes):
+    from taps.data.known import check
+
+    lines, wrong = check(scenes)
+    assert (len(lines), wrong) == (1, 0)
+    assert "scenes, 10 train, 3 val, 4 test, 7 weights, 3 policy" in lines[0]
+    replace_array(nyuv2 / "seg/0002.png", lambda a: np.full_like(a, 50))
+    (nyuv2 / "depth/0003.npy").unlink()
+    lines, wrong = check(nyuv2)
+    text = "\n".join(lines)
+    assert wrong == 4
+    assert "train: 793 missing (2 of 795)" in text
+    assert "seg/0002.png holds class 50" in text
+    assert "depth/0003.npy is listed and does not exist" in text
+
+
 def test_missing_benchmarks_and_tasks(nyuv2, tmp_path):
     with pytest.raises(ValueError, match=r"nyu_v2_3task.json does not exist; datasets/README.md says where"):
         open_formatted("nyuv2", tmp_path / "nowhere", layout_of("nyuv2"))

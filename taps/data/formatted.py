@@ -278,22 +278,31 @@ def open_formatted(name: str, root: Path, layout: Layout) -> DenseData:
         tasks["semseg"] = DenseTask("semseg", "classes", channels, tuple(weights.tolist()))
 
     def read(sample: Mapping[str, Path], wanted: Sequence[DenseTask]) -> dict[str, np.ndarray]:
-        image = read_array(sample["image"])
-        if image.ndim != 3 or image.shape[2] not in (3, 4):
-            raise UserError(f"{sample['image']} has shape {image.shape}; an image has three channels")
-        image = image[..., :3]
-        arrays = {"image": np.ascontiguousarray(image if image.dtype == np.uint8 else image.astype(np.float32) * 255.0)}
-        for task in wanted:
-            path = sample[task.name]
-            label = layout.decode[task.name](path, read_array(path, image.shape[:2]))
-            mask = (layout.masks or {}).get(task.name)
-            if mask is not None:
-                valid = mask[1](read_array(sample[mask[0]], image.shape[:2]))
-                label = np.where(valid, label, np.float32("nan"))
-            arrays[task.name] = label
-        return arrays
+        return read_sample(layout, sample, wanted)
 
     return DenseData(name, tasks, splits, read, layout.crop, layout.zoom)
+
+
+def read_sample(layout: Layout, sample: Mapping[str, Path], wanted: Sequence[DenseTask]) -> dict[str, np.ndarray]:
+    """A sample's image and the labels of some tasks, in the encoding of :mod:`taps.data.dense`.
+
+    Raises:
+        UserError: if a file is missing, damaged, or holds what it should not.
+    """
+    image = read_array(sample["image"])
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise UserError(f"{sample['image']} has shape {image.shape}; an image has three channels")
+    image = image[..., :3]
+    arrays = {"image": np.ascontiguousarray(image if image.dtype == np.uint8 else image.astype(np.float32) * 255.0)}
+    for task in wanted:
+        path = sample[task.name]
+        label = layout.decode[task.name](path, read_array(path, image.shape[:2]))
+        mask = (layout.masks or {}).get(task.name)
+        if mask is not None:
+            valid = mask[1](read_array(sample[mask[0]], image.shape[:2]))
+            label = np.where(valid, label, np.float32("nan"))
+        arrays[task.name] = label
+    return arrays
 
 
 def layout_of(name: str, classes: int = 19) -> Layout:

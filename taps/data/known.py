@@ -12,8 +12,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from taps.data import domainnet
 from taps.data.folders import find_tasks, read_folder
+from taps.data.formatted import layout_of, read_lists, read_sample
 from taps.errors import UserError
 
 
@@ -33,6 +36,8 @@ SKETCH = {
     "wikiart": Known(195, 42_129, 10_628),
     "sketches": Known(250, 16_000, 4_000),
 }
+#: samples of each split of the formatted dense sets
+DENSE = {"nyuv2": {"train": 795, "test": 654}, "cityscapes": {"train": 2_975, "test": 500}}
 DOMAINNET = {
     "clipart": Known(345, 33_525, 14_604),
     "infograph": Known(345, 36_023, 15_582),
@@ -62,6 +67,9 @@ def check(path: Path) -> tuple[list[str], int]:
     """
     if path.is_dir() and domainnet.has_lists(path):
         return _check_lists(path)
+    for name in ("nyuv2", "cityscapes", "taskonomy", "scenes"):
+        if (path / layout_of(name).list_file).is_file():
+            return _check_dense(name, path)
     lines, wrong = [], 0
     for folder in _task_folders(path):
         task = read_folder(folder)
@@ -113,4 +121,29 @@ def _check_lists(root: Path) -> tuple[list[str], int]:
             lines.append(f"{path.name}: {len(samples)} images, {remark}, {len(absent)} files missing")
             lines += [f"  missing: {name}" for name in absent[:3]] + (["  …"] if len(absent) > 3 else [])
             wrong += (not same) + len(absent)
+    return lines, wrong
+
+
+def _check_dense(name: str, root: Path) -> tuple[list[str], int]:
+    """Read every file that the lists of a dense benchmark name."""
+    splits = read_lists(root, layout_of(name))
+    lines, wrong = [], 0
+    for split, want in DENSE.get(name, {}).items():
+        have = len(splits[split])
+        if have != want:
+            wrong += 1
+            lines.append(f"  {split}: {abs(want - have)} {'missing' if have < want else 'too many'} ({have} of {want})")
+    samples = {sample["image"]: sample for split in splits.values() for sample in split}
+    counts = ", ".join(f"{len(samples)} {split}" for split, samples in splits.items())
+    lines.insert(0, f"{root}: {name}, {counts}")
+    kinds = [layout_of(name, classes) for classes in (2, 7, 19)] if name == "cityscapes" else [layout_of(name)]
+    for layout in kinds:
+        for sample in tqdm(samples.values(), desc=f"reading {root.name}", disable=None, leave=False):
+            try:
+                read_sample(
+                    layout, dict(zip(layout.columns, sample.values(), strict=True)), list(layout.tasks.values())
+                )
+            except UserError as error:
+                wrong += 1
+                lines.append(f"  {error}")
     return lines, wrong
