@@ -126,7 +126,8 @@ class DenseBenchmark:
 
         tasks = model.tasks
         published = self.options.metrics == "published"
-        meters = {task: make_metric(self.data.tasks[task], published).to(accelerator.device) for task in tasks}
+        device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # which has no float64
+        meters = {task: make_metric(self.data.tasks[task], published).to(device) for task in tasks}
         for x, targets in self._batches(split, accelerator, limit):
             with torch.no_grad(), accelerator.autocast():
                 outputs = model(x, tasks=tasks)
@@ -134,7 +135,8 @@ class DenseBenchmark:
                 output = to_size(
                     outputs[task].float(), targets[task].shape[-2:], "nearest" if published else "bilinear"
                 )
-                meters[task].update(*accelerator.gather_for_metrics((output, targets[task])))
+                output, target = accelerator.gather_for_metrics((output, targets[task]))
+                meters[task].update(output.to(device), target.to(device))
         return {task: meter.compute() for task, meter in meters.items()}
 
     def _batches(self, split: str, accelerator: Accelerator, limit: int | None):

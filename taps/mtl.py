@@ -32,7 +32,7 @@ from taps.methods import METHODS
 from taps.model import TaskModel, adapt
 from taps.plan import POLICY_METHODS, Plan, policy_plan, weights_plan
 from taps.policy import Policy, read_policy
-from taps.scores import mean_metrics, read_reference, score, summarise, table
+from taps.scores import mean_metrics, policy_pictures, read_reference, score, summarise, table
 from taps.signals import StopSignals
 from taps.train import fit
 
@@ -364,14 +364,7 @@ class MultiTask:
         seconds = sum(read_json(path)["seconds"] for path in self.folder.path.rglob("trained.json"))
         summary = summarise(self.options.method, self.options.seed, seconds, found, single)
         write_json(self.folder.path / "summary.json", summary)
-        figures = {}
-        path = self.folder.path / "policy" / "policy.json"
-        if self.learns_policy and best is not None:
-            learned = read_policy(Path(self.options.policy) if self.options.policy else path)
-            figures["policy"] = plots.policy(
-                learned, {stage: row["executed"] for stage, row in found["retrains"].items()}
-            )
-            figures["similarity"] = plots.similarity(learned)
+        figures = policy_pictures(self.folder.path)
         if best is not None:
             shown = self.benchmark.shown(self.stored(best, self.benchmark.tasks))
             if shown:

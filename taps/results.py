@@ -202,6 +202,8 @@ def find_runs(root: str | Path, like: Run | None = None) -> dict[str, Run]:
     found = {}
     for path in sorted(Path(root).glob("*/summary.json")):
         try:
+            if "delta_t" in read_json(path):
+                continue  # a multi-task run, which has no accuracy and size to compare
             run = read_run(path.parent)
         except UserError as error:
             warnings.warn(f"a run is left out: {error}", stacklevel=2)
@@ -243,6 +245,9 @@ def read_tasks(path: Path) -> dict[str, dict]:
     """
     if not path.is_dir():
         raise UserError(f"results folder {path} does not exist")
+    if any(path.glob("retrain_*")) or (path / "single_task").is_dir():
+        command = f"python train_mtl.py --config {path / 'settings.json'} --resume --phases test"
+        raise UserError(f"{path} is a multi-task run; print its table with: {command}")
     if not any(path.glob("*/task.json")):
         raise UserError(f"{path} holds no task files; train some tasks into it first")
     library = Library([path])

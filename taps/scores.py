@@ -1,4 +1,4 @@
-"""The outcome of a multi-task run: one number to compare epochs by, the summary, and its table."""
+"""The outcome of a multi-task run: one number to compare epochs by, the summary, its table and its policy pictures."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from taps import plots
 from taps.benchmark import Metrics
 from taps.errors import UserError
 from taps.files import read_json
+from taps.policy import read_policy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
@@ -132,3 +138,21 @@ def table(summary: Mapping) -> str:
     )
     lines.append(f"method {summary['method']}, {summary['seconds']:.0f} s of training")
     return "\n".join(lines)
+
+
+def policy_pictures(folder: Path) -> dict[str, Figure]:
+    """``policy`` and ``similarity`` of a finished run; nothing for methods without policies.
+
+    Raises:
+        UserError: if the folder holds no finished multi-task run.
+    """
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{folder} holds no finished run; make one with: python train_mtl.py")
+    stages = [
+        path.parent for path in sorted(folder.glob("retrain_*/policy.json")) if (path.parent / "summary.json").is_file()
+    ]
+    if not stages:
+        return {}
+    learned = read_policy(stages[0] / "policy.json")
+    executed = {stage.name: read_json(stage / "summary.json")["executed"] for stage in stages}
+    return {"policy": plots.policy(learned, executed), "similarity": plots.similarity(learned)}

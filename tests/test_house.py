@@ -33,7 +33,7 @@ LAYERS = {
     "policy": ("errors", "files", "model"), "plan": ("errors", "methods", "recipe"), "presets": (),
     "heads": ("backbones", "errors"), "dense": ("data",), "dense_metrics": ("data",),
     "benchmark": ("commands", "data", "dense", "errors", "heads", "layer", "metrics", "model"),
-    "scores": ("benchmark", "errors", "files"),
+    "scores": ("benchmark", "errors", "files", "plots", "policy"),
     "mtl": ("benchmark", "checkpoint", "cost", "errors", "files", "layer", "methods", "model", "plan", "plots", "policy",
             "results", "scores", "signals", "train"),
     "__init__": ("backbones", "errors", "gates", "methods", "model"),

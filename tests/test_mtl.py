@@ -171,6 +171,21 @@ def test_classification_tasks_share_blocks_too(tree, here, tmp_path):
     assert "blocks executed" in done.stdout
 
 
+def test_other_programs_say_what_a_multi_task_run_is(complete, here, finished):
+    from taps.results import find_runs
+
+    run = complete[0] / "results/run"
+    done = here("evaluate.py", run, check=2)
+    assert "is a multi-task run; print its table with: python train_mtl.py --config" in done.stderr
+    line = done.stderr.split("python train_mtl.py ")[1].split()
+    assert "Δ_T" in here("train_mtl.py", *line, cwd=complete[0]).stdout
+    shutil.copytree(run, finished[0] / "results/beside")
+    try:
+        assert list(find_runs(finished[0] / "results")) == ["run"]
+    finally:
+        shutil.rmtree(finished[0] / "results/beside")
+
+
 def test_settings_of_a_run_are_a_configuration(complete, scenes, tmp_path):
     stored = complete[0] / "results/run/settings.json"
     options = vars(parse_mtl(["--config", str(stored)]))

@@ -7,17 +7,33 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
+
+from taps.files import write_json
+from taps.policy import Policy
 
 NOTEBOOK = ROOT / "visualize_taps.ipynb"
 
 
-def execute(results, folder):
+def multi_task_run(folder):
+    """The files of a multi-task run that pictures are made from."""
+    run = {"a": (1.0, 0.0), "b": (1.0, 1.0)}
+    policy = Policy("resnet", ("layer1.0", "layer1.1"), {"a": (0.9, 0.2), "b": (0.8, 0.6)}, run)
+    policy.write(folder / "retrain_000/policy.json")
+    write_json(folder / "retrain_000/summary.json", {"executed": run})
+    write_json(folder / "summary.json", {})
+    Image.new("RGB", (8, 8)).save(folder / "predictions.png")
+    return folder
+
+
+def execute(results, folder, multi_task="nowhere"):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.pop("outputs", None)
         if cell.cell_type == "code":
             cell.outputs = []
-    environment = {**os.environ, "TAPS_RESULTS": str(results), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TAPS_RESULTS": str(results), "TAPS_MTL_RESULTS": str(multi_task)}
+    environment["PYTHONPATH"] = str(ROOT)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute(env=environment)
     return notebook
 
@@ -26,14 +42,16 @@ def execute(results, folder):
 @pytest.mark.parametrize("program", ["sequential", "joint"])
 def test_notebook_runs_on_a_results_folder(program, request, tmp_path):
     folder, _ = request.getfixturevalue("finished" if program == "sequential" else "joint")
-    notebook = execute(folder / "results" / "run", tmp_path)
+    multi_task = multi_task_run(tmp_path / "mtl") if program == "joint" else "nowhere"
+    notebook = execute(folder / "results" / "run", tmp_path, multi_task)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 6
+    assert len(pictures) == (9 if program == "joint" else 6)
     texts = "".join(output.get("text", "") for output in outputs)
     assert "parameters × base" in texts
     assert "million MACs" in texts
     assert "arning" not in texts
+    assert ("nowhere holds no finished run; make one with: python train_mtl.py" in texts) == (program == "sequential")
 
 
 @pytest.mark.filterwarnings("default")
@@ -51,5 +69,5 @@ def test_the_notebook_is_shipped_with_its_outputs():
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     pictures = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 6
+    assert len(pictures) == 9
     assert not any(o.output_type == "error" for cell in cells for o in cell.outputs)
