@@ -515,9 +515,8 @@ def mtl_parser() -> Parser:
     method.add_argument(
         "--target_weight",
         type=number(float, 0),
-        default=25.0,
         metavar="X",
-        help="dynashare: weight of the target-rate loss (default: 25)",
+        help="dynashare: weight of the target-rate loss",
     )
     method.add_argument(
         "--target_loss",
@@ -570,6 +569,12 @@ def mtl_parser() -> Parser:
     )
     phases.add_argument(
         "--policy_iterations", type=number(int, 1), metavar="N", help="policy steps of a cycle (default: one pass)"
+    )
+    phases.add_argument(
+        "--settle_iterations",
+        type=number(int, 0),
+        metavar="N",
+        help="dynashare: last steps of retraining, in which gates stand still and decide as in evaluation",
     )
     phases.add_argument("--eval_iterations", type=number(int, 1), metavar="N", help="steps between validations, about")
 

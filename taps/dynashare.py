@@ -13,6 +13,7 @@ only through the features); the pooling is over all positions whatever the shape
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from taps.adapt import Unit
 from taps.adashare import gumbel, policy_penalty
 from taps.errors import UserError
 from taps.gates import ConstantGate, Decision, Gate, State
+from taps.layer import evaluating
 
 TARGET_LOSSES = ("gated", "code")
 _HIDDEN, _SPEED = 16, 0.1
@@ -56,14 +58,12 @@ class InstanceGate(Gate):
         dims = [dim for dim in range(1, x.dim()) if dim != self.channel_dim % x.dim()]
         pooled = self.reduce(x.mean(dims).to(self.reduce.weight.dtype))
         alone = self.training and len(pooled) == 1  # which has no statistics of its own
-        if alone:
-            self.normalize.eval()
-        normalized = self.normalize(pooled)
-        if alone:
-            self.normalize.train()
-        return self.choose(normalized.relu())
+        with evaluating(self.normalize) if alone else nullcontext():
+            return self.choose(self.normalize(pooled).relu())
 
     def relax(self, x: Tensor, state: State) -> Decision:
+        if not self.choose.weight.requires_grad:  # it stands still, and decides as it will in evaluation
+            return self.decide(x)
         run = gumbel(self.logits(x), state.temperature, True, state.generator)
         self.rate = run.mean()
         with torch.no_grad():
@@ -74,7 +74,9 @@ class InstanceGate(Gate):
     def decide(self, x: Tensor | None = None) -> Decision:
         if x is None:
             return Decision(run=float(self.average))
-        run, skip = self.logits(x).unbind(1)
+        self.rate = None
+        with evaluating(self):
+            run, skip = self.logits(x).unbind(1)
         return Decision(run=(run >= skip).to(x.dtype))
 
     def __getstate__(self) -> dict:

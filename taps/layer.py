@@ -243,7 +243,8 @@ class GatedUnit(TaskModule):
 
     def _blend(self, task: str | None, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         """The equation with a tensor ``run``: one value for all, or one a sample, shape (B,)."""
-        if self.training or run.dim() == 0:
+        relaxed = self.training and (run.requires_grad or not bool(((run == 0) | (run == 1)).all()))
+        if run.dim() == 0 or relaxed:
             y = self._call(task, decision, args, kwargs)
             run = run.reshape(-1, *[1] * (y.dim() - 1)) if run.dim() else run
             return run * y + (1 - run) * self.shortcut(x)

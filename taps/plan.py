@@ -144,10 +144,14 @@ def weights_plan(options: Namespace, sizes: dict[str, int], seed: int) -> Plan:
         cycles = max(options.iterations - options.warmup_iterations, 0) // (weight_steps + policy_steps)
         total += options.warmup_iterations + cycles * weight_steps
     epochs, steps = _segments(total, options.eval_iterations)
-    phases = (Phase("retrain" if options.method in POLICY_METHODS else "train", epochs),)
+    settle = min(round((options.settle_iterations or 0) / steps), epochs) if options.method in POLICY_METHODS else 0
+    phases = (
+        Phase("retrain" if options.method in POLICY_METHODS else "train", epochs - settle),
+        Phase("settle", settle, penalty=0.0, trains=SETTLED),
+    )
     if options.method == "taps":
         warm = min(options.warmup_iterations / steps, epochs)
         phases = (Phase("warm-up", warm, penalty=0.0), Phase("train", epochs - warm))
-        phases = tuple(phase for phase in phases if phase.epochs > 0)
+    phases = tuple(phase for phase in phases if phase.epochs > 0)
     recipe = _recipe(options, steps, seed, epochs=epochs, plan=phases)
     return Plan(phases, {"train": steps}, recipe)

@@ -13,7 +13,8 @@ _COMMON = {
     "wd": 1e-4, "decay": "step", "decay_iterations": 4000, "decay_rate": 0.5, "weights_optimizer": "sgd", "weights_lr": None,
     "policy_lr": 0.01, "policy_wd": 5e-4, "iterations": 20000, "warmup_iterations": 4000, "retrain_iterations": 20000,
     "weight_iterations": None, "policy_iterations": None, "eval_iterations": 400, "init_temperature": 5.0,
-    "temperature_decay": 0.965, "curriculum_speed": 3, "retrain_from": "scratch", "exp_ids": tuple(range(8)),
+    "temperature_decay": 0.965, "curriculum_speed": 3, "retrain_from": "scratch", "settle_iterations": 0,
+    "exp_ids": tuple(range(8)), "target_weight": 25.0,
     "policy_fraction": 0.2, "val_fraction": 0.1, "input_size": 224, "task_weights": {}, "lam": 1.0, "num_class": 19,
     "single_task": None,
 }  # fmt: skip
@@ -47,7 +48,7 @@ _OWN: dict[tuple[str, int], dict] = {
         "tasks": ("semseg", "normals", "depth"), "model_type": "resnet18", "channels": (16, 32, 48, 64), "crop": 64,
         "head_width": 32, "head_rates": (1, 2, 3, 4), "head_dropout": 0.0, "loss_at": "label", "lr": 3e-3, "base_lr": 3e-3,
         "betas": (0.9, 0.999), "decay": "cosine", "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0,
-        "sparsity_weight": 0.015, "sharing_weight": 0.02, "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 1.0},
+        "sparsity_weight": 0.007, "sharing_weight": 0.02, "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 1.0},
         "iterations": 262, "warmup_iterations": 100, "retrain_iterations": 180, "weight_iterations": 12,
         "policy_iterations": 6, "eval_iterations": 60, "curriculum_speed": 1, "temperature_decay": 0.8,
         "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
@@ -60,7 +61,7 @@ _DYNASHARE: dict[str, dict] = {
     "cityscapes": {"retrain_iterations": 50_000, "retrain_from": "policy", "target_rates": (1.0,) * 7 + (0.99,) * 9},
     "taskonomy": {"retrain_from": "policy", "target_rates": (0.55,)},
     "domainnet": {"retrain_from": "policy", "target_rates": (0.55,)},
-    "scenes": {"target_rates": (0.55,)},
+    "scenes": {"target_rates": (0.75,), "target_weight": 1.0, "score_lr": 0.05, "settle_iterations": 60},
 }  # fmt: skip
 
 

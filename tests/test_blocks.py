@@ -188,6 +188,27 @@ def test_instance_gates_run_only_the_rows_that_are_kept(network):
     assert together.shape == first.shape
 
 
+def test_instance_gates_that_stand_still_train_as_they_evaluate():
+    model = make("resnet", "dynashare", {"a": [1.0] * 8}, target_rates=[0.5] * 8)
+    x = batch("resnet", 6)
+    for gate in model.gates("a"):
+        gate.requires_grad_(False)
+        gate.normalize.running_mean.normal_()
+    kept = []
+    for unit in model.units:
+        unit.base.register_forward_pre_hook(lambda module, args: kept.append(len(args[0])))
+    before = {name: tensor.clone() for gate in model.gates("a") for name, tensor in gate.named_buffers()}
+    for gate in model.gates("a"):
+        gate.choose.weight.data.normal_()
+        gate.choose.bias.data.zero_()
+    model.train().features(x, "a").sum().backward()
+    assert all(gate.rate is None for gate in model.gates("a"))
+    assert kept
+    assert min(kept) < 6, "rows that are left out are not computed"
+    after = {name: tensor for gate in model.gates("a") for name, tensor in gate.named_buffers()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize(("network", "method"), CASES)
 def test_predict_save_load_and_merge_are_exact(network, method, tmp_path):
     count = NETWORKS[network][2]
