@@ -109,7 +109,8 @@ def beside_single(model: TaskModel, x: Tensor) -> dict:
         for index, unit in enumerate(model.units):
             gates = [gate for task in tasks for gate in unit.gates[task].parameters()]
             used += sum(parameter.numel() for parameter in gates)
-            used -= unit.size if not any(model.policies[task][index] for task in tasks) else 0
+            if not any(model.policies[task][index] for task in tasks):  # its shortcut stays
+                used -= unit.size - sum(parameter.numel() for parameter in unit.shortcut.parameters())
     heads = sum(parameter.numel() for task in tasks for parameter in model.heads[task].parameters())
     single = len(tasks) * model.base_parameters
     return {

@@ -349,6 +349,18 @@ class TaskNorm(TaskModule):
         if task in self.norms:
             del self.norms[task]
 
+    def share(self, groups: list[list[str]]) -> None:
+        """Give each group of tasks a copy of its own, none where there is one group; a group that has one keeps it."""
+        for tasks in groups:
+            others = {id(self.norms[task]) for task in self.norms if task not in tasks}
+            held = {id(self.norms.get(task)) for task in tasks}
+            if len(groups) > 1 and len(held) == 1 and tasks[0] in self.norms and not held & others:
+                continue
+            for task in tasks:
+                self.remove_task(task)
+            if len(groups) > 1:
+                self.add_task(*tasks, always=True)
+
     def hold(self, held: bool, tasks: bool = True) -> None:
         """While held, norms use the statistics of the batch and leave their running ones as they are.
 

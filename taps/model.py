@@ -240,8 +240,7 @@ class TaskModel(nn.Module):
             ways: dict[tuple[float, ...], list[str]] = {}
             for task, policy in self.policies.items():
                 ways.setdefault(policy[: norm.position], []).append(task)
-            for tasks in ways.values() if len(ways) > 1 else ():
-                norm.add_task(*tasks, always=True)
+            norm.share(list(ways.values()))
 
     def remove_task(self, task: str) -> None:
         """Forget a task and everything it holds; files stay as they are."""

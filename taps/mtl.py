@@ -117,8 +117,17 @@ class MultiTask:
 
     # -- models --------------------------------------------------------------------------------------------------
 
-    def model(self, tasks: Sequence[str], method: str | None = None, policy: Policy | None = None) -> TaskModel:
-        """A fresh model: the same start for the same seed, whatever was trained before."""
+    def model(
+        self, tasks: Sequence[str], method: str | None = None, policy: Policy | None = None, start: str | None = None
+    ) -> TaskModel:
+        """A fresh model: the same start for the same seed, whatever was trained before.
+
+        Args:
+            tasks: to add.
+            method: instead of that of the options.
+            policy: that the tasks follow.
+            start: a stage whose weights, heads and norms it starts from.
+        """
         name = method or self.options.method
         options = {
             key: getattr(self.options, key)
@@ -130,7 +139,11 @@ class MultiTask:
         for index, task in enumerate(tasks):
             torch.manual_seed(self.options.seed + 1 + index)
             model.add_task(task, head=self.benchmark.head(task, model.num_features))
-        if policy is not None:
+        if start is not None:
+            self._start_from(model, start)
+        if (
+            policy is not None
+        ):  # after the weights, since tasks that part ways take copies of the base's norms with them
             model.follow({task: policy.run[task] for task in tasks})
         return model.to(self.accelerator.device)
 
@@ -143,15 +156,17 @@ class MultiTask:
             model.load_task(path / task, head=self.benchmark.head(task, model.num_features))
         return model.eval()
 
-    @torch.no_grad()
-    def start_from(self, model: TaskModel, stage: str) -> None:
-        """Give ``model`` the weights and heads that a stage has left."""
+    def _start_from(self, model: TaskModel, stage: str) -> None:
+        """Give a model whose gates are new the weights, heads and norms that a stage has left."""
         path = self.folder.path / stage
+        tasks = model.tasks
         model.load_base(read_tensors(path / "base.safetensors"))
-        for task in model.tasks:
-            stored = read_tensors(path / task / "task.safetensors")
-            head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
-            model.heads[task].load_state_dict(head)
+        for task in tasks:
+            head = model.heads[task]
+            model.remove_task(task)
+            model.load_task(path / task, head=head, trainable=True)
+            for unit, gate in zip(model.units, model.make_gates(), strict=True):
+                unit.add_task(task, gate)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -181,9 +196,8 @@ class MultiTask:
             policy = learned
             if options.sample:
                 policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
-            model = self.model(tasks, policy=policy)
-            if options.retrain_from == "policy":
-                self.start_from(model, "policy")
+            start = "policy" if options.retrain_from == "policy" else None
+            model = self.model(tasks, policy=policy, start=start)
             if self.accelerator.is_main_process:
                 policy.write(self.folder.path / stage / "policy.json")
             self._fit(stage, model, weights_plan(options, self.sizes, options.seed + number), tasks)

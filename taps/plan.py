@@ -113,7 +113,7 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
         )  # fmt: skip
     steps = batches.get("train", 1)
     main = _recipe(options, steps, options.seed)
-    alternating = {"decay": "constant", "task_weights": main.task_weights}
+    alternating = {"decay": "constant", "task_weights": main.task_weights, "betas": main.betas}
     others = {
         "weights": Recipe(
             optimizer=options.weights_optimizer,

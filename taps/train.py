@@ -287,6 +287,8 @@ class _Run:
             gates = self.model.gates(task)
             for index, gate in enumerate(gates):
                 gate.opened = count is None or index >= len(gates) - count
+                if not gate.opened:
+                    gate.requires_grad_(False)  # else weight decay would move it
 
     def _decay(self, phase: Phase) -> float:
         """The factor on the learning rates of the phase's optimiser in this epoch, counted in epochs that it has."""

@@ -286,6 +286,18 @@ def test_tasks_have_their_own_norms_from_where_their_ways_part():
         assert all(torch.equal(outputs[task], alone(x, task)) for task in policies)
 
 
+def test_new_policies_regroup_norms_and_leave_those_of_others():
+    model = make("resnet", "adashare", {"a": [1.0] * 8, "b": [0.0] * 8})
+    last = model.task_norms[-1]
+    first = last.own("a")
+    model.add_task("c", num_classes=2)
+    model.follow({"c": [0.0] * 8})
+    assert last.own("a") is first, "a trained copy is not lost"
+    assert last.own("b") is last.own("c")
+    model.follow({"b": [1.0] * 8, "c": [1.0] * 8})
+    assert all(last.own(task) is None for task in "abc"), "all go the same way again"
+
+
 def test_policy_files_are_readable_and_checked(tmp_path):
     model = make("resnet", "adashare")
     with torch.no_grad():
