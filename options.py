@@ -27,6 +27,7 @@ PUBLISHED = {
     "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 JOINT = {**PUBLISHED, "batch_size": 12, "epochs": 60}
+MULTI_TASK_METHODS = ("adashare", "dynashare", "taps", "hard_sharing", "single_task")
 DEMO = {
     "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
@@ -388,7 +389,8 @@ def mtl_parser() -> Parser:
         prog="train_mtl.py",
         description="Learn which blocks of one network each of several tasks runs, train again under sampled policies, and "
         "test. Without options: AdaShare on Scenes, a generated benchmark.",
-        epilog="What has no default here has the published value of the benchmark, the number of tasks and the method. "
+        epilog="What has no default here has that of the benchmark, the number of tasks and the method, the published one where "
+        "there is one (taps/presets.py). "
         "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume.",
         allow_abbrev=False,
     )
@@ -452,9 +454,9 @@ def mtl_parser() -> Parser:
     method.add_argument(
         "--method",
         default="adashare",
-        choices=(*METHODS, "single_task"),
+        choices=MULTI_TASK_METHODS,
         metavar="NAME",
-        help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+        help="; ".join(f"{name}: {METHODS[name].summary}" for name in MULTI_TASK_METHODS if name in METHODS)
         + "; single_task: one network a task (default: adashare)",
     )
     method.add_argument(
@@ -611,7 +613,7 @@ def mtl_parser() -> Parser:
         "--decay_iterations", type=number(int, 1), metavar="N", help="steps between two falls of --decay step"
     )
     training.add_argument("--decay_rate", type=number(float, 0, 1, above=True), metavar="X", help="factor of each fall")
-    training.add_argument("--betas", nargs=2, type=number(float, 0, 1), metavar="X", help="of adam and adamw")
+    training.add_argument("--betas", nargs=2, type=number(float, 0, 0.999999), metavar="X", help="of adam and adamw")
     training.add_argument(
         "--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd and nag (default: 0.9)"
     )
@@ -725,7 +727,8 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
             setattr(options, name, list(value) if isinstance(value, tuple) else value)
     if options.tasks:
         options.tasks = [ALIASES.get(name, name) for name in options.tasks]
-        options.task_weights = {name: weight for name, weight in options.task_weights.items() if name in options.tasks}
+        others = published["task_weights"].keys() - set(options.tasks)
+        options.task_weights = {name: value for name, value in options.task_weights.items() if name not in others}
     if options.experiment_name is None:
         options.experiment_name = f"{options.benchmark}_{options.method}"
     for name in ("model_path", "policy"):

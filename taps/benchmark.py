@@ -23,7 +23,7 @@ from taps.data.images import ImageSet
 from taps.data.scenes import make_scenes
 from taps.data.tasks import make_task_loader
 from taps.dense import make_loss, to_size
-from taps.errors import UserError
+from taps.errors import UserError, unknown
 from taps.heads import ASPP, create_dense_backbone
 from taps.layer import evaluating
 from taps.metrics import accuracy
@@ -33,6 +33,7 @@ from taps.model import TaskModel
 FOLDERS = {"nyuv2": "nyu_v2", "cityscapes": "cityscapes", "taskonomy": "taskonomy", "scenes": "scenes"}
 BENCHMARKS = (*FOLDERS, "domainnet")
 Metrics = dict[str, dict[str, float]]
+_CHECKED = 1000  # samples of a split
 
 
 class Executed:
@@ -64,12 +65,14 @@ class Executed:
 
         return count
 
-    def rates(self) -> dict[str, list[float]]:
-        """For each task the share of its samples that ran each unit, 0..1."""
-        return {
-            task: [total / max(count, 1) for total, count in zip(self.sums[task], self.calls[task], strict=True)]
-            for task in self.tasks
-        }
+    def rates(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """For each task the share of its samples, over all processes, that ran each unit: 0..1."""
+        found = {}
+        for task in self.tasks:
+            both = torch.tensor([self.sums[task], self.calls[task]], dtype=torch.float32, device=accelerator.device)
+            total, count = accelerator.reduce(both, "sum").cpu()
+            found[task] = (total / count.clamp(min=1)).tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ class DenseBenchmark:
     def size(self, split: str) -> int:
         """Number of samples."""
         return len(self.data.splits[split])
+
+    def check(self) -> None:
+        """Read samples of every split, all of them where there are few, before anything is trained.
+
+        Raises:
+            UserError: if a file holds what it should not, or the images of val or test differ in size.
+        """
+        for split in ("train", "val", "test"):
+            samples = DenseSet(self.data, split, False)
+            step = max(len(samples) // _CHECKED, 1)
+            sizes = set()
+            for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
+                sizes.add(samples.read(index)["image"].shape[:2])
+            if split != "train" and len(sizes) > 1 and self.options.batch_size > 1:
+                raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
 
     def backbone(self) -> nn.Module:
         """The network, from its seed or its weights."""
@@ -191,6 +209,9 @@ class ClassBenchmark:
         """Number of images, a task in the mean."""
         return sum(len(self._samples(task, split)) for task in self.tasks) // len(self.tasks)
 
+    def check(self) -> None:
+        """Images are read when they are needed; ``python -m taps.data`` checks their number."""
+
     def backbone(self) -> nn.Module:
         return commands.make_base(self.options)
 
@@ -224,10 +245,12 @@ class ClassBenchmark:
         for task in model.tasks:
             whole = next(one for one in self.data if one.name == task)
             samples = ImageSet(self._samples(task, split), prepare.transform(False, whole.squash))
-            loader = accelerator.prepare_data_loader(
-                DataLoader(samples, self.options.batch_size, num_workers=self.options.workers)
-            )
-            found[task] = {"accuracy": accuracy(model, task, loader, accelerator, len(whole.classes), limit, split)}
+            size = self.options.batch_size  # a last batch of one image would have no statistics of its own
+            size += len(samples) % size == 1
+            loader = accelerator.prepare_data_loader(DataLoader(samples, size, num_workers=self.options.workers))
+            with torch.no_grad():
+                value = accuracy(model, task, loader, accelerator, len(whole.classes), limit, split)
+            found[task] = {"accuracy": value}
         return found
 
     def example(self, split: str = "test", count: int | None = None) -> Tensor:
@@ -257,11 +280,16 @@ def open_benchmark(options: Namespace, accelerator: Accelerator) -> Benchmark:
     """
     if options.benchmark == "domainnet":
         return _open_classes(options, accelerator)
+    if options.dataset and len(options.dataset) > 1:
+        raise UserError(f"benchmark {options.benchmark} lies in one folder; --dataset names {len(options.dataset)}")
     root = Path(options.dataset[0]) if options.dataset else Path("datasets") / FOLDERS[options.benchmark]
     if options.benchmark == "scenes" and not options.dataset:
         with accelerator.local_main_process_first():
             make_scenes(root)
     data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
+    for name in options.task_weights:
+        if name not in data.tasks:
+            raise unknown(f"task of benchmark {data.name} in --task_weights", name, data.tasks)
     names = [ALIASES.get(name, name) for name in options.tasks] if options.tasks else list(data.tasks)
     data = data.choose(list(dict.fromkeys(names)))
     if options.crop:
@@ -292,4 +320,4 @@ def measure_executed(
         stack.enter_context(evaluating(model))
         counts = stack.enter_context(Executed(model, model.tasks))
         metrics = benchmark.evaluate(model, split, accelerator, limit)
-    return metrics, counts.rates()
+    return metrics, counts.rates(accelerator)

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from taps.data.dense import VOID, DenseTask
+from taps.dense import class_loss
 
 #: metrics of which less is better
 LOWER_IS_BETTER = frozenset(
@@ -33,13 +34,16 @@ class ClassMetrics(Metric):
 
     A class takes part in the mean if it is labelled or predicted anywhere. Published: only if some pixel of it is right,
     so that a class that is always missed does no harm; and accuracy is the mean of the batches' accuracies, weighted by
-    their images.
+    their images, for CityScapes with unlabelled pixels as wrong ones. Published for Taskonomy: ``cross_entropy`` alone,
+    the weighted loss.
     """
 
-    def __init__(self, classes: int, published: bool = False) -> None:
+    def __init__(self, task: DenseTask, published: bool = False) -> None:
         super().__init__()
         self.published = published
-        self.confusion = MulticlassConfusionMatrix(classes, ignore_index=VOID)
+        self.task = task
+        self.confusion = MulticlassConfusionMatrix(task.channels, ignore_index=VOID)
+        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("accurate", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -48,11 +52,16 @@ class ClassMetrics(Metric):
         chosen = prediction.argmax(1)
         self.confusion.update(chosen, target)
         known = target != VOID
-        right = (chosen == target)[known].sum() / known.sum().clamp(min=1)
+        of = known.numel() if "void" in self.task.published else known.sum().clamp(min=1)
+        right = (chosen == target)[known].sum() / of
         self.accurate += right.double() * len(target)
+        if self.published and "cross_entropy" in self.task.published:
+            self.loss += class_loss(prediction.float(), target, self.task).double() * len(target)
         self.images += len(target)
 
     def compute(self) -> dict[str, float]:
+        if self.published and "cross_entropy" in self.task.published:
+            return {"cross_entropy": float(self.loss / self.images.clamp(min=1))}
         matrix = self.confusion.compute().double()
         right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         union = labelled + predicted - right
@@ -73,11 +82,14 @@ class NormalMetrics(Metric):
     and the percentages ``within_11.25``, ``within_22.5`` and ``within_30``.
 
     Published: angles between the encoded vectors (n + 1)/2, all of which lie in one octant, so that they look smaller.
+    Published for Taskonomy: ``cosine`` alone, the mean over all pixels.
     """
 
-    def __init__(self, published: bool = False) -> None:
+    def __init__(self, task: DenseTask, published: bool = False) -> None:
         super().__init__()
         self.published = published
+        self.cosine = published and "cosine" in task.published
+        self.add_state("cosines", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("histogram", torch.zeros(_BINS, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -86,6 +98,7 @@ class NormalMetrics(Metric):
         valid = target.isfinite().all(1)
         a = normalize(prediction.double().movedim(1, -1)[valid], dim=-1)
         b = normalize(target.double().movedim(1, -1)[valid], dim=-1)
+        self.cosines += (a * b).sum().to(self.cosines)
         if self.published:
             a, b = normalize(a + 1, dim=-1), normalize(b + 1, dim=-1)
         # of small angles the arc cosine would lose half of the digits
@@ -99,6 +112,8 @@ class NormalMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         count, total, squares, *within = self.sums.tolist()
+        if self.cosine:
+            return {"cosine": float(self.cosines) / max(count, 1.0)}
         if not count:
             return dict.fromkeys(("mean_angle", "median_angle", "rmse_angle"), math.nan)
         half = int((self.histogram.cumsum(0) < (count + 1) // 2).sum())
@@ -175,10 +190,9 @@ class MapMetrics(Metric):
 
 def make_metric(task: DenseTask, published: bool = False) -> Metric:
     """The metric of a task's kind."""
-    if task.kind == "classes":
-        return ClassMetrics(task.channels, published)
-    kinds = {"normals": NormalMetrics, "depth": DepthMetrics, "disparity": DepthMetrics, "map": MapMetrics}
-    return kinds[task.kind](published)
+    if task.kind in ("classes", "normals"):
+        return (ClassMetrics if task.kind == "classes" else NormalMetrics)(task, published)
+    return (MapMetrics if task.kind == "map" else DepthMetrics)(published)
 
 
 def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:

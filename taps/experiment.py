@@ -20,6 +20,7 @@ from taps.data.images import Sample
 from taps.data.tasks import make_task_loader
 from taps.errors import UserError
 from taps.files import read_tensors, write_tensors
+from taps.layer import evaluating
 from taps.metrics import accuracy
 from taps.model import TaskModel
 from taps.recipe import Recipe
@@ -82,7 +83,8 @@ def score(
     transform = prepare.transform(False, task.squash)
     loader, _ = make_loader(samples, transform, options.batch_size, train=False, workers=options.workers)
     loader = accelerator.prepare_data_loader(loader)
-    return accuracy(model, task.name, loader, accelerator, len(task.classes), options.limit_batches, title)
+    with evaluating(model):
+        return accuracy(model, task.name, loader, accelerator, len(task.classes), options.limit_batches, title)
 
 
 def recipe_of(options: Namespace, model: TaskModel) -> Recipe:

@@ -101,7 +101,11 @@ def create_dense_backbone(
     config = timm.get_pretrained_cfg(name.split(".")[0], allow_unregistered=True)
     if config is not None and config.fixed_input_size:
         size = tuple(image_size) if image_size else config.input_size[1:]
-        net = create_backbone(name, pretrained, path, global_pool="", img_size=size)
+        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}  # test images are larger than training crops
+        try:
+            net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **any_size)
+        except TypeError:
+            net = create_backbone(name, pretrained, path, global_pool="", img_size=size)
         return TokenMap(net)
     options = {"channels": tuple(channels)} if channels else {}
     stride = {"output_stride": output_stride} if output_stride != 32 else {}

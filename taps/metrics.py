@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from taps.layer import evaluating
 from taps.model import TaskModel
 
 
@@ -23,16 +22,15 @@ def accuracy(
     limit_batches: int | None = None,
     title: str = "",
 ) -> float:
-    """Top-1 accuracy in percent over every image of a prepared loader, each counted once."""
+    """Top-1 accuracy in percent over every image of a prepared loader, each counted once, in the mode the model is in."""
     from torchmetrics.classification import MulticlassAccuracy  # a second of import that --help need not wait for
 
     metric = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)
     count = min(len(loader), limit_batches or len(loader))
     quiet = None if accelerator.is_main_process else True
     batches = tqdm(islice(loader, count), total=count, desc=title or task, disable=quiet, leave=False)
-    with evaluating(model):
-        for x, labels in batches:
-            with accelerator.autocast():
-                output = model(x, task=task)
-            metric.update(*accelerator.gather_for_metrics((output.argmax(1), labels)))
+    for x, labels in batches:
+        with accelerator.autocast():
+            output = model(x, task=task)
+        metric.update(*accelerator.gather_for_metrics((output.argmax(1), labels)))
     return 100.0 * float(metric.compute())

@@ -33,7 +33,7 @@ from taps.model import TaskModel, adapt
 from taps.plan import POLICY_METHODS, Plan, policy_plan, weights_plan
 from taps.policy import Policy, read_policy
 from taps.scores import mean_metrics, policy_pictures, read_reference, score, summarise, table
-from taps.signals import StopSignals
+from taps.signals import Interrupted, StopSignals
 from taps.train import fit
 
 if TYPE_CHECKING:
@@ -68,14 +68,16 @@ class MultiTask:
         """Open the results folder for the ``with`` block; a run of later phases continues the one that is there."""
         path = Path(options.result_path) / options.experiment_name
         later = ("policy" not in options.phases and options.method in POLICY_METHODS) or options.phases == ["test"]
-        if later and not (path / "settings.json").is_file():
+        exists = (path / "settings.json").is_file()
+        if later and not exists and not (options.policy and "retrain" in options.phases):
             raise UserError(f"{path} holds no run; start it with --phases policy, or all phases")
+        if later and options.overwrite and exists:
+            raise UserError(f"--overwrite starts {path} again from its first phase; leave it out, or name all --phases")
         settings = {**vars(options), "tasks": benchmark.tasks}
         run = cls(options, benchmark, accelerator, results.RunFolder(path), stop)
         run.check()
         if accelerator.is_main_process:
-            stages = ("policy", "single_task", *(f"retrain_{number:03d}" for number in range(1000)))
-            results.RunFolder.open(path, settings, options.resume or later, options.overwrite, stages)
+            results.RunFolder.open(path, settings, options.resume or later, options.overwrite)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
@@ -106,12 +108,20 @@ class MultiTask:
         model = self.model((), "hard_sharing" if options.method == "single_task" else None)
         for split in ("train", "weights", "policy") if self.learns_policy else ("train",):
             self.benchmark.stream(split, 1, 0, 1, self.benchmark.tasks)
+        weights_plan(options, self.sizes, options.seed)
+        self.benchmark.check()
         if self.learns_policy:
             model.make_gates([1.0] * len(model.units))
             if "policy" in options.phases:
                 policy_plan(options, self.sizes, len(model.units))
             if options.policy:
                 self.policy()
+                if options.retrain_from == "policy" and not (
+                    {"policy"} & set(options.phases) or self._is_trained("policy")
+                ):
+                    raise UserError(
+                        "--policy without a policy stage leaves no weights to start from: add --retrain_from scratch"
+                    )
         if options.single_task not in (None, "none", "measure"):
             read_reference(Path(options.single_task), self.benchmark.tasks)
 
@@ -209,6 +219,11 @@ class MultiTask:
             UserError: if there is none, or it is for another network or other tasks.
         """
         path = Path(self.options.policy) if self.options.policy else self.folder.path / "policy" / "policy.json"
+        if not self.options.policy and not self._is_trained("policy"):
+            raise UserError(
+                f"{self.folder.path} has no finished policy; continue with --resume --phases policy, or give one that it has "
+                "so far with --policy"
+            )
         if not path.is_file():
             raise UserError(f"{path} does not exist; learn a policy first with --phases policy")
         policy = read_policy(path)
@@ -253,8 +268,8 @@ class MultiTask:
                 write_tensors(folder.base_path, model.base_state())
                 for task in tasks:
                     model.save_task(task, folder.task_path(task))
-                if model.row.fixed is not None and not model.policies:
-                    Policy.of(model).write(folder.path / "policy.json")
+            if any("score" in row for row in rows) and model.row.fixed is not None and not model.policies:
+                Policy.of(model).write(folder.path / ("policy.json" if is_best else "latest.json"))
 
         def validate() -> tuple[dict[str, dict], float]:
             # While policies change, no running statistics are those of the way that a task goes.
@@ -263,7 +278,7 @@ class MultiTask:
             value = score(metrics)
             return {task: {"metrics": own, "score": value} for task, own in metrics.items()}, value
 
-        fit(
+        progress = fit(
             model,
             list(tasks),
             {split: loader for split, (loader, _) in streams.items()},
@@ -278,7 +293,8 @@ class MultiTask:
             stop=self.stop,
         )
         if self.accelerator.is_main_process:
-            write_json(folder.path / "trained.json", {"seconds": round(sum(row["seconds"] for row in folder.rows), 1)})
+            seconds = round(sum(row["seconds"] for row in folder.rows), 1)
+            write_json(folder.path / "trained.json", {"seconds": seconds, "validation_score": progress.best})
         self.accelerator.wait_for_everyone()
 
     def _announce(self, units: int) -> None:
@@ -328,6 +344,7 @@ class MultiTask:
             raise UserError(f"{self.folder.path} has no trained network to test; run --phases retrain first")
         tested = {}
         for stage in stages:
+            self._obey()
             path = self.folder.path / stage / "summary.json"
             if not path.is_file():
                 model = self.stored(stage, tasks)
@@ -336,8 +353,7 @@ class MultiTask:
                 )
                 example = self.benchmark.example().to(self.accelerator.device)
                 row = {"tasks": metrics, "executed": rates, **cost.beside_single(model, example)}
-                validated = [r["score"] for r in results.RunFolder(path.parent).read_metrics() if "score" in r]
-                row["validation_score"] = max(validated)
+                row["validation_score"] = read_json(path.parent / "trained.json")["validation_score"]
                 if self.accelerator.is_main_process:
                     write_json(path, row)
             self.accelerator.wait_for_everyone()
@@ -349,6 +365,11 @@ class MultiTask:
             best,
         )
 
+    def _obey(self) -> None:
+        """End the run if it was asked to stop; what is tested stays."""
+        if self.stop.received is not None:
+            raise Interrupted(self.stop.received)
+
     def _reference(self) -> Metrics | None:
         """The single-task results: measured here, or given."""
         source = self.options.single_task
@@ -356,6 +377,7 @@ class MultiTask:
             found = {}
             for task in self.benchmark.tasks:
                 path = self.folder.path / "single_task" / task / "summary.json"
+                self._obey()
                 if not path.is_file():
                     if not self._is_trained(f"single_task/{task}"):
                         raise UserError(

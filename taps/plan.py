@@ -144,7 +144,14 @@ def weights_plan(options: Namespace, sizes: dict[str, int], seed: int) -> Plan:
         cycles = max(options.iterations - options.warmup_iterations, 0) // (weight_steps + policy_steps)
         total += options.warmup_iterations + cycles * weight_steps
     epochs, steps = _segments(total, options.eval_iterations)
-    settle = min(round((options.settle_iterations or 0) / steps), epochs) if options.method in POLICY_METHODS else 0
+    settle = 0
+    row = METHODS.get(options.method)
+    if row is not None and "target_rates" in row.options and options.settle_iterations:
+        if options.settle_iterations >= total:
+            raise UserError(
+                f"--settle_iterations {options.settle_iterations} leave none of {total} steps for gates to learn"
+            )
+        settle = min(max(round(options.settle_iterations / steps), 1), epochs - 1)
     phases = (
         Phase("retrain" if options.method in POLICY_METHODS else "train", epochs - settle),
         Phase("settle", settle, penalty=0.0, trains=SETTLED),

@@ -58,10 +58,6 @@ class Policy:
         pairs = zip(self.probability[a], self.probability[b], strict=True)
         return 1.0 - sum(abs(x - y) for x, y in pairs) / len(self.units)
 
-    def executed(self) -> float:
-        """Share of the blocks that a task runs, in the mean of the tasks: 0..1."""
-        return sum(sum(run) / len(run) for run in self.run.values()) / len(self.run)
-
     def write(self, path: Path) -> None:
         tasks = {
             task: {"probability": [round(value, 6) for value in self.probability[task]], "run": list(map(int, run))}
@@ -72,7 +68,7 @@ class Policy:
     def check_fits(self, model: TaskModel, tasks: list[str], path: Path) -> None:
         """Raise a ``UserError`` unless the policy is for the model's units and has these tasks; ``path``: for the message."""
         units = tuple(unit.name for unit in model.units)
-        if self.units != units:
+        if self.units != units or self.backbone != model.base_name:
             raise UserError(
                 f"policy {path} is for {self.backbone} with {len(self.units)} blocks, this network is {model.base_name} "
                 f"with {len(units)}: their blocks differ"

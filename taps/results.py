@@ -23,7 +23,7 @@ from taps.library import Library
 #: options that may differ when a run is continued: they do not change its result
 FREE_ON_RESUME = (
     "resume", "overwrite", "workers", "device", "multi_gpu", "compile", "result_path", "experiment_name", "phases", "exp_ids",
-    "config", "single_task",
+    "config", "single_task", "policy", "sample",
 )  # fmt: skip
 
 

@@ -51,10 +51,16 @@ def read_reference(path: Path, tasks: Sequence[str]) -> Metrics:
     """
     path = path / "summary.json" if path.is_dir() else path
     stored = read_json(path)
-    metrics = stored.get("single_task") or stored.get("tasks") or {}
+    metrics = stored.get("single_task")
+    if metrics is None and stored.get("method", "single_task") == "single_task":
+        metrics = stored.get("tasks")
     for task in tasks:
-        if not isinstance(metrics.get(task), dict):
-            raise UserError(f"{path} has no results of task {task!r}")
+        own = metrics.get(task) if isinstance(metrics, dict) else None
+        if not isinstance(own, dict) or not own:
+            raise UserError(f"{path} has no single-task results of task {task!r}")
+        wrong = [name for name, value in own.items() if not isinstance(value, (int, float)) or not math.isfinite(value)]
+        if wrong:
+            raise UserError(f"{path}: {wrong[0]} of task {task} is {own[wrong[0]]!r}, not a number")
     return {task: metrics[task] for task in tasks}
 
 

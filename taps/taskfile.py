@@ -14,6 +14,7 @@ Few large tensors instead of many small ones keep the header small: the file is 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,7 +179,7 @@ def check_fits(model: TaskModel, description: dict, path: Path) -> None:
                 f"{path} was made with {key}={description.get(key)!r}, this model has {key}={value!r}: "
                 f"adapt the base with {key}={description.get(key)!r}"
             )
-    if description["options"] != model.options:
+    if description["options"] != json.loads(json.dumps(model.options)):
         raise UserError(f"{path} was made with options {description['options']}, this model has {model.options}")
 
 

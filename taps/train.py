@@ -303,11 +303,15 @@ class _Run:
         images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
         parts = [part for batch in window for part in self._parts(batch, phase)]
         optimizer = self.optimizers[phase.optimizer]
+        # Penalties couple tasks that a forward pass of one task does not use, which DistributedDataParallel cannot follow.
+        by_hand = shared and self.accelerator.num_processes > 1
+        forward = self.model if by_hand else self.forward
         total = 0.0
         for index, (x, call, labels) in enumerate(parts):
             last = index == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.parallel):
-                output = self.forward(x, **call)
+            with nullcontext() if last or by_hand else self.accelerator.no_sync(self.parallel):
+                with self.accelerator.autocast() if by_hand else nullcontext():
+                    output = forward(x, **call)
                 loss = torch.zeros((), device=x.device)
                 for task, own, targets in _by_task(output, call, labels):
                     loss = loss + self._task_loss(task, own, targets, weight) * (
@@ -318,9 +322,19 @@ class _Run:
                     return total
                 self.accelerator.backward(loss)
         self.progress.batch += len(window)
+        if by_hand:
+            self._average_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         return total
+
+    def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every process the mean of all processes' gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def _parts(self, batch, phase: Phase) -> list[tuple[Tensor, dict, Tensor | Mapping[str, Tensor]]]:
         """A batch as the forward passes it takes: images, which tasks the model runs on them, and their labels."""

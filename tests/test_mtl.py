@@ -1,21 +1,25 @@
 """``train_mtl.py`` as a user runs it: all phases, one at a time, stopped and continued, with every method, and with mistakes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import taps
-from options import parse_mtl
+from options import MULTI_TASK_METHODS, parse_mtl
 from taps import commands, mtl
 from taps.benchmark import open_benchmark
 from taps.data.scenes import Recipe, make_scenes
-from taps.methods import METHODS
 from taps.plan import policy_plan, weights_plan
+from taps.policy import Policy
 from taps.presets import preset
 from taps.signals import Interrupted, StopSignals
 from taps.train import fit
@@ -23,7 +27,7 @@ from taps.train import fit
 SMALL = (
     "--model_type", "resnet10t", "--channels", 8, 8, 8, 8, "--head_width", 4, "--crop", 32, "--batch_size", 2, "--iterations", 10,
     "--warmup_iterations", 2, "--weight_iterations", 1, "--policy_iterations", 1, "--retrain_iterations", 4,
-    "--eval_iterations", 2, "--curriculum_speed", 1, "--device", "cpu", "--experiment_name", "run",
+    "--eval_iterations", 2, "--curriculum_speed", 1, "--settle_iterations", 2, "--device", "cpu", "--experiment_name", "run",
 )  # fmt: skip
 
 
@@ -186,6 +190,48 @@ def test_other_programs_say_what_a_multi_task_run_is(complete, here, finished):
         shutil.rmtree(finished[0] / "results/beside")
 
 
+def test_a_policy_of_ones_own_can_be_trained_under(complete, scenes, here, tmp_path):
+    given = complete[0] / "results/run/retrain_001/policy.json"
+    arguments = (
+        "--dataset",
+        scenes,
+        *SMALL,
+        "--policy",
+        given,
+        "--no-sample",
+        "--exp_ids",
+        0,
+        "--phases",
+        "retrain",
+        "test",
+    )
+    done = here("train_mtl.py", *arguments, "--single_task", "none", check=2)
+    assert "leaves no weights to start from: add --retrain_from scratch" in done.stderr
+    here("train_mtl.py", *arguments, "--single_task", "none", "--retrain_from", "scratch")
+    ours, theirs = (
+        json.loads(path.read_text())["tasks"] for path in (tmp_path / "results/run/retrain_000/policy.json", given)
+    )
+    assert ours == theirs
+    done = here("train_mtl.py", *arguments, "--overwrite", check=2)
+    assert "--overwrite starts" in done.stderr
+
+
+def test_retraining_starts_where_policy_learning_ended(complete, scenes, monkeypatch):
+    monkeypatch.chdir(complete[0])
+    options = parse_mtl(["--dataset", str(scenes), *map(str, SMALL)])
+    benchmark = open_benchmark(options, Accelerator(cpu=True))
+    folder = commands.RunFolder(complete[0] / "results/run")
+    run = mtl.MultiTask(options, benchmark, Accelerator(cpu=True), folder, StopSignals())
+    ways = {"semseg": (1.0,) * 4, "normals": (0.0, 1.0, 1.0, 1.0), "depth": (1.0, 0.0, 0.0, 1.0)}
+    model = run.model(benchmark.tasks, policy=Policy("resnet10t", (), {}, ways), start="policy")
+    stored = load_file(complete[0] / "results/run/policy/base.safetensors")
+    parted = [norm for norm in model.task_norms if "depth" in norm.norms]
+    assert parted
+    for norm in parted:
+        assert torch.equal(norm.own("depth").running_mean, stored[f"{norm.name}.running_mean"])
+        assert float(norm.own("depth").running_mean.abs().sum()) > 0
+
+
 def test_settings_of_a_run_are_a_configuration(complete, scenes, tmp_path):
     stored = complete[0] / "results/run/settings.json"
     options = vars(parse_mtl(["--config", str(stored)]))
@@ -203,7 +249,7 @@ def test_settings_of_a_run_are_a_configuration(complete, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("benchmark", ["nyuv2", "cityscapes", "taskonomy", "domainnet", "scenes"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MULTI_TASK_METHODS)
 def test_published_values_fill_every_option(benchmark, method):
     arguments = ["--benchmark", benchmark, "--method", method]
     options = parse_mtl([*arguments, "--dataset", "x"] if benchmark == "domainnet" else arguments)
@@ -229,6 +275,13 @@ def test_published_values_fill_every_option(benchmark, method):
         (("--benchmark", "domainnet"), "needs --dataset"),
         (("--target_rates", 0.5, 0.5, "--method", "dynashare"), "target_rates has 2 values, the network has 4 blocks"),
         (("--resume", "--overwrite"), "exclude each other"),
+        (
+            ("--task_weights", "semsg=2"),
+            "unknown task of benchmark scenes in --task_weights 'semsg'; did you mean 'semseg'",
+        ),
+        (("--method", "dynashare", "--settle_iterations", 4), "leave none of 4 steps for gates to learn"),
+        (("--method", "finetune"), "invalid choice: 'finetune'"),
+        (("--betas", 1, 0.9), "'1' is not a number"),
     ],
 )
 def test_mistakes_are_one_line(scenes, here, tmp_path, arguments, message):
@@ -256,9 +309,6 @@ def test_another_backbones_policy_is_refused_and_nothing_overwritten(complete, s
     (tmp_path / "other.json").write_text(json.dumps(policy))
     done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--policy", "other.json", "--resume", check=2)
     assert "is for resnet10t with 4 blocks, this network is resnet10t with 4: their blocks differ" in done.stderr
-    shutil.copy(tmp_path / "results/run/policy/policy.json", tmp_path / "same.json")
-    done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--policy", "same.json", "--resume", check=2)
-    assert "cannot be resumed with other settings: policy=" in done.stderr
     fresh = [value if value != "run" else "other" for value in SMALL]
     done = here("train_mtl.py", "--dataset", scenes, *fresh, "--policy", "other.json", check=2)
     assert "is for resnet10t with 4 blocks, this network is resnet10t with 4: their blocks differ" in done.stderr
@@ -339,6 +389,42 @@ def test_plans_are_the_published_schedule():
     assert plan.recipe.learning_rate(10) == 0.5
     again = weights_plan(options, {"weights": 636, "policy": 159}, 3)
     assert (again.recipe.epochs, again.batches, again.recipe.seed) == (50, {"train": 400}, 3)
+
+
+def test_two_processes_take_the_same_steps(scenes, tmp_path):
+    """torchrun with gloo on the CPU, with penalties that couple tasks: both ranks hold the same network throughout."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys, json, os\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_mtl, taps.mtl\n"
+        "original = taps.mtl.MultiTask.model\n"
+        "def watch(self, tasks, *rest, **options):\n"
+        "    model = original(self, tasks, *rest, **options)\n"
+        "    models.append(model)\n"
+        "    return model\n"
+        "models = []\n"
+        "taps.mtl.MultiTask.model = watch\n"
+        "score = taps.mtl.score\n"
+        "def note(metrics):\n"
+        "    model = models[-1]\n"
+        "    sums = {n: float(p.double().sum()) for n, p in model.named_parameters()}\n"
+        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps([sums, metrics]) + '\\n')\n"
+        "    return score(metrics)\n"
+        "taps.mtl.score = note\n"
+        "train_mtl.main(sys.argv[1:])\n"
+    )
+    arguments = ("--dataset", scenes, *SMALL, "--method", "dynashare", "--single_task", "none", "--exp_ids", 0)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line += map(str, arguments)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
+    assert first == second
+    assert len(first.splitlines()) == 7
+    assert (tmp_path / "results/run/summary.json").is_file()
+    assert "2 × cpu" in done.stdout
 
 
 def test_interrupted_is_not_swallowed(scenes, monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ kind           array                                      where there is no labe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +44,15 @@ class DenseTask:
         kind: one of :data:`KINDS`.
         channels: of the prediction: the number of classes, 3 for normals, else 1.
         class_weights: of the loss, one a class; ``None`` for equal ones.
+        published: names of what the published programs measure of it, where that is not what is measured of its kind;
+            ``"void"`` where their pixel accuracy counts pixels without a label as wrong.
     """
 
     name: str
     kind: str
     channels: int
     class_weights: tuple[float, ...] | None = None
+    published: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ class DenseData:
         read: from a sample to its image and the label arrays of some tasks.
         crop: side of the training crops in pixels, or (height, width).
         zoom: range of a random scale of training samples; (1, 1) for none.
-        notes: things a person should know of this data, one line each.
     """
 
     name: str
@@ -73,7 +75,6 @@ class DenseData:
     read: Callable[[Mapping[str, Path], Sequence[DenseTask]], dict[str, np.ndarray]]
     crop: int | tuple[int, int] = 321
     zoom: tuple[float, float] = (1.0, 1.0)
-    notes: tuple[str, ...] = field(default=())
 
     def choose(self, names: Sequence[str]) -> DenseData:
         """The same with some of the tasks.

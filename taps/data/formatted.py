@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,8 @@ def read_array(path: Path, shape: tuple[int, ...] | None = None, kinds: str = "u
                 array = np.array(image)
     except Exception as error:  # decoders raise almost anything on damaged files
         raise UserError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+    if array.ndim < 1 + (shape is not None):
+        raise UserError(f"{path} has {array.ndim} dimensions")
     if array.dtype.kind not in kinds:
         raise UserError(f"{path} holds {array.dtype}, which is not what this label is stored as")
     if shape is not None and array.shape[:2] != shape:
@@ -118,6 +120,7 @@ class Layout:
         tasks: what can be predicted.
         decode: from a column's path and array to its labels; by task.
         crop, zoom: as in :class:`taps.data.dense.DenseData`.
+        size: (H, W) that images and labels are brought to by nearest neighbour, as published; ``None`` as they are.
         masks: for a task, another column and the function of its array that says where the task has labels.
     """
 
@@ -127,6 +130,7 @@ class Layout:
     decode: Mapping[str, Callable[[Path, np.ndarray], np.ndarray]]
     crop: int = 321
     zoom: tuple[float, float] = (1.0, 1.0)
+    size: tuple[int, int] | None = None
     masks: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] | None = None
 
 
@@ -166,7 +170,7 @@ def cityscapes(classes: int = 19) -> Layout:
     return Layout(
         list_file="cityscape.json",
         columns=tuple(order),
-        tasks=_tasks(("semseg", "classes", classes), ("depth", "disparity", 1)),
+        tasks=_tasks(("semseg", "classes", classes, None, ("void",)), ("depth", "disparity", 1)),
         decode={
             "semseg": lambda path, array: _labels(path, array, classes, -1),
             "depth": _nyuv2_depth,
@@ -185,8 +189,8 @@ TASKONOMY = Layout(
     list_file="taskonomy.json",
     columns=("image", "semseg", "normals", "depth", "keypoints", "edges"),
     tasks=_tasks(
-        ("semseg", "classes", 17), ("normals", "normals", 3), ("depth", "map", 1), ("keypoints", "map", 1),
-        ("edges", "map", 1),
+        ("semseg", "classes", 17, None, ("cross_entropy",)), ("normals", "normals", 3, None, ("cosine",)), ("depth", "map", 1),
+        ("keypoints", "map", 1), ("edges", "map", 1),
     ),
     decode={
         "semseg": lambda path, array: _labels(path, array, 17, 0, shift=1),
@@ -196,6 +200,7 @@ TASKONOMY = Layout(
         "edges": lambda path, array: _scaled(path, array, 0.08),
     },
     crop=224,
+    size=(256, 256),
     masks={"normals": ("depth", lambda array: array < 64500)},
 )  # fmt: skip
 
@@ -275,7 +280,7 @@ def open_formatted(name: str, root: Path, layout: Layout) -> DenseData:
         channels = tasks["semseg"].channels
         if weights.shape != (channels,) or not (weights > 0).all():
             raise UserError(f"{prior} has shape {weights.shape}; it should hold {channels} weights above 0")
-        tasks["semseg"] = DenseTask("semseg", "classes", channels, tuple(weights.tolist()))
+        tasks["semseg"] = replace(tasks["semseg"], class_weights=tuple(weights.tolist()))
 
     def read(sample: Mapping[str, Path], wanted: Sequence[DenseTask]) -> dict[str, np.ndarray]:
         return read_sample(layout, sample, wanted)
@@ -292,6 +297,8 @@ def read_sample(layout: Layout, sample: Mapping[str, Path], wanted: Sequence[Den
     image = read_array(sample["image"])
     if image.ndim != 3 or image.shape[2] not in (3, 4):
         raise UserError(f"{sample['image']} has shape {image.shape}; an image has three channels")
+    if image.dtype != np.uint8 and image.dtype.kind != "f":
+        raise UserError(f"{sample['image']} holds {image.dtype}; an image is uint8, or numbers in 0..1")
     image = image[..., :3]
     arrays = {"image": np.ascontiguousarray(image if image.dtype == np.uint8 else image.astype(np.float32) * 255.0)}
     for task in wanted:
@@ -302,7 +309,16 @@ def read_sample(layout: Layout, sample: Mapping[str, Path], wanted: Sequence[Den
             valid = mask[1](read_array(sample[mask[0]], image.shape[:2]))
             label = np.where(valid, label, np.float32("nan"))
         arrays[task.name] = label
+    if layout.size is not None:
+        height, width = layout.size
+        rows, columns = np.arange(height) * image.shape[0] // height, np.arange(width) * image.shape[1] // width
+        arrays = {name: _at(array, rows, columns, name == "image") for name, array in arrays.items()}
     return arrays
+
+
+def _at(array: np.ndarray, rows: np.ndarray, columns: np.ndarray, channels_last: bool) -> np.ndarray:
+    """The pixels in some rows and columns."""
+    return np.ascontiguousarray(array[rows][:, columns] if channels_last else array[..., rows, :][..., columns])
 
 
 def layout_of(name: str, classes: int = 19) -> Layout:

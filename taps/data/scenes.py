@@ -299,21 +299,27 @@ def make_scenes(root: Path, recipe: Recipe | None = None) -> None:
     if min(recipe.size) < 16 or min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.difficulty <= 1:
         raise UserError("scenes need 16 pixels a side, one scene a split, and a difficulty in 0..1")
     about = {"version": _VERSION, **asdict(recipe), "size": list(recipe.size)}
+    if _is(root, about):
+        return
     if root.exists() and any(root.iterdir()):
-        if (root / "about.json").is_file() and read_json(root / "about.json") == about:
-            return
-        raise UserError(f"{root} holds other files; move it away, or choose another folder")
+        raise UserError(f"{root} holds other scenes or other files; move it away, or choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
     try:
         building.chmod(0o755)
         _write(building, recipe)
         write_json(building / "about.json", about)
-        if root.exists():
-            root.rmdir()
-        building.rename(root)
+        try:
+            building.rename(root)  # onto nothing, or an empty folder
+        except OSError:
+            if not _is(root, about):  # else another process was faster
+                raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _is(root: Path, about: dict) -> bool:
+    return (root / "about.json").is_file() and read_json(root / "about.json") == about
 
 
 def _write(root: Path, recipe: Recipe) -> None:
