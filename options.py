@@ -462,7 +462,7 @@ def mtl_parser() -> Parser:
     method.add_argument(
         "--norm",
         choices=("task", "follow", "frozen"),
-        help="norm layers: each task's own, only behind tuned layers, or shared",
+        help="norm layers: each task's own; its own only from where it first differs from other tasks; or shared",
     )
     method.add_argument("--lam", type=number(float, 0), metavar="λ", help="taps: weight of the sparsity penalty")
     method.add_argument(
@@ -659,6 +659,12 @@ def mtl_parser() -> Parser:
         help="a YAML or JSON file of options, such as settings.json of an earlier run; the command line overrides it",
     )
     add_output(output, "(default: benchmark and method)")
+    for action in parser._actions:
+        value = preset("scenes", None, "adashare").get(action.dest)
+        if value not in (None, {}):
+            pairs = [f"{name}={number:g}" for name, number in value.items()] if isinstance(value, dict) else value
+            shown = " ".join(map(str, pairs)) if isinstance(pairs, (list, tuple)) else value
+            action.help = f"{action.help} (Scenes: {shown})"
     return parser
 
 

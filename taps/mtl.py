@@ -393,6 +393,18 @@ class MultiTask:
             return found
         return read_reference(Path(source), self.benchmark.tasks) if source not in (None, "none") else None
 
+    def _shown(self, best: str | None) -> list[dict]:
+        """Test samples with what the best network predicts, or each task's own network."""
+        if best is not None:
+            return self.benchmark.shown(self.stored(best, self.benchmark.tasks))
+        shown: list[dict] = []
+        for task in self.benchmark.tasks:
+            own = self.benchmark.shown(self.stored(f"single_task/{task}", [task], "hard_sharing"))
+            shown = shown or own
+            for row, other in zip(shown, own, strict=True):
+                row["predicted"].update(other["predicted"])
+        return shown
+
     def _write(self, found: dict, single: Metrics | None, best: str | None) -> None:
         """``summary.json``, the table and the pictures, by the first process."""
         if not self.accelerator.is_main_process:
@@ -401,12 +413,11 @@ class MultiTask:
         summary = summarise(self.options.method, self.options.seed, seconds, found, single)
         write_json(self.folder.path / "summary.json", summary)
         figures = policy_pictures(self.folder.path)
-        if best is not None:
-            shown = self.benchmark.shown(self.stored(best, self.benchmark.tasks))
-            if shown:
-                figures["predictions"] = plots.maps(
-                    shown, {name: task.kind for name, task in self.benchmark.data.tasks.items()}
-                )
+        shown = self._shown(best)
+        if shown:
+            figures["predictions"] = plots.maps(
+                shown, {name: task.kind for name, task in self.benchmark.data.tasks.items()}
+            )
         pictures = []
         for name, figure in figures.items():
             pictures.append(str(self.folder.path / f"{name}.png"))

@@ -155,6 +155,7 @@ def test_every_method_gives_a_table(complete, scenes, here, tmp_path, method):
         assert summary["delta_t"] == 0.0
     else:
         assert summary["single_task"] == reference
+    assert (tmp_path / "results/run/predictions.png").is_file()
     if method == "hard_sharing":
         assert summary["executed_blocks"] == 1.0
         assert summary["macs_x_single"] == pytest.approx(1 / 3)
