@@ -151,9 +151,8 @@ class MultiTask:
             model.add_task(task, head=self.benchmark.head(task, model.num_features))
         if start is not None:
             self._start_from(model, start)
-        if (
-            policy is not None
-        ):  # after the weights, since tasks that part ways take copies of the base's norms with them
+        if policy is not None:
+            # After the weights: tasks that part ways take copies of the base's norms with them.
             model.follow({task: policy.run[task] for task in tasks})
         return model.to(self.accelerator.device)
 

@@ -70,6 +70,8 @@ def preset(benchmark: str, tasks: int | None, method: str) -> dict:
     known = [count for name, count in _OWN if name == benchmark]
     count = min(known, key=lambda own: abs(own - tasks)) if tasks else known[-1]
     values = {**_COMMON, **_OWN[benchmark, count]}
+    if method == "taps":
+        values["norm"] = "task"
     if method == "dynashare":
         values.update(_DYNASHARE[benchmark])
     return values

@@ -31,6 +31,7 @@ class Recipe:
         lr: learning rate of the first epoch, > 0.
         score_lr: that of the gates; ``None`` is ``lr``.
         base_lr: that of a base that learns too; ``None`` is ``lr``/√K for K tasks, whose gradients add up there.
+        norm_lr: that of the tasks' own norms; ``None`` is ``lr``.
         momentum: of sgd and nag.
         weight_decay: on deltas and heads (and the weights of a base that learns too); never on norms.
         gate_weight_decay: on gates.
@@ -59,6 +60,7 @@ class Recipe:
     lr: float = 0.01
     score_lr: float | None = None
     base_lr: float | None = None
+    norm_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
     gate_weight_decay: float = 0.0
@@ -121,6 +123,7 @@ def make_optimizer(
         raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
     rates = {
         "gate": recipe.score_lr,
+        "norm": recipe.norm_lr,
         "base": recipe.lr / math.sqrt(len(tasks)) if recipe.base_lr is None else recipe.base_lr,
     }
     groups = []
