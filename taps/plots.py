@@ -352,7 +352,8 @@ def _drawn(kind: str, target, predicted) -> tuple:
 
     white = torch.ones(3)
     if kind == "classes":
-        colors = torch.tensor([colormaps["tab20"](index % 20)[:3] for index in range(256)])
+        palette = [color[:3] for name in ("tab20", "tab20b", "tab20c") for color in colormaps[name].colors]
+        colors = torch.tensor([palette[index % len(palette)] for index in range(256)])
         labelled = torch.where((target == 255)[..., None], white, colors[target])
         return labelled.numpy(), colors[predicted.argmax(0)].numpy()
     if kind == "normals":
