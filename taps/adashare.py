@@ -17,22 +17,10 @@ from torch import Tensor, nn
 
 from taps.adapt import Unit
 from taps.errors import UserError
-from taps.gates import Decision, Gate, State
+from taps.gates import Decision, Gate, HardThreshold, State
 
 VARIANTS = ("code", "paper")
 SAMPLINGS = ("soft", "hard")
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The hard value forwards, the soft one's gradient backwards; exactly 0 or 1, unlike hard − soft + soft."""
-
-    @staticmethod
-    def forward(ctx, soft: Tensor) -> Tensor:
-        return (soft >= 0.5).to(soft.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient
 
 
 def gumbel(logits: Tensor, temperature: float, hard: bool, generator: torch.Generator | None = None) -> Tensor:
@@ -50,7 +38,7 @@ def gumbel(logits: Tensor, temperature: float, hard: bool, generator: torch.Gene
     uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     noise = -(-uniform.log()).log()
     soft = ((logits + noise.to(logits)) / temperature).softmax(-1)[..., 0]
-    return _StraightThrough.apply(soft) if hard else soft
+    return HardThreshold.apply(soft, 0.5) if hard else soft
 
 
 class SelectGate(Gate):

@@ -133,10 +133,8 @@ class DenseBenchmark:
 
     def stream(self, split: str, batches: int, seed: int, processes: int, tasks: Sequence[str]):
         """A training loader and its sampler."""
-        data = replace(self.data.choose(tasks), crop=self.data.crop)
-        return make_stream(
-            data, split, self.options.batch_size, batches, seed=seed, workers=self.options.workers, processes=processes
-        )
+        data, size, workers = self.data.choose(tasks), self.options.batch_size, self.options.workers
+        return make_stream(data, split, size, batches, seed=seed, workers=workers, processes=processes)
 
     def evaluate(self, model: TaskModel, split: str, accelerator: Accelerator, limit: int | None = None) -> Metrics:
         """The metrics of every task of the model, in the mode it is in, on a split."""

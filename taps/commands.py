@@ -7,8 +7,10 @@ import signal
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +24,9 @@ from taps.files import read_json
 from taps.model import TaskModel, adapt
 from taps.results import RunFolder, read_tasks
 from taps.signals import Interrupted
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -86,6 +91,21 @@ def make_accelerator(options: Namespace) -> Accelerator:
     some_unused = bool(some_unused) or "variant" in given or "phases" in given
     unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
+
+
+@contextmanager
+def tensorboard(path: Path, wanted: bool) -> Iterator[SummaryWriter | None]:
+    """TensorBoard's file in a results folder for the ``with`` block; ``None`` where it is not wanted."""
+    writer = None
+    if wanted:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
+
+        writer = SummaryWriter(path)
+    try:
+        yield writer
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def read_data(paths: Sequence[str] | None, options: Namespace) -> list[TaskData]:

@@ -153,15 +153,9 @@ class Experiment:
         if not accelerator.is_main_process:
             folder = results.RunFolder(path)
         experiment = cls(options, accelerator, tasks, prepare, folder, stop)
-        if experiment.unfinished and accelerator.is_main_process:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
-
-            experiment.writer = SummaryWriter(path)
-        try:
+        wanted = bool(experiment.unfinished) and accelerator.is_main_process
+        with commands.tensorboard(path, wanted) as experiment.writer:
             yield experiment
-        finally:
-            if experiment.writer is not None:
-                experiment.writer.close()
 
     @property
     def unfinished(self) -> list[TaskData]:

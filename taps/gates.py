@@ -116,8 +116,8 @@ class ConstantGate(Gate):
         return self.decision
 
 
-class _HardThreshold(torch.autograd.Function):
-    """1[s ≥ τ] forwards, the identity backwards (straight-through)."""
+class HardThreshold(torch.autograd.Function):
+    """1[s ≥ τ] forwards, the identity backwards (straight-through); exactly 0 or 1, unlike hard − soft + soft."""
 
     @staticmethod
     def forward(ctx, score: Tensor, threshold: float) -> Tensor:
@@ -162,7 +162,7 @@ class ThresholdGate(Gate):
     def relax(self, x: Tensor | None, state: State) -> Decision:
         if not self.score.requires_grad:  # decided once and for all: a closed unit costs what the base costs
             return self.decide(x)
-        specific = _HardThreshold.apply(self.score, self.threshold)
+        specific = HardThreshold.apply(self.score, self.threshold)
         return Decision(specific=specific, delta_gradient=self.score.detach() if self.ste == "paper" else None)
 
     def decide(self, x: Tensor | None = None) -> Decision:

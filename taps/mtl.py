@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from taps import checkpoint, cost, plots, results
+from taps import checkpoint, commands, cost, plots, results
 from taps.benchmark import Benchmark, Metrics, measure_executed
 from taps.errors import UserError
 from taps.files import read_json, read_tensors, write_json, write_tensors
@@ -79,15 +79,8 @@ class MultiTask:
         if accelerator.is_main_process:
             results.RunFolder.open(path, settings, options.resume or later, options.overwrite)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to refuse a mistake
-
-            run.writer = SummaryWriter(path)
-        try:
+        with commands.tensorboard(path, accelerator.is_main_process) as run.writer:
             yield run
-        finally:
-            if run.writer is not None:
-                run.writer.close()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -202,13 +195,17 @@ class MultiTask:
             stage = f"retrain_{number:03d}"
             if self._is_trained(stage):
                 continue
-            policy = learned
-            if options.sample:
+            path = self.folder.path / stage
+            if checkpoint.read_record(results.RunFolder(path).state_path) is not None:
+                policy = read_policy(path / "policy.json")  # the one under which the stage was begun
+            elif options.sample:
                 policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
+            else:
+                policy = learned
             start = "policy" if options.retrain_from == "policy" else None
             model = self.model(tasks, policy=policy, start=start)
             if self.accelerator.is_main_process:
-                policy.write(self.folder.path / stage / "policy.json")
+                policy.write(path / "policy.json")
             self._fit(stage, model, weights_plan(options, self.sizes, options.seed + number), tasks)
 
     def policy(self) -> Policy:
@@ -341,22 +338,17 @@ class MultiTask:
         stages = sorted(path.parent.name for path in self.folder.path.glob("retrain_*/trained.json"))
         if not stages:
             raise UserError(f"{self.folder.path} has no trained network to test; run --phases retrain first")
-        tested = {}
-        for stage in stages:
-            self._obey()
-            path = self.folder.path / stage / "summary.json"
-            if not path.is_file():
-                model = self.stored(stage, tasks)
-                metrics, rates = measure_executed(
-                    self.benchmark, model, "test", self.accelerator, options.limit_batches
-                )
-                example = self.benchmark.example().to(self.accelerator.device)
-                row = {"tasks": metrics, "executed": rates, **cost.beside_single(model, example)}
-                row["validation_score"] = read_json(path.parent / "trained.json")["validation_score"]
-                if self.accelerator.is_main_process:
-                    write_json(path, row)
-            self.accelerator.wait_for_everyone()
-            tested[stage] = read_json(path)
+
+        def measure(stage: str) -> dict:
+            model = self.stored(stage, tasks)
+            metrics, rates = measure_executed(self.benchmark, model, "test", self.accelerator, options.limit_batches)
+            example = self.benchmark.example().to(self.accelerator.device)
+            validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
+            return {
+                "tasks": metrics, "executed": rates, **cost.beside_single(model, example), "validation_score": validated,
+            }  # fmt: skip
+
+        tested = {stage: self._once(stage, measure) for stage in stages}
         best = max(tested, key=lambda stage: tested[stage]["validation_score"])
         self._write(
             {"retrains": tested, "best": best, "tasks": mean_metrics([row["tasks"] for row in tested.values()])},
@@ -364,32 +356,37 @@ class MultiTask:
             best,
         )
 
-    def _obey(self) -> None:
-        """End the run if it was asked to stop; what is tested stays."""
+    def _once(self, stage: str, measure: Callable[[str], dict]) -> dict:
+        """A stage's ``summary.json``, measured where it is not there yet; the run ends here if it was asked to stop."""
         if self.stop.received is not None:
             raise Interrupted(self.stop.received)
+        path = self.folder.path / stage / "summary.json"
+        if not path.is_file():
+            found = measure(stage)
+            if self.accelerator.is_main_process:
+                write_json(path, found)
+        self.accelerator.wait_for_everyone()
+        return read_json(path)
 
     def _reference(self) -> Metrics | None:
         """The single-task results: measured here, or given."""
         source = self.options.single_task
         if source == "measure" or self.options.method == "single_task":
-            found = {}
-            for task in self.benchmark.tasks:
-                path = self.folder.path / "single_task" / task / "summary.json"
-                self._obey()
-                if not path.is_file():
-                    if not self._is_trained(f"single_task/{task}"):
-                        raise UserError(
-                            f"task {task} has no single-task network yet; run all phases, or --phases retrain test"
-                        )
-                    model = self.stored(f"single_task/{task}", [task], "hard_sharing")
-                    with evaluating(model):
-                        metrics = self.benchmark.evaluate(model, "test", self.accelerator, self.options.limit_batches)
-                    if self.accelerator.is_main_process:
-                        write_json(path, {"tasks": metrics})
-                    self.accelerator.wait_for_everyone()
-                found.update(read_json(path)["tasks"])
-            return found
+
+            def measure(stage: str) -> dict:
+                task = Path(stage).name
+                if not self._is_trained(stage):
+                    raise UserError(
+                        f"task {task} has no single-task network yet; run all phases, or --phases retrain test"
+                    )
+                model = self.stored(stage, [task], "hard_sharing")
+                with evaluating(model):
+                    return {
+                        "tasks": self.benchmark.evaluate(model, "test", self.accelerator, self.options.limit_batches)
+                    }
+
+            stages = [f"single_task/{task}" for task in self.benchmark.tasks]
+            return {task: own for stage in stages for task, own in self._once(stage, measure)["tasks"].items()}
         return read_reference(Path(source), self.benchmark.tasks) if source not in (None, "none") else None
 
     def _shown(self, best: str | None) -> list[dict]:

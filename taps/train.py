@@ -304,7 +304,7 @@ class _Run:
         parts = [part for batch in window for part in self._parts(batch, phase)]
         optimizer = self.optimizers[phase.optimizer]
         # Penalties couple tasks that a forward pass of one task does not use, which DistributedDataParallel cannot follow.
-        by_hand = shared and self.accelerator.num_processes > 1
+        by_hand = (shared or not phase.together) and self.accelerator.num_processes > 1
         forward = self.model if by_hand else self.forward
         total = 0.0
         for index, (x, call, labels) in enumerate(parts):

@@ -34,8 +34,8 @@ LAYERS = {
     "heads": ("backbones", "errors"), "dense": ("data",), "dense_metrics": ("data", "dense"),
     "benchmark": ("commands", "data", "dense", "errors", "heads", "layer", "metrics", "model"),
     "scores": ("benchmark", "errors", "files", "plots", "policy"),
-    "mtl": ("benchmark", "checkpoint", "cost", "errors", "files", "layer", "methods", "model", "plan", "plots", "policy",
-            "results", "scores", "signals", "train"),
+    "mtl": ("benchmark", "checkpoint", "commands", "cost", "errors", "files", "layer", "methods", "model", "plan", "plots",
+            "policy", "results", "scores", "signals", "train"),
     "__init__": ("backbones", "errors", "gates", "methods", "model"),
 }  # fmt: skip
 

@@ -392,7 +392,8 @@ def test_plans_are_the_published_schedule():
     assert (again.recipe.epochs, again.batches, again.recipe.seed) == (50, {"train": 400}, 3)
 
 
-def test_two_processes_take_the_same_steps(scenes, tmp_path):
+@pytest.mark.parametrize(("benchmark", "method"), [("scenes", "dynashare"), ("domainnet", "adashare")])
+def test_two_processes_take_the_same_steps(scenes, tree, tmp_path, benchmark, method):
     """torchrun with gloo on the CPU, with penalties that couple tasks: both ranks hold the same network throughout."""
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -415,7 +416,10 @@ def test_two_processes_take_the_same_steps(scenes, tmp_path):
         "taps.mtl.score = note\n"
         "train_mtl.main(sys.argv[1:])\n"
     )
-    arguments = ("--dataset", scenes, *SMALL, "--method", "dynashare", "--single_task", "none", "--exp_ids", 0)
+    data = (
+        ("--dataset", scenes) if benchmark == "scenes" else ("--dataset", tree, "--input_size", 32, "--no-pretrained")
+    )
+    arguments = ("--benchmark", benchmark, *data, *SMALL, "--method", method, "--single_task", "none", "--exp_ids", 0)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line += map(str, arguments)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 
-from taps.data.images import endless, leave_signals_to_the_main_process, mix_seed
+from taps.data.images import endless, leave_signals_to_the_main_process, mix_seed, planned_loader
 from taps.errors import UserError, unknown
 
 VOID = 255
@@ -254,15 +254,7 @@ def make_stream(
     if len(samples) < batch_size:
         raise UserError(f"{data.name}: --batch_size {batch_size} is larger than the {len(samples)} samples of {split}")
     sampler = StreamSampler(len(samples), batch_size, batches * processes, seed)
-    loader = DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_the_main_process,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return loader, sampler
+    return planned_loader(samples, sampler, workers, seed), sampler
 
 
 def make_evaluation(data: DenseData, split: str, batch_size: int, workers: int = 0) -> DataLoader:

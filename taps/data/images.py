@@ -188,16 +188,24 @@ def make_loader(
     """
     sampler = EpochSampler(len(samples), seed, shuffle=train)
     single_left = train and processes == 1 and len(samples) % batch_size == 1 and len(samples) > 1
-    loader = DataLoader(
-        ImageSet(samples, transform, seed),
-        batch_sampler=BatchSampler(sampler, batch_size, drop_last=single_left),
+    batches = BatchSampler(sampler, batch_size, drop_last=single_left)
+    keep = train  # evaluation is over before its processes would be used again
+    return planned_loader(ImageSet(samples, transform, seed), batches, workers, seed, keep, pin_memory), sampler
+
+
+def planned_loader(
+    samples: Dataset, batches, workers: int, seed: int, keep_workers: bool = True, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of the batches that a sampler has planned; what it gives does not depend on the number of workers."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
         num_workers=workers,
-        persistent_workers=train and workers > 0,  # evaluation is over before they would be used again
+        persistent_workers=keep_workers and workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global one
     )
-    return loader, sampler
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from taps.data.images import ImageSet, Sample, endless, leave_signals_to_the_main_process, mix_seed
+from taps.data.images import ImageSet, Sample, endless, mix_seed, planned_loader
 from taps.errors import UserError, unknown
 
 SAMPLINGS = ("equal", "proportional", "temperature")
@@ -140,12 +139,4 @@ def make_task_loader(
         ImageSet(own, transforms[task], mix_seed(seed, position))
         for position, (task, own) in enumerate(samples.items())
     ]
-    loader = DataLoader(
-        TaskSets(sets),
-        batch_sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_the_main_process,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return loader, sampler
+    return planned_loader(TaskSets(sets), sampler, workers, seed), sampler
