@@ -11,8 +11,9 @@ from pathlib import Path
 from taps.adashare import SAMPLINGS as GATE_SAMPLINGS
 from taps.adashare import VARIANTS
 from taps.arguments import Parser
-from taps.benchmark import BENCHMARKS
+from taps.benchmarks import BENCHMARKS
 from taps.data.formatted import ALIASES
+from taps.data.mimic3 import ALIASES as STAY_ALIASES
 from taps.data.tasks import SAMPLINGS
 from taps.dynashare import TARGET_LOSSES
 from taps.errors import UserError, unknown
@@ -50,6 +51,14 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
         return value
 
     return parse
+
+
+def steps(text: str) -> int | str:
+    """A whole number of steps, or with an ``e`` behind it a number of passes over the training samples."""
+    if not text.endswith("e"):
+        return number(int, 0)(text)
+    number(float, 0, above=True)(text[:-1])
+    return text
 
 
 def boolean(group, name: str, text: str) -> None:
@@ -396,22 +405,55 @@ def mtl_parser() -> Parser:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--benchmark", default="scenes", choices=BENCHMARKS, help="(default: scenes, generated where it is missing)"
+        "--benchmark",
+        default="scenes",
+        choices=BENCHMARKS,
+        help="(default: scenes, generated where it is missing; mimic3 and volumes are generated unless data is named)",
     )
     data.add_argument(
         "--dataset",
         nargs="+",
         metavar="PATH",
-        help="the benchmark's folder (default: datasets/<name>); for domainnet its root, or any folders with train/ and test/",
+        help="the benchmark's folder (default: datasets/<name>, for mimic3 generated stays); for domainnet its root, or any folders with train/ and test/",
     )
     data.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="which of the benchmark's tasks, e.g. semseg normals depth"
+    )
+    data.add_argument(
+        "--images", metavar="DIR", help="volumes: folder of one .npy or .nii.gz file a subject, and of the three lists"
+    )
+    data.add_argument("--labels", metavar="CSV", help="volumes: table with one row a subject")
+    data.add_argument("--cat_target", nargs="+", metavar="COLUMN", help="volumes: columns that are categories")
+    data.add_argument("--num_target", nargs="+", metavar="COLUMN", help="volumes: columns that are numbers")
+    data.add_argument(
+        "--subject_column",
+        default="subjectkey",
+        metavar="COLUMN",
+        help="volumes: of the subjects (default: subjectkey)",
+    )
+    data.add_argument(
+        "--group",
+        nargs="+",
+        metavar="COLUMN",
+        help="volumes: subjects alike in one of these stay together when train is divided, e.g. families",
+    )
+    data.add_argument("--mixed_shapes", action="store_true", help="volumes: of different shapes are brought to one too")
+    data.add_argument("--hours", type=number(int, 8), metavar="N", help="mimic3: hours that are kept of each stay")
+    data.add_argument(
+        "--normalizer",
+        metavar="FILE",
+        help="mimic3: means and stds as .json or .npz (default: normalizer.json in the root)",
     )
     data.add_argument("--num_class", type=int, metavar="N", help="classes of cityscapes: 2, 7 or 19")
     data.add_argument(
         "--crop", type=number(int, 8), metavar="PIXELS", help="side of the training crops of a dense benchmark"
     )
-    data.add_argument("--input_size", type=number(int, 1), metavar="PIXELS", help="side of the images of domainnet")
+    data.add_argument(
+        "--input_size",
+        type=number(int, 1),
+        metavar="N",
+        help="side in pixels of the images of domainnet, in voxels of the cube that volumes are brought to",
+    )
     data.add_argument(
         "--cropped", action="store_true", help="domainnet: scale images without regard to their proportions"
     )
@@ -432,7 +474,17 @@ def mtl_parser() -> Parser:
     )
 
     network = parser.add_argument_group("network")
-    network.add_argument("--model_type", metavar="NAME", help="any timm model with residual blocks")
+    network.add_argument(
+        "--model_type",
+        metavar="NAME",
+        help="any timm model with residual blocks; mimic3: resnet10 to resnet152 or tcn; volumes: resnet10 to resnet152",
+    )
+    network.add_argument(
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mimic3: an answer about an hour depends on no later hour; --no-causal looks ahead, as published",
+    )
     network.add_argument("--model_path", metavar="FILE", help="start from these weights")
     network.add_argument(
         "--pretrained",
@@ -555,14 +607,15 @@ def mtl_parser() -> Parser:
         help="start retraining from the network's first weights or from those of policy learning",
     )
     phases.add_argument(
-        "--iterations", type=number(int, 1), metavar="N", help="steps of warm-up and policy learning together"
+        "--iterations",
+        type=steps,
+        metavar="N",
+        help="steps of warm-up and policy learning together; 20e are as many as 20 passes over train take",
     )
-    phases.add_argument(
-        "--warmup_iterations", type=number(int, 0), metavar="N", help="steps before policies are learned"
-    )
+    phases.add_argument("--warmup_iterations", type=steps, metavar="N", help="steps before policies are learned")
     phases.add_argument(
         "--retrain_iterations",
-        type=number(int, 1),
+        type=steps,
         metavar="N",
         help="steps of training under a policy, and of methods without one",
     )
@@ -578,7 +631,7 @@ def mtl_parser() -> Parser:
         metavar="N",
         help="dynashare: last steps of retraining, in which gates stand still and decide as in evaluation",
     )
-    phases.add_argument("--eval_iterations", type=number(int, 1), metavar="N", help="steps between validations, about")
+    phases.add_argument("--eval_iterations", type=steps, metavar="N", help="steps between validations, about")
 
     training = parser.add_argument_group("training")
     training.add_argument(
@@ -589,6 +642,13 @@ def mtl_parser() -> Parser:
     )
     training.add_argument(
         "--task_weights", nargs="+", type=task_weight, metavar="TASK=X", help="factors of the tasks' losses"
+    )
+    training.add_argument(
+        "--positive_weights",
+        nargs="+",
+        type=task_weight,
+        metavar="TASK=X",
+        help="mimic3: factors of the loss where the answer is yes",
     )
     training.add_argument(
         "--loss_at",
@@ -609,9 +669,7 @@ def mtl_parser() -> Parser:
         help="that of gates which learn with the weights (default: that of --lr)",
     )
     training.add_argument("--decay", choices=DECAYS, help="how they fall")
-    training.add_argument(
-        "--decay_iterations", type=number(int, 1), metavar="N", help="steps between two falls of --decay step"
-    )
+    training.add_argument("--decay_iterations", type=steps, metavar="N", help="steps between two falls of --decay step")
     training.add_argument("--decay_rate", type=number(float, 0, 1, above=True), metavar="X", help="factor of each fall")
     training.add_argument("--betas", nargs=2, type=number(float, 0, 0.999999), metavar="X", help="of adam and adamw")
     training.add_argument(
@@ -677,7 +735,7 @@ def task_weight(text: str) -> tuple[str, float]:
         weight = -1.0
     if not name or not 0 <= weight < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not TASK=X with a number X of at least 0")
-    return ALIASES.get(name, name), weight
+    return {**ALIASES, **STAY_ALIASES}.get(name, name), weight
 
 
 #: entries of a run's settings that are no options, or none that another run should repeat
@@ -725,28 +783,29 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.config:
         options = parser.parse_args([*config_arguments(parser, Path(options.config)), *arguments])
-    published = preset(options.benchmark, len(options.tasks) if options.tasks else None, options.method)
-    if options.task_weights is not None:
-        options.task_weights = {**published["task_weights"], **dict(options.task_weights)}
+    chosen = options.tasks or [*(options.cat_target or ()), *(options.num_target or ())]
+    generated = not options.dataset and not options.images
+    published = preset(options.benchmark, len(chosen) or None, options.method, generated)
+    for name in ("task_weights", "positive_weights"):
+        if getattr(options, name) is not None:
+            setattr(options, name, {**published[name], **dict(getattr(options, name))})
     for name, value in published.items():
         if getattr(options, name, None) is None:
             setattr(options, name, list(value) if isinstance(value, tuple) else value)
     if options.tasks:
-        options.tasks = [ALIASES.get(name, name) for name in options.tasks]
+        options.tasks = [{**ALIASES, **STAY_ALIASES}.get(name, name) for name in options.tasks]
         others = published["task_weights"].keys() - set(options.tasks)
         options.task_weights = {name: value for name, value in options.task_weights.items() if name not in others}
     if options.experiment_name is None:
         options.experiment_name = f"{options.benchmark}_{options.method}"
-    for name in ("model_path", "policy"):
+    for name in ("model_path", "policy", "images", "labels", "normalizer"):
         setattr(options, name, os.path.abspath(getattr(options, name)) if getattr(options, name) else None)
     options.dataset = [os.path.abspath(path) for path in options.dataset] if options.dataset else None
     if options.single_task not in (None, "measure", "none"):
         options.single_task = os.path.abspath(options.single_task)
-    options.resize = round(options.input_size * 8 / 7)
+    options.resize = round((options.input_size or 224) * 8 / 7)
     if options.resume and options.overwrite:
         parser.error("--resume and --overwrite exclude each other")
-    if options.iterations < options.warmup_iterations:
-        parser.error(f"--warmup_iterations {options.warmup_iterations} are more than --iterations {options.iterations}")
     if options.benchmark == "domainnet" and not options.dataset:
         parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
     return options

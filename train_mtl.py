@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from options import parse_mtl
 from taps import commands
-from taps.benchmark import open_benchmark
+from taps.benchmarks import open_benchmark
 from taps.mtl import MultiTask
 from taps.signals import StopSignals
 

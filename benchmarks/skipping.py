@@ -23,14 +23,14 @@ sys.path.insert(0, str(ROOT))
 
 import taps  # noqa: E402
 from taps import cost  # noqa: E402
-from taps.data.dense import DenseTask  # noqa: E402
-from taps.dense import make_loss  # noqa: E402
+from taps.data.shared import Task  # noqa: E402
 from taps.dynashare import InstanceGate  # noqa: E402
 from taps.gates import Decision  # noqa: E402
 from taps.heads import ASPP, create_dense_backbone  # noqa: E402
 from taps.layer import evaluating  # noqa: E402
+from taps.losses import make_loss  # noqa: E402
 
-TASKS = {"semseg": DenseTask("semseg", "classes", 40), "normals": DenseTask("normals", "normals", 3)}
+TASKS = {"semseg": Task("semseg", "classes", 40), "normals": Task("normals", "normals", 3)}
 
 
 def half_by_macs(model: taps.model.TaskModel, x: torch.Tensor) -> list[float]:

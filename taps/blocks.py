@@ -62,6 +62,7 @@ def halves(block: nn.Module) -> Skips:
 BLOCKS: dict[str, Callable[[nn.Module], Skips]] = {
     "BasicBlock": projected,
     "Bottleneck": projected,
+    "TemporalBlock": projected,
     "InvertedResidual": if_it_has_one,
     "DepthwiseSeparableConv": if_it_has_one,
     "EdgeResidual": if_it_has_one,

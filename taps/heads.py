@@ -1,4 +1,4 @@
-"""Heads for maps, and backbones that give feature maps."""
+"""Heads for maps and for the hours of a series, and backbones that give feature maps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from taps.backbones import create_backbone
 from taps.errors import UserError
-
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from taps.residual import CONVOLUTIONS, CausalConv1d
 
 
 class ASPP(nn.Module):
@@ -27,6 +26,7 @@ class ASPP(nn.Module):
         rates: dilations, published (6, 12, 18, 24).
         dropout: probability, published 0.5.
         dimensions: 1, 2 or 3.
+        causal: of one dimension: an output depends on no later position.
 
     Shape:
         (B, in_channels, *positions) to (B, out_channels, *positions).
@@ -40,12 +40,19 @@ class ASPP(nn.Module):
         rates: Sequence[int] = (6, 12, 18, 24),
         dropout: float = 0.5,
         dimensions: int = 2,
+        causal: bool = False,
     ) -> None:
         super().__init__()
-        convolution = _CONVOLUTIONS[dimensions]
+        convolution = CONVOLUTIONS[dimensions]
+
+        def dilated(rate: int) -> nn.Module:
+            if causal:
+                return CausalConv1d(in_channels, width, 3, dilation=rate)
+            return convolution(in_channels, width, 3, padding=rate, dilation=rate)
+
         self.branches = nn.ModuleList(
             nn.Sequential(
-                convolution(in_channels, width, 3, padding=rate, dilation=rate),
+                dilated(rate),
                 nn.ReLU(inplace=True),
                 nn.Dropout(dropout),
                 convolution(width, width, 1),
@@ -58,6 +65,36 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+
+class HourHead(nn.Module):
+    """Answers for every hour from features that stand for several hours each.
+
+    An ASPP head whose channels are the answers for the hours of one position; they are put in a row. Behind a causal
+    network with stride S position j has seen hours 0..S·j − 1 and answers for hours S·j − 1 .. S·j + S − 2.
+
+    Args:
+        in_channels: of the features.
+        out_channels: K, answers an hour.
+        hours: T.
+        stride: S, hours a position.
+        shifted: whether the network puts an empty hour in front.
+        **options: of :class:`ASPP`.
+
+    Shape:
+        (B, in_channels, P) to (B, K, T).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, hours: int, stride: int = 1, shifted: bool = False, **options
+    ) -> None:
+        super().__init__()
+        self.hours, self.stride, self.shifted = hours, stride, shifted
+        self.answers = ASPP(in_channels, out_channels * stride, dimensions=1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = self.answers(x).unflatten(1, (-1, self.stride)).transpose(2, 3).flatten(2)
+        return answers[..., int(self.shifted) :][..., : self.hours]
 
 
 class TokenMap(nn.Module):

@@ -24,13 +24,14 @@ import torch
 from accelerate import Accelerator
 
 from taps import checkpoint, commands, cost, plots, results
-from taps.benchmark import Benchmark, Metrics, measure_executed
+from taps.benchmarks import Benchmark, Metrics
+from taps.benchmarks.executed import measure_executed
 from taps.errors import UserError
 from taps.files import read_json, read_tensors, write_json, write_tensors
 from taps.layer import batch_statistics, evaluating
 from taps.methods import METHODS
 from taps.model import TaskModel, adapt
-from taps.plan import POLICY_METHODS, Plan, policy_plan, weights_plan
+from taps.plan import POLICY_METHODS, Plan, policy_plan, resolve_passes, weights_plan
 from taps.policy import Policy, read_policy
 from taps.scores import mean_metrics, policy_pictures, read_reference, score, summarise, table
 from taps.signals import Interrupted, StopSignals
@@ -73,6 +74,7 @@ class MultiTask:
             raise UserError(f"{path} holds no run; start it with --phases policy, or all phases")
         if later and options.overwrite and exists:
             raise UserError(f"--overwrite starts {path} again from its first phase; leave it out, or name all --phases")
+        resolve_passes(options, benchmark.size("train"))
         settings = {**vars(options), "tasks": benchmark.tasks}
         run = cls(options, benchmark, accelerator, results.RunFolder(path), stop)
         run.check()
@@ -303,6 +305,8 @@ class MultiTask:
             f"{self.benchmark.size(split)} {split}" for split in ("train", "weights", "policy", "val", "test")
         )
         say(f"  samples: {sizes}")
+        for note in self.benchmark.notes:
+            say(f"  {note}")
         if not options.val_fraction:
             say(
                 "  no validation samples are taken out of train: without a val list choices are made on test, as published"
@@ -411,9 +415,7 @@ class MultiTask:
         figures = policy_pictures(self.folder.path)
         shown = self._shown(best)
         if shown:
-            figures["predictions"] = plots.maps(
-                shown, {name: task.kind for name, task in self.benchmark.data.tasks.items()}
-            )
+            figures["predictions"] = self.benchmark.picture(shown)
         pictures = []
         for name, figure in figures.items():
             pictures.append(str(self.folder.path / f"{name}.png"))

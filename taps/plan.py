@@ -62,6 +62,26 @@ def _recipe(options: Namespace, steps: int, seed: int, **changes) -> Recipe:
     )
 
 
+#: options that are numbers of steps, or of passes over the training samples
+STEPS = ("iterations", "warmup_iterations", "retrain_iterations", "eval_iterations", "decay_iterations")
+
+
+def resolve_passes(options: Namespace, samples: int) -> None:
+    """Turn numbers of passes over ``samples`` training samples, such as ``"69e"``, into numbers of steps.
+
+    Raises:
+        UserError: if warm-up takes more steps than there are.
+    """
+    for name in STEPS:
+        value = getattr(options, name)
+        if isinstance(value, str):
+            setattr(options, name, max(round(float(value[:-1]) * samples / options.batch_size), 1))
+    if options.iterations < options.warmup_iterations:
+        raise UserError(
+            f"--warmup_iterations {options.warmup_iterations} are more than --iterations {options.iterations}"
+        )
+
+
 def cycle_steps(options: Namespace, sizes: dict[str, int]) -> tuple[int, int]:
     """Weight and policy steps of a cycle: as the options say, or one pass over the data of each."""
     weights = options.weight_iterations or max(sizes["weights"] // options.batch_size, 1)

@@ -27,13 +27,13 @@ def stage_of(name: str) -> str:
     return parts[0]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _bare(axes) -> None:
+def bare(axes) -> None:
     axes.tick_params(which="both", length=0)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -55,7 +55,7 @@ def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[s
     names = list(tasks)
     units = [row["name"] for row in tasks[names[0]]]
     matrix = [[float(is_tuned(row)) for row in tasks[name]] for name in names]
-    figure = _figure(min(max(0.17 * len(units) + 3.2, 7), 26), 0.3 * len(names) + 2.3)
+    figure = new_figure(min(max(0.17 * len(units) + 3.2, 7), 26), 0.3 * len(names) + 2.3)
     axes = figure.add_subplot()
     axes.imshow(matrix, aspect="auto", cmap=ListedColormap([_SHARED, _TUNED]), vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
@@ -77,7 +77,7 @@ def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[s
         fontsize=8,
     )
     axes.set_xlabel(f"layers in network order, {len(units)} in all")
-    _bare(axes)
+    bare(axes)
     shortcuts = [index for index, unit in enumerate(units) if any(word in unit for word in _SHORTCUTS)]
     if shortcuts:
         above = axes.secondary_xaxis("top")
@@ -103,7 +103,7 @@ def sizes(summary: Mapping) -> Figure:
     """Accuracy and stored parameters of each task of a ``summary.json``, side by side."""
     rows = summary["tasks"]
     names = list(rows)
-    figure = _figure(9, 0.3 * len(names) + 1.6)
+    figure = new_figure(9, 0.3 * len(names) + 1.6)
     left, right = figure.subplots(1, 2, sharey=True)
     values = [row["accuracy"] for row in rows.values()]
     bars = left.barh(names, values, color=_SECOND, height=0.7)
@@ -149,7 +149,7 @@ def scores(metrics: Iterable[Mapping], threshold: float) -> Figure | None:
         return None
     columns = min(len(tasks), max(3, math.ceil(math.sqrt(len(tasks)))))
     lines = math.ceil(len(tasks) / columns)
-    figure = _figure(max(2.6 * columns + 1.6, 6), max(2.0 * lines + 0.9, 3.6))
+    figure = new_figure(max(2.6 * columns + 1.6, 6), max(2.0 * lines + 0.9, 3.6))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     depth = colormaps["viridis"]
     for axes in panels.flat[len(tasks) :]:
@@ -179,7 +179,7 @@ def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
     tuned = [{row["name"] for row in tasks[name] if is_tuned(row)} for name in names]
     shared = [[100 * len(a & b) / max(len(a | b), 1) for b in tuned] for a in tuned]
     side = 0.42 * len(names) + 2.4
-    figure = _figure(side + 1.2, side)
+    figure = new_figure(side + 1.2, side)
     axes = figure.add_subplot()
     image = axes.imshow(shared, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -189,7 +189,7 @@ def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
             text = str(len(tuned[row])) if row == column else f"{shared[row][column]:.0f}"
             color = "white" if shared[row][column] > 60 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-    _bare(axes)
+    bare(axes)
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("tuned by both, % of tuned by either", fontsize=8)
     axes.set_title("which tasks tune the same layers (diagonal: how many)", fontsize=9, loc="left")
     return figure
@@ -205,7 +205,7 @@ def trade_off(
         labels: what is written at each point, e.g. λ; the run's name by default.
         groups: which line each run lies on, e.g. its way of training; one line by default.
     """
-    figure = _figure(7, 4.4)
+    figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
     colors = (_TUNED, _SECOND, "#4f9d69", "#8a5fa8", "#b08d2f", "#5f6b78")
     lines: dict[str, list[tuple[float, float, str]]] = {}
@@ -237,7 +237,7 @@ def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]
     """
     columns = min(len(outputs), max(3, math.ceil(math.sqrt(len(outputs)))))
     lines = math.ceil(len(outputs) / columns)
-    figure = _figure(2.6 + 3.0 * columns, max(2.6, 1.4 * lines + 0.4))
+    figure = new_figure(2.6 + 3.0 * columns, max(2.6, 1.4 * lines + 0.4))
     grid = figure.add_gridspec(lines, columns + 1, width_ratios=[1.0] + [1.1] * columns)
     picture = figure.add_subplot(grid[:, 0])
     picture.imshow(image)
@@ -254,7 +254,7 @@ def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]
         axes.set_xticks([])
         axes.invert_yaxis()
         axes.set_title(task, fontsize=9, loc="left")
-        _bare(axes)
+        bare(axes)
     return figure
 
 
@@ -268,7 +268,7 @@ def policy(learned, executed: Mapping[str, Mapping[str, Sequence[float]]] | None
     """
     panels = {"learned probability": learned.probability, **(executed or {})}
     names, count = list(learned.run), len(learned.units)
-    figure = _figure(min(max(0.34 * count + 3.0, 7), 26), len(panels) * (0.28 * len(names) + 0.5) + 1.2)
+    figure = new_figure(min(max(0.34 * count + 3.0, 7), 26), len(panels) * (0.28 * len(names) + 0.5) + 1.2)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, shares) in zip(grid, panels.items(), strict=True):
         axes.imshow([shares[name] for name in names], aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
@@ -287,7 +287,7 @@ def policy(learned, executed: Mapping[str, Mapping[str, Sequence[float]]] | None
                 if count <= 40:
                     color = "white" if value > 0.7 else "black"
                     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-        _bare(axes)
+        bare(axes)
     grid[-1].set_xticks(range(count), learned.units, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
     grid[-1].set_xlabel(f"residual blocks of {learned.backbone} in network order")
     return figure
@@ -298,7 +298,7 @@ def similarity(learned) -> Figure:
     names = list(learned.run)
     values = [[100 * learned.similarity(a, b) for b in names] for a in names]
     side = 0.6 * len(names) + 2.4
-    figure = _figure(side + 1.2, side)
+    figure = new_figure(side + 1.2, side)
     axes = figure.add_subplot()
     low = min(min(row) for row in values)
     image = axes.imshow(values, cmap="Blues", vmin=math.floor(low / 10) * 10 if low < 100 else 90, vmax=100)
@@ -309,7 +309,7 @@ def similarity(learned) -> Figure:
         for column, value in enumerate(line):
             color = "white" if value > middle else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    _bare(axes)
+    bare(axes)
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("policies alike, %", fontsize=8)
     axes.set_title("which tasks run the same blocks", fontsize=9, loc="left")
     return figure
@@ -324,7 +324,7 @@ def maps(samples: Sequence[Mapping], kinds: Mapping[str, str]) -> Figure:
     """
     tasks = list(kinds)
     height, width = samples[0]["image"].shape[:2]
-    figure = _figure(1.9 * (1 + 2 * len(tasks)), 1.9 * height / width * len(samples) + 0.5)
+    figure = new_figure(1.9 * (1 + 2 * len(tasks)), 1.9 * height / width * len(samples) + 0.5)
     grid = figure.subplots(len(samples), 1 + 2 * len(tasks), squeeze=False)
     for axes, sample in zip(grid, samples, strict=True):
         image = sample["image"]
@@ -341,7 +341,7 @@ def maps(samples: Sequence[Mapping], kinds: Mapping[str, str]) -> Figure:
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-        _bare(axes)
+        bare(axes)
     return figure
 
 

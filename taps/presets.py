@@ -1,7 +1,9 @@
 """Published configurations of the multi-task benchmarks, by benchmark and number of tasks, and that of the offline default.
 
 Where a number of tasks was not published, the nearest published one is taken. NYUv2, CityScapes and Taskonomy: AdaShare's and
-DynaShare's settings files; DomainNet: AdaShare's branch of that name.
+DynaShare's settings files; DomainNet: AdaShare's branch of that name; MIMIC-III: DynaShare's program for it, with the loss
+weights as it applies them (twice); volumes: the fork of AdaShare for the ABCD study, whose 30 + 120 epochs over 30 % and 35 % of
+the training subjects are 9 + 60 passes over all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ _COMMON = {
     "temperature_decay": 0.965, "curriculum_speed": 3, "retrain_from": "scratch", "settle_iterations": 0,
     "exp_ids": tuple(range(8)), "target_weight": 25.0,
     "policy_fraction": 0.2, "val_fraction": 0.1, "input_size": 224, "task_weights": {}, "lam": 1.0, "num_class": 19,
-    "single_task": None,
+    "single_task": None, "hours": 170, "causal": True, "positive_weights": {},
 }  # fmt: skip
 
 _OWN: dict[tuple[str, int], dict] = {
@@ -44,6 +46,20 @@ _OWN: dict[tuple[str, int], dict] = {
         "sparsity_weight": 0.01, "sharing_weight": 0.1, "curriculum_speed": 1, "weights_optimizer": "adam",
         "decay_iterations": 2000, "decay_rate": 0.3,
     },
+    ("mimic3", 4): {
+        "tasks": ("ihm", "decomp", "los", "pheno"), "model_type": "resnet18", "batch_size": 256, "lr": 1e-3, "base_lr": 1e-3,
+        "sparsity_weight": 0.001, "sharing_weight": 0.05, "iterations": 1000, "warmup_iterations": 500,
+        "weight_iterations": 10, "policy_iterations": 1, "eval_iterations": 50, "curriculum_speed": 3,
+        "positive_weights": {"ihm": 5.0, "decomp": 500.0, "pheno": 5.0},
+        "task_weights": {"ihm": 1.0, "decomp": 4.0, "los": 4.0, "pheno": 1.0}, "retrain_iterations": 1000,
+        "decay_iterations": 4000,
+    },
+    ("volumes", 2): {
+        "model_type": "resnet50", "input_size": 96, "lr": 1e-3, "base_lr": 1e-6, "wd": 1e-3, "policy_lr": 1e-4,
+        "sparsity_weight": 0.05, "sharing_weight": 0.05, "policy_fraction": 0.5, "iterations": "69e",
+        "warmup_iterations": "9e", "retrain_iterations": "69e", "eval_iterations": "1e", "decay": "constant",
+        "curriculum_speed": 1, "exp_ids": (0,),
+    },
     ("scenes", 3): {
         "tasks": ("semseg", "normals", "depth"), "model_type": "resnet18", "channels": (16, 32, 48, 64), "crop": 64,
         "head_width": 32, "head_rates": (1, 2, 3, 4), "head_dropout": 0.0, "loss_at": "label", "lr": 3e-3, "base_lr": 3e-3,
@@ -56,22 +72,48 @@ _OWN: dict[tuple[str, int], dict] = {
 }  # fmt: skip
 
 #: DynaShare's own settings, on top of AdaShare's; instance gates are trained from the policy's weights
-_DYNASHARE: dict[str, dict] = {
+_DYNASHARE: dict[str | tuple[str, bool], dict] = {
     "nyuv2": {"retrain_iterations": 50_000, "decay_iterations": 10_000, "retrain_from": "policy", "target_rates": (0.55,)},
     "cityscapes": {"retrain_iterations": 50_000, "retrain_from": "policy", "target_rates": (1.0,) * 7 + (0.99,) * 9},
     "taskonomy": {"retrain_from": "policy", "target_rates": (0.55,)},
     "domainnet": {"retrain_from": "policy", "target_rates": (0.55,)},
+    "mimic3": {"retrain_from": "policy", "target_rates": (1.0,) * 6 + (0.9, 1.0)},
+    "volumes": {"retrain_from": "policy", "target_rates": (0.55,)},
     "scenes": {"target_rates": (0.75,), "target_weight": 1.0, "score_lr": 0.05, "settle_iterations": 60},
+    ("mimic3", True): {"target_rates": (0.75,), "target_weight": 1.0, "score_lr": 0.05, "settle_iterations": 60},
+    ("volumes", True): {"target_rates": (0.75,), "target_weight": 1.0, "score_lr": 0.05, "settle_iterations": 60},
+}  # fmt: skip
+
+#: settings of the generated data that is used where none is named, on top of those of the benchmark
+_GENERATED: dict[str, dict] = {
+    "mimic3": {
+        "channels": (16, 24, 32, 48), "head_width": 16, "head_rates": (1, 2), "head_dropout": 0.1, "hours": 120, "batch_size": 32,
+        "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "decay": "cosine", "weights_optimizer": "adam", "policy_lr": 0.05,
+        "policy_wd": 0.0, "sparsity_weight": 0.01, "sharing_weight": 0.01, "positive_weights": {}, "task_weights": {},
+        "iterations": 400, "warmup_iterations": 150, "retrain_iterations": 200, "weight_iterations": 12,
+        "policy_iterations": 6, "eval_iterations": 60, "curriculum_speed": 1, "temperature_decay": 0.8,
+        "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
+    },
+    "volumes": {
+        "model_type": "resnet18", "channels": (8, 12, 16, 24), "input_size": None, "batch_size": 16, "lr": 3e-3, "base_lr": 3e-3,
+        "betas": (0.9, 0.999), "wd": 1e-4, "decay": "cosine", "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0,
+        "sparsity_weight": 0.01, "sharing_weight": 0.01, "policy_fraction": 0.3, "iterations": 400, "warmup_iterations": 150,
+        "retrain_iterations": 200, "weight_iterations": 12, "policy_iterations": 6, "eval_iterations": 60,
+        "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
+    },
 }  # fmt: skip
 
 
-def preset(benchmark: str, tasks: int | None, method: str) -> dict:
-    """The values of options for a benchmark, a number of tasks (``None``: the published ones) and a method."""
+def preset(benchmark: str, tasks: int | None, method: str, generated: bool = False) -> dict:
+    """The values of options for a benchmark, a number of tasks (``None``: the published ones), a method, and whether the
+    data is what is generated where none is named."""
     known = [count for name, count in _OWN if name == benchmark]
     count = min(known, key=lambda own: abs(own - tasks)) if tasks else known[-1]
-    values = {**_COMMON, **_OWN[benchmark, count]}
+    values = {**_COMMON, **_OWN[benchmark, count], **(_GENERATED.get(benchmark, {}) if generated else {})}
     if method == "taps":
         values["norm"] = "task"
     if method == "dynashare":
-        values.update(_DYNASHARE[benchmark])
+        values.update(
+            _DYNASHARE[benchmark, generated] if (benchmark, generated) in _DYNASHARE else _DYNASHARE[benchmark]
+        )
     return values

@@ -1,15 +1,15 @@
-"""The outcome of a multi-task run: one number to compare epochs by, the summary, its table and its policy pictures."""
+"""The outcome of a multi-task run: Δ_T, one number to compare epochs by, the summary, its table and its policy pictures."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taps import plots
-from taps.benchmark import Metrics
+from taps.benchmarks import Metrics
 from taps.errors import UserError
 from taps.files import read_json
 from taps.policy import read_policy
@@ -17,14 +17,47 @@ from taps.policy import read_policy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: metrics of which less is better
+LOWER_IS_BETTER = frozenset(
+    {
+        "mean_angle",
+        "median_angle",
+        "rmse_angle",
+        "abs_error",
+        "rel_error",
+        "rmse",
+        "error",
+        "cross_entropy",
+        "mad",
+        "mae",
+    }
+)
+#: metrics that do not count for Δ_T: the published tables lack the first two; of an R² near 0 every gain is endless
+NOT_COUNTED = frozenset({"rmse", "rmse_angle", "r2"})
+
+
+def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    r"""Δ_{T_i} in percent: the mean over a task's metrics of (−1)^{l_j} (M_j − M_j^{single}) / M_j^{single} · 100, where l_j = 1
+    for a metric of which less is better (AdaShare §4)."""
+    gains = []
+    for name, value in metrics.items():
+        if reference.get(name) and name not in NOT_COUNTED and not math.isnan(value):
+            gain = (value - reference[name]) / abs(reference[name])
+            gains.append(-gain if name in LOWER_IS_BETTER else gain)
+    return 100.0 * sum(gains) / len(gains) if gains else math.nan
+
+
+def delta_t(metrics: Mapping[str, Mapping[str, float]], reference: Mapping[str, Mapping[str, float]]) -> float:
+    """Δ_T in percent: the mean of :func:`relative_gain` over the tasks."""
+    gains: Iterable[float] = [relative_gain(own, reference[task]) for task, own in metrics.items()]
+    return sum(gains) / len(metrics)
+
 
 def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
     """One number to compare epochs by, the larger the better: the mean over tasks of the mean over metrics of ±log M.
 
     A difference of 0.01 is a gain of about 1 % relative to whatever reference.
     """
-    from taps.dense_metrics import LOWER_IS_BETTER, NOT_COUNTED
-
     means = []
     for own in metrics.values():
         values = [
@@ -66,8 +99,6 @@ def read_reference(path: Path, tasks: Sequence[str]) -> Metrics:
 
 def summarise(method: str, seed: int, seconds: float, found: dict, single: Metrics | None) -> dict:
     """The contents of ``summary.json`` (see ``results/README.md``)."""
-    from taps.dense_metrics import delta_t
-
     rows = found["retrains"]
     gains = {stage: delta_t(row["tasks"], single) for stage, row in rows.items()} if single else {}
 

@@ -84,7 +84,7 @@ def fit(
         task: one name or several.
         loader, sampler: for one task from :func:`taps.data.images.make_loader`, batches (images, labels); for several
             from :func:`taps.data.tasks.make_task_loader`, batches (images, labels, positions of their tasks), or from
-            :func:`taps.data.dense.make_stream`, batches (images, labels by task). Several streams by name, if the
+            :func:`taps.data.shared.make_stream`, batches (images, labels by task). Several streams by name, if the
             phases name them.
         recipe: how.
         accelerator: devices, processes and precision; one process on the default device if ``None``.

@@ -11,9 +11,10 @@ from conftest import ROOT
 from PIL import Image
 
 from taps.data import formatted
-from taps.data.dense import VOID, DenseSet, StreamSampler, make_evaluation, make_stream, split_train
+from taps.data.dense import DenseSet
 from taps.data.formatted import layout_of, open_formatted
 from taps.data.scenes import Recipe, make_scenes, render
+from taps.data.shared import VOID, StreamSampler, make_evaluation, make_stream, split_train
 
 SAMPLES = ROOT.parent / "shared/data/nyu_v2_samples"
 TINY = Recipe(size=(32, 40), train=10, val=3, test=4)
@@ -97,7 +98,7 @@ def test_scenes_folder_is_whole_or_not_there(scenes, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in scenes.rglob("*")}
     make_scenes(scenes, TINY)
     assert before == {path: path.stat().st_mtime_ns for path in scenes.rglob("*")}, "the same is kept"
-    with pytest.raises(ValueError, match="holds other scenes or other files"):
+    with pytest.raises(ValueError, match="holds other data"):
         make_scenes(scenes, Recipe(size=(32, 40), train=11, val=3, test=4))
     with pytest.raises(ValueError, match="scenes need 16 pixels"):
         make_scenes(tmp_path / "x", Recipe(size=(8, 8)))
@@ -368,8 +369,8 @@ def test_loaders_give_the_same_for_any_number_of_workers(scenes):
 def test_real_nyuv2_samples_go_all_the_way(tmp_path):
     """Loader, losses, metrics and pictures with four real images."""
     from taps import plots
-    from taps.dense import make_loss
-    from taps.dense_metrics import make_metric
+    from taps.losses import make_loss
+    from taps.meters import make_metric
 
     shutil.copytree(SAMPLES, tmp_path / "nyu")
     names = sorted(path.stem for path in SAMPLES.glob("img/*.png"))

@@ -31,12 +31,19 @@ LAYERS = {
     "experiment": ("budget", "checkpoint", "commands", "data", "errors", "files", "layer", "metrics", "model", "plots", "recipe",
                    "results", "signals", "taskfile", "train"),
     "policy": ("errors", "files", "model"), "plan": ("errors", "methods", "recipe"), "presets": (),
-    "heads": ("backbones", "errors"), "dense": ("data",), "dense_metrics": ("data", "dense"),
-    "benchmark": ("commands", "data", "dense", "errors", "heads", "layer", "metrics", "model"),
-    "scores": ("benchmark", "errors", "files", "plots", "policy"),
-    "mtl": ("benchmark", "checkpoint", "commands", "cost", "errors", "files", "layer", "methods", "model", "plan", "plots",
+    "residual": ("errors",), "heads": ("backbones", "errors", "residual"), "losses": ("data",),
+    "record_meters": ("data", "losses"), "meters": ("data", "losses", "record_meters"), "record_plots": ("losses", "plots"),
+    "scores": ("benchmarks", "errors", "files", "plots", "policy"),
+    "mtl": ("benchmarks", "checkpoint", "commands", "cost", "errors", "files", "layer", "methods", "model", "plan", "plots",
             "policy", "results", "scores", "signals", "train"),
     "__init__": ("backbones", "errors", "gates", "methods", "model"),
+}  # fmt: skip
+
+#: package inside taps -> the modules of taps that its files may import
+PACKAGES = {
+    "benchmarks": ("backbones", "benchmarks", "commands", "data", "errors", "heads", "layer", "losses", "meters", "metrics",
+                   "model", "plots", "record_plots", "residual"),
+    "data": ("arguments", "commands", "data", "errors", "files"),
 }  # fmt: skip
 
 
@@ -56,6 +63,13 @@ def imports(path, top_only: bool) -> set[str]:
 def test_imports_go_one_way(module):
     names = {name.split(".")[1] for name in imports(ROOT / "taps" / f"{module}.py", True) if name.startswith("taps.")}
     assert names <= set(LAYERS[module])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_what_is_below_them(package):
+    for path in (ROOT / "taps" / package).glob("*.py"):
+        names = {name.split(".")[1] for name in imports(path, False) if name.startswith("taps.")}
+        assert names <= set(PACKAGES[package]), path
 
 
 def test_every_module_is_in_the_table_and_none_imports_the_options():
@@ -87,7 +101,12 @@ def test_every_option_is_read():
         "options.py",
         "taps/commands.py",
         "taps/experiment.py",
-        "taps/benchmark.py",
+        "taps/benchmarks/__init__.py",
+        "taps/benchmarks/classes.py",
+        "taps/benchmarks/dense.py",
+        "taps/benchmarks/shared.py",
+        "taps/benchmarks/stays.py",
+        "taps/benchmarks/volumes.py",
         "taps/mtl.py",
         "taps/plan.py",
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import taps
 from options import MULTI_TASK_METHODS, parse_mtl
 from taps import commands, mtl
-from taps.benchmark import open_benchmark
+from taps.benchmarks import open_benchmark
 from taps.data.scenes import Recipe, make_scenes
 from taps.plan import policy_plan, weights_plan
 from taps.policy import Policy

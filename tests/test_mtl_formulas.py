@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 import taps
 from taps.adashare import SelectGate, gumbel, sharing, sparsity
-from taps.data.dense import VOID, DenseTask
-from taps.dense import make_loss
-from taps.dense_metrics import delta_t, make_metric, relative_gain
+from taps.data.shared import VOID, Task
 from taps.dynashare import InstanceGate, target_rate
 from taps.gates import ConstantGate, State
 from taps.heads import ASPP
+from taps.losses import make_loss
+from taps.meters import make_metric
+from taps.scores import delta_t, relative_gain
 
 
 def seeded(seed):
@@ -431,7 +432,7 @@ SMALL = (4, 5)
 
 
 def dense_task(kind, weights=None):
-    return DenseTask("a", kind, CHANNELS[kind], weights)
+    return Task("a", kind, CHANNELS[kind], weights)
 
 
 def label_of(kind, size, rng, batch=3, missing=0.3):
@@ -534,7 +535,7 @@ def test_losses_of_batches_without_labels(kind, weights, size, at_output):
 
 def streamed(kind, batches, published=False, channels=None):
     """The library's metric over batches of (prediction, label)."""
-    metric = make_metric(DenseTask("a", kind, channels or CHANNELS[kind]), published)
+    metric = make_metric(Task("a", kind, channels or CHANNELS[kind]), published)
     for prediction, label in batches:
         metric.update(torch.tensor(prediction), torch.tensor(label))
     return metric.compute()

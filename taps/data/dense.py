@@ -1,4 +1,4 @@
-"""Images with maps as labels: what a dense benchmark is, how it is read and prepared, and loaders of exact order.
+"""Images with maps as labels: what a dense benchmark is, how it is read and prepared.
 
 Whatever a benchmark's files look like, a sample is a dict of arrays in one encoding:
 
@@ -6,7 +6,7 @@ Whatever a benchmark's files look like, a sample is a dict of arrays in one enco
 kind           array                                      where there is no label
 =============  =========================================  ==========================
 ``image``      uint8 or float 0..255, (H, W, 3), RGB
-``classes``    int64, (H, W)                              :data:`VOID`
+``classes``    int64, (H, W)                              ``VOID``
 ``normals``    float32, (3, H, W), unit vectors           NaN
 ``depth``      float32, (1, H, W), > 0                    NaN
 ``disparity``  float32, (1, H, W), > 0, inverse depth     NaN
@@ -16,114 +16,43 @@ kind           array                                      where there is no labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from taps.data.images import endless, leave_signals_to_the_main_process, mix_seed, planned_loader
-from taps.errors import UserError, unknown
+from taps.data.images import mix_seed
+from taps.data.shared import VOID, SharedData, Task
 
-VOID = 255
 KINDS = ("classes", "normals", "depth", "disparity", "map")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class DenseTask:
-    """One map to predict for every image.
+class DenseData(SharedData):
+    """A dense benchmark; a sample is the paths of its files by column.
 
     Attributes:
-        name: the task's name.
-        kind: one of :data:`KINDS`.
-        channels: of the prediction: the number of classes, 3 for normals, else 1.
-        class_weights: of the loss, one a class; ``None`` for equal ones.
-        published: names of what the published programs measure of it, where that is not what is measured of its kind;
-            ``"void"`` where their pixel accuracy counts pixels without a label as wrong.
-    """
-
-    name: str
-    kind: str
-    channels: int
-    class_weights: tuple[float, ...] | None = None
-    published: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class DenseData:
-    """A dense benchmark.
-
-    Attributes:
-        name: for messages.
-        tasks: by name.
-        splits: lists of samples, each the paths of its files by column: ``train``, ``val``, ``test``, and ``weights`` and
-            ``policy``, two disjoint parts of ``train`` that learn the weights and the policies.
         read: from a sample to its image and the label arrays of some tasks.
         crop: side of the training crops in pixels, or (height, width).
         zoom: range of a random scale of training samples; (1, 1) for none.
     """
 
-    name: str
-    tasks: Mapping[str, DenseTask]
-    splits: Mapping[str, Sequence[Mapping[str, Path]]]
-    read: Callable[[Mapping[str, Path], Sequence[DenseTask]], dict[str, np.ndarray]]
+    read: Callable[[Mapping[str, Path], Sequence[Task]], dict[str, np.ndarray]]
     crop: int | tuple[int, int] = 321
     zoom: tuple[float, float] = (1.0, 1.0)
 
-    def choose(self, names: Sequence[str]) -> DenseData:
-        """The same with some of the tasks.
+    def group(self, sample: Mapping[str, Path]) -> Hashable:
+        return sample["image"]
 
-        Raises:
-            UserError: if the benchmark lacks one.
-        """
-        for name in names:
-            if name not in self.tasks:
-                raise unknown(f"task of benchmark {self.name}", name, self.tasks)
-        return replace(self, tasks={name: self.tasks[name] for name in names})
-
-
-def split_train(data: DenseData, val_fraction: float, policy_fraction: float, seed: int) -> DenseData:
-    """Take validation samples out of ``train`` and divide the rest, where the data does not do so itself.
-
-    Args:
-        data: has ``train`` and ``test``; a ``val``, ``weights`` and ``policy`` that it brings are kept, less the
-            samples that go to validation.
-        val_fraction: 0..1 of ``train``; 0 validates on ``test``, as published.
-        policy_fraction: 0..1 of the training samples that learn the policies.
-        seed: chooses the samples.
-
-    Raises:
-        UserError: if a part would be empty.
-    """
-    splits = dict(data.splits)
-    order = torch.randperm(
-        len(splits["train"]), generator=torch.Generator().manual_seed(mix_seed(seed, len(splits["train"])))
-    ).tolist()
-    samples = [splits["train"][index] for index in order]
-    if "val" not in splits:
-        count = round(val_fraction * len(samples))
-        if val_fraction and not 0 < count < len(samples):
-            raise UserError(
-                f"{data.name}: val_fraction {val_fraction} of {len(samples)} training samples leaves a part empty"
-            )
-        splits["val"], samples = (samples[:count] or list(splits["test"])), samples[count:]
-        held = {sample["image"] for sample in splits["val"]}
-        for name in ("train", "weights", "policy"):
-            if name in splits:
-                splits[name] = [sample for sample in splits[name] if sample["image"] not in held]
-    if "weights" not in splits or "policy" not in splits:
-        count = round(policy_fraction * len(samples))
-        splits["policy"], splits["weights"] = samples[:count], samples[count:]
-    for name in ("train", "val", "test", "weights", "policy"):
-        if not splits[name]:
-            raise UserError(f"{data.name}: no sample is left in {name}")
-    return replace(data, splits=splits)
+    def samples(self, split: str, train: bool, seed: int = 0) -> DenseSet:
+        return DenseSet(self, split, train, seed)
 
 
 class DenseSet(Dataset):
@@ -204,64 +133,3 @@ class DenseSet(Dataset):
 
         empty = {name: VOID if kind == "classes" else float("nan") for name, kind in kinds.items()}
         return cut(image, 0.0), {name: cut(target, empty[name]) for name, target in targets.items()}
-
-
-class StreamSampler:
-    """``batches`` batches an epoch out of an endless stream, pass after pass, that depends on the seed alone.
-
-    Every sample comes once before any comes again, whatever the length of an epoch. Set ``epoch`` before iterating.
-
-    Args:
-        size: number of samples, at least ``batch_size``.
-        batch_size: samples a batch.
-        batches: of an epoch.
-        seed: chooses the order.
-    """
-
-    drop_last = True  # every batch is full
-
-    def __init__(self, size: int, batch_size: int, batches: int, seed: int = 0) -> None:
-        self.size, self.batch_size, self.batches, self.seed = size, batch_size, batches, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        stream = endless(self.size, self.epoch * self.batches * self.batch_size, self.seed)
-        for _ in range(self.batches):
-            yield [next(stream) for _ in range(self.batch_size)]
-
-
-def make_stream(
-    data: DenseData, split: str, batch_size: int, batches: int, *, seed: int = 0, workers: int = 0, processes: int = 1
-) -> tuple[DataLoader, StreamSampler]:
-    """A training loader over one split and its sampler; batches are (images, {task: target}).
-
-    Args:
-        data: the benchmark with the tasks wanted.
-        split: name of the split.
-        batch_size: samples a batch.
-        batches: steps of an epoch of the loop.
-        seed: of the order and of the random transforms.
-        workers: processes that load.
-        processes: the number of batches is a multiple of it.
-
-    Raises:
-        UserError: if the split is smaller than a batch.
-    """
-    samples = DenseSet(data, split, True, seed)
-    if len(samples) < batch_size:
-        raise UserError(f"{data.name}: --batch_size {batch_size} is larger than the {len(samples)} samples of {split}")
-    sampler = StreamSampler(len(samples), batch_size, batches * processes, seed)
-    return planned_loader(samples, sampler, workers, seed), sampler
-
-
-def make_evaluation(data: DenseData, split: str, batch_size: int, workers: int = 0) -> DataLoader:
-    """Every sample of a split once and whole, in order. Samples of one batch have to be of one size."""
-    return DataLoader(
-        DenseSet(data, split, False),
-        batch_size=batch_size,
-        num_workers=workers,
-        worker_init_fn=leave_signals_to_the_main_process,
-    )

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from taps.data.dense import VOID, DenseData, DenseTask
+from taps.data.dense import DenseData
+from taps.data.shared import VOID, Task
 from taps.errors import UserError, unknown
 
 #: names of splits in the lists, and what they are called here
@@ -126,7 +127,7 @@ class Layout:
 
     list_file: str
     columns: tuple[str, ...]
-    tasks: Mapping[str, DenseTask]
+    tasks: Mapping[str, Task]
     decode: Mapping[str, Callable[[Path, np.ndarray], np.ndarray]]
     crop: int = 321
     zoom: tuple[float, float] = (1.0, 1.0)
@@ -134,8 +135,8 @@ class Layout:
     masks: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] | None = None
 
 
-def _tasks(*rows: tuple) -> dict[str, DenseTask]:
-    return {row[0]: DenseTask(*row) for row in rows}
+def _tasks(*rows: tuple) -> dict[str, Task]:
+    return {row[0]: Task(*row) for row in rows}
 
 
 def _nyuv2_depth(path: Path, array: np.ndarray) -> np.ndarray:
@@ -282,13 +283,13 @@ def open_formatted(name: str, root: Path, layout: Layout) -> DenseData:
             raise UserError(f"{prior} has shape {weights.shape}; it should hold {channels} weights above 0")
         tasks["semseg"] = replace(tasks["semseg"], class_weights=tuple(weights.tolist()))
 
-    def read(sample: Mapping[str, Path], wanted: Sequence[DenseTask]) -> dict[str, np.ndarray]:
+    def read(sample: Mapping[str, Path], wanted: Sequence[Task]) -> dict[str, np.ndarray]:
         return read_sample(layout, sample, wanted)
 
     return DenseData(name, tasks, splits, read, layout.crop, layout.zoom)
 
 
-def read_sample(layout: Layout, sample: Mapping[str, Path], wanted: Sequence[DenseTask]) -> dict[str, np.ndarray]:
+def read_sample(layout: Layout, sample: Mapping[str, Path], wanted: Sequence[Task]) -> dict[str, np.ndarray]:
     """A sample's image and the labels of some tasks, in the encoding of :mod:`taps.data.dense`.
 
     Raises:

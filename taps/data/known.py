@@ -2,6 +2,8 @@
 
     python -m taps.data datasets/DomainNet datasets/cubs_cropped
 
+Of formatted dense sets, hospital stays and volumes every listed file is read.
+
 Sources: the official cleaned DomainNet lists (M3SDA); the counts of the ImageNet-to-Sketch archive (Piggyback, ECCV
 2018) as published with it and with its follow-ups.
 """
@@ -17,6 +19,9 @@ from tqdm import tqdm
 from taps.data import domainnet
 from taps.data.folders import find_tasks, read_folder
 from taps.data.formatted import layout_of, read_lists, read_sample
+from taps.data.mimic3 import check_stays
+from taps.data.subjects import list_path
+from taps.data.volumes import check_volumes
 from taps.errors import UserError
 
 
@@ -70,6 +75,11 @@ def check(path: Path) -> tuple[list[str], int]:
     for name in ("nyuv2", "cityscapes", "taskonomy", "scenes"):
         if (path / layout_of(name).list_file).is_file():
             return _check_dense(name, path)
+    if any((folder / "train_listfile.csv").is_file() for folder in (path, path / "multitask")):
+        return check_stays(path)
+    for images in (path, path / "images"):
+        if any(list_path(images, split).is_file() for split in ("train", "val", "test")):
+            return check_volumes(images)
     lines, wrong = [], 0
     for folder in _task_folders(path):
         task = read_folder(folder)

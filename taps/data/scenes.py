@@ -17,8 +17,6 @@ FOLDER`` writes one, in the layout that :mod:`taps.data.formatted` reads:
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +28,9 @@ from tqdm import tqdm
 from taps.arguments import Parser
 from taps.commands import run
 from taps.data.formatted import SCENE_CLASSES
+from taps.data.generated import make_tree
 from taps.errors import UserError
-from taps.files import read_json, write_json
+from taps.files import write_json
 
 _VERSION = 1
 _FLOOR, _CEILING, _WALL, _SPHERE, _BOX, _CYLINDER, _CONE = range(len(SCENE_CLASSES))
@@ -299,27 +298,7 @@ def make_scenes(root: Path, recipe: Recipe | None = None) -> None:
     if min(recipe.size) < 16 or min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.difficulty <= 1:
         raise UserError("scenes need 16 pixels a side, one scene a split, and a difficulty in 0..1")
     about = {"version": _VERSION, **asdict(recipe), "size": list(recipe.size)}
-    if _is(root, about):
-        return
-    if root.exists() and any(root.iterdir()):
-        raise UserError(f"{root} holds other scenes or other files; move it away, or choose another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
-    try:
-        building.chmod(0o755)
-        _write(building, recipe)
-        write_json(building / "about.json", about)
-        try:
-            building.rename(root)  # onto nothing, or an empty folder
-        except OSError:
-            if not _is(root, about):  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _is(root: Path, about: dict) -> bool:
-    return (root / "about.json").is_file() and read_json(root / "about.json") == about
+    make_tree(root, about, lambda building: _write(building, recipe))
 
 
 def _write(root: Path, recipe: Recipe) -> None:

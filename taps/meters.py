@@ -1,4 +1,4 @@
-"""What is measured of dense predictions, streamed over a data set; and Δ_T, the gain over single-task networks.
+"""What is measured of maps, streamed over a data set.
 
 Each kind of task has one metric object that takes batches of predictions and labels at the labels' size and gives a dict
 of numbers. All pixels of the data set count alike. ``published=True`` repeats the arithmetic of the published programs where
@@ -8,7 +8,6 @@ it differs; every difference is named in the class's docstring and in ``docs/met
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,15 +15,10 @@ from torch.nn.functional import normalize
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from taps.data.dense import VOID, DenseTask
-from taps.dense import class_loss
+from taps.data.shared import VOID, Task
+from taps.losses import class_loss
+from taps.record_meters import METERS, Meter
 
-#: metrics of which less is better
-LOWER_IS_BETTER = frozenset(
-    {"mean_angle", "median_angle", "rmse_angle", "abs_error", "rel_error", "rmse", "error", "cross_entropy"}
-)
-#: metrics that do not count for Δ_T, since the published tables lack them
-NOT_COUNTED = frozenset({"rmse", "rmse_angle"})
 _ANGLES = (11.25, 22.5, 30.0)
 _BINS = 18000  # of 0.01° each
 
@@ -38,7 +32,7 @@ class ClassMetrics(Metric):
     the weighted loss.
     """
 
-    def __init__(self, task: DenseTask, published: bool = False) -> None:
+    def __init__(self, task: Task, published: bool = False) -> None:
         super().__init__()
         self.published = published
         self.task = task
@@ -85,7 +79,7 @@ class NormalMetrics(Metric):
     Published for Taskonomy: ``cosine`` alone, the mean over all pixels.
     """
 
-    def __init__(self, task: DenseTask, published: bool = False) -> None:
+    def __init__(self, task: Task, published: bool = False) -> None:
         super().__init__()
         self.published = published
         self.cosine = published and "cosine" in task.published
@@ -188,25 +182,10 @@ class MapMetrics(Metric):
         return {"error": means / batches if self.published else error / count}
 
 
-def make_metric(task: DenseTask, published: bool = False) -> Metric:
+def make_metric(task: Task, published: bool = False) -> Metric | Meter:
     """The metric of a task's kind."""
+    if task.kind in METERS:
+        return METERS[task.kind](task)
     if task.kind in ("classes", "normals"):
         return (ClassMetrics if task.kind == "classes" else NormalMetrics)(task, published)
     return (MapMetrics if task.kind == "map" else DepthMetrics)(published)
-
-
-def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
-    r"""Δ_{T_i} in percent: the mean over a task's metrics of (−1)^{l_j} (M_j − M_j^{single}) / M_j^{single} · 100, where l_j = 1
-    for a metric of which less is better (AdaShare §4)."""
-    gains = []
-    for name, value in metrics.items():
-        if name in reference and reference[name] and name not in NOT_COUNTED:
-            gain = (value - reference[name]) / abs(reference[name])
-            gains.append(-gain if name in LOWER_IS_BETTER else gain)
-    return 100.0 * sum(gains) / len(gains) if gains else math.nan
-
-
-def delta_t(metrics: Mapping[str, Mapping[str, float]], reference: Mapping[str, Mapping[str, float]]) -> float:
-    """Δ_T in percent: the mean of :func:`relative_gain` over the tasks."""
-    gains: Iterable[float] = [relative_gain(own, reference[task]) for task, own in metrics.items()]
-    return sum(gains) / len(metrics)

@@ -1,0 +1,104 @@
+"""Maps to predict on the same images, as a benchmark."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from taps.benchmarks.shared import _CHECKED, SharedBenchmark
+from taps.data.dense import DenseData, DenseSet
+from taps.data.formatted import ALIASES, layout_of, open_formatted
+from taps.data.scenes import make_scenes
+from taps.errors import UserError, unknown
+from taps.heads import ASPP, create_dense_backbone
+from taps.losses import to_size
+from taps.model import TaskModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: where a benchmark's data is looked for, below the data root
+FOLDERS = {"nyuv2": "nyu_v2", "cityscapes": "cityscapes", "taskonomy": "taskonomy", "scenes": "scenes"}
+
+
+@dataclass(frozen=True)
+class DenseBenchmark(SharedBenchmark):
+    """Maps to predict on the same images."""
+
+    data: DenseData
+
+    def check(self) -> None:
+        """Read samples of every split, all of them where there are few.
+
+        Raises:
+            UserError: if a file holds what it should not, or the images of val or test differ in size.
+        """
+        for split in ("train", "val", "test"):
+            samples = DenseSet(self.data, split, False)
+            step = max(len(samples) // _CHECKED, 1)
+            sizes = set()
+            for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
+                sizes.add(samples.read(index)["image"].shape[:2])
+            if split != "train" and len(sizes) > 1 and self.options.batch_size > 1:
+                raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
+
+    def backbone(self) -> nn.Module:
+        crop = self.data.crop
+        size = (crop, crop) if isinstance(crop, int) else crop
+        options = self.options
+        torch.manual_seed(options.seed)
+        return create_dense_backbone(
+            options.model_type, options.pretrained, options.model_path, options.output_stride, options.channels, size
+        )
+
+    def head(self, task: str, features: int) -> nn.Module:
+        options = self.options
+        return ASPP(
+            features, self.data.tasks[task].channels, options.head_width, options.head_rates, options.head_dropout
+        )
+
+    def match(self, output: Tensor, target: Tensor) -> Tensor:
+        return to_size(output, target.shape[-2:], "nearest" if self.options.metrics == "published" else "bilinear")
+
+    def shown(self, model: TaskModel, count: int = 3) -> list[dict]:
+        samples = DenseSet(self.data, "test", False)
+        rows = []
+        for index in range(min(count, len(samples))):
+            x, targets = samples[index]
+            outputs = self.answers(model, x)
+            predicted = {task: to_size(outputs[task][None], targets[task].shape[-2:])[0] for task in outputs}
+            rows.append({"image": samples.read(index)["image"], "targets": targets, "predicted": predicted})
+        return rows
+
+    def picture(self, shown: list[dict]) -> Figure:
+        from taps import plots
+
+        return plots.maps(shown, {name: task.kind for name, task in self.data.tasks.items()})
+
+
+def open_dense(options: Namespace, accelerator: Accelerator) -> DenseBenchmark:
+    """The benchmark that the options name, not yet divided.
+
+    Raises:
+        UserError: if it is missing or wrong, or lacks a task.
+    """
+    if options.dataset and len(options.dataset) > 1:
+        raise UserError(f"benchmark {options.benchmark} lies in one folder; --dataset names {len(options.dataset)}")
+    root = Path(options.dataset[0]) if options.dataset else Path("datasets") / FOLDERS[options.benchmark]
+    if options.benchmark == "scenes" and not options.dataset:
+        with accelerator.local_main_process_first():
+            make_scenes(root)
+    data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
+    for name in options.task_weights:
+        if name not in data.tasks:
+            raise unknown(f"task of benchmark {data.name} in --task_weights", name, data.tasks)
+    names = [ALIASES.get(name, name) for name in options.tasks] if options.tasks else list(data.tasks)
+    data = data.choose(list(dict.fromkeys(names)))
+    return DenseBenchmark(replace(data, crop=options.crop) if options.crop else data, options)

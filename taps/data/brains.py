@@ -1,0 +1,174 @@
+r"""Brains: generated volumes in the layout of :mod:`taps.data.volumes`, with a known structure of what targets share.
+
+A head holds tissue and two dark chambers. Two things differ between subjects, and every target follows one of them:
+
+*Form*: how far the chambers are apart. ``interview_age`` grows with it, ``diagnosis`` has three ranges of it.
+*Grain*: along which axis the tissue is striped, and how clearly. ``sex`` is the axis, ``picvocab`` the clearness with its sign.
+
+So two pairs of targets share everything, and targets of different pairs nothing (:data:`SHARED`): form is seen from afar
+whatever the grain, grain is seen in a few voxels whatever the form. Head size, position, brightness and the chambers' sizes
+say nothing. The table also has families and sites. No real subject's data is in it.
+
+    python -m taps.data.brains FOLDER          FOLDER/images/<subject>.npy, its three lists, FOLDER/labels.csv
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from taps.arguments import Parser
+from taps.data.generated import make_tree
+from taps.data.subjects import list_path
+from taps.errors import UserError
+from taps.files import write_text
+
+_VERSION = 1
+CATEGORIES, NUMBERS = ("diagnosis", "sex"), ("interview_age", "picvocab")
+#: the share of what two targets follow that is the same
+SHARED = {
+    ("diagnosis", "interview_age"): 1.0, ("diagnosis", "sex"): 0.0, ("diagnosis", "picvocab"): 0.0,
+    ("sex", "interview_age"): 0.0, ("sex", "picvocab"): 1.0, ("interview_age", "picvocab"): 0.0,
+}  # fmt: skip
+_COLUMNS = ("subjectkey", "interview_age", "sex", "diagnosis", "picvocab", "rel_family_id", "site_id_l")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What brains are made.
+
+    Attributes:
+        side: voxels of the cube's side.
+        train, val, test: number of subjects.
+        noise: standard deviation of a voxel's noise; tissue has 1.
+        label_noise: that of what targets follow, which has about 1.
+        missing: share of the labels that are not there.
+        seed: of everything.
+    """
+
+    side: int = 32
+    train: int = 320
+    val: int = 100
+    test: int = 300
+    noise: float = 0.2
+    label_noise: float = 0.35
+    missing: float = 0.02
+    seed: int = 0
+
+
+def make_brain(random: np.random.Generator, form: float, grain: float, side: int, noise: float) -> np.ndarray:
+    """A volume (side, side, side) uint8.
+
+    Args:
+        random: chooses what says nothing.
+        form: how far the chambers are apart, about −2..2.
+        grain: the axis of the stripes by its sign, their clearness by its size, about −2..2.
+        side: voxels.
+        noise: of the voxels.
+    """
+    line = (np.arange(side) + 0.5) / side * 2 - 1
+    shift, radius = random.uniform(-0.08, 0.08, 3), random.uniform(0.72, 0.86, 3)
+    grid = np.stack(np.meshgrid(line, line, line, indexing="ij"))
+    place = (grid - shift[:, None, None, None]) / radius[:, None, None, None]
+    reach = np.sqrt((place**2).sum(0))
+    tissue = (reach < 1.0).astype(float)
+    head = tissue * random.uniform(0.85, 1.15)
+    axis = 1 if grain > 0 else 2
+    period = random.uniform(3.6, 4.4)  # voxels
+    stripes = np.sin(2 * np.pi * np.arange(side) / period + random.uniform(0, 2 * np.pi))
+    across = [1, 1, 1]
+    across[axis] = side
+    head = head + tissue * 0.35 * min(abs(grain), 2.5) * stripes.reshape(across)
+    apart = 0.4 + 0.13 * form
+    turn, tilt = random.uniform(0, np.pi), random.uniform(-0.5, 0.5)
+    direction = np.array([np.cos(turn) * np.cos(tilt), np.sin(turn) * np.cos(tilt), np.sin(tilt)])
+    middle = random.uniform(-0.1, 0.1, 3)
+    for sign in (-1.0, 1.0):
+        centre = middle + sign * max(apart, 0.1) * direction
+        size = random.uniform(0.17, 0.23)
+        chamber = ((place - centre[:, None, None, None]) ** 2).sum(0) < size**2
+        head = np.where(chamber, 0.15, head)
+    skull = (reach >= 1.0) & (reach < 1.12)
+    head = np.where(skull, 1.6, head)
+    head = head + random.normal(0, noise, head.shape) * (reach < 1.12)
+    return (np.clip(head, 0, 3) * 80).round().astype(np.uint8)
+
+
+def make_brains(root: Path, recipe: Recipe | None = None) -> None:
+    """Write images, lists and table into ``root``, whole or not at all; those of the same recipe that are there are kept.
+
+    Raises:
+        UserError: if ``root`` holds something else, or the recipe is not possible.
+    """
+    recipe = recipe or Recipe()
+    if recipe.side < 16 or min(recipe.train, recipe.val, recipe.test) < 6 or not 0 <= recipe.missing < 0.5:
+        raise UserError("brains need 16 voxels a side, six subjects a split, and less than half of the labels missing")
+    make_tree(root, {"version": _VERSION, "brains": asdict(recipe)}, lambda building: _write(building, recipe))
+
+
+def _write(root: Path, recipe: Recipe) -> None:
+    random = np.random.default_rng(recipe.seed)
+    images = root / "images"
+    images.mkdir()
+    letters = list("0123456789ABCDEFGHJKLMNPRTUVWXYZ")
+    rows, family = [], 0
+    for split in ("train", "val", "test"):
+        names = []
+        for _ in tqdm(range(getattr(recipe, split)), desc=f"writing {split} brains", disable=None, leave=False):
+            subject = f"NDAR_INV{len(rows):03d}{''.join(random.choice(letters, 5))}"
+            form, grain = random.normal(), random.normal()
+            np.save(images / f"{subject}.npy", make_brain(random, form, grain, recipe.side, recipe.noise))
+            names.append(f"{subject}.npy")
+            family += random.random() < 0.85 or not names[:-1]
+            rows.append(_row(random, subject, form, grain, family, recipe))
+        write_text(list_path(images, split), "\n".join(names) + "\n")
+    with open(root / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(rows)
+
+
+def _row(
+    random: np.random.Generator, subject: str, form: float, grain: float, family: int, recipe: Recipe
+) -> list[str]:
+    noisy = [value + recipe.label_noise * random.normal() for value in (form, form, grain, grain)]
+    cells = [
+        f"{120 + 8 * noisy[0]:.0f}",
+        "1" if noisy[2] > 0 else "2",
+        ("low", "middle", "high")[int(np.searchsorted([-0.45, 0.45], noisy[1]))],
+        f"{85 + 9 * noisy[3]:.1f}",
+    ]
+    cells = ["" if random.random() < recipe.missing else cell for cell in cells]
+    return [subject, *cells, str(family), f"site{int(random.integers(1, 22)):02d}"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    parser = Parser(prog="python -m taps.data.brains", description="Generate volumes with a table of targets.")
+    default = Recipe()
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    for name, text in (
+        ("side", "voxels of a side"),
+        ("train", "subjects of this split"),
+        ("val", "subjects of this split"),
+        ("test", "subjects of this split"),
+    ):
+        number = getattr(default, name)
+        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{text} (default: {number})")
+    for name, text in (("noise", "of a voxel"), ("label_noise", "of the targets"), ("missing", "share of the labels")):
+        number = getattr(default, name)
+        parser.add_argument(f"--{name}", type=float, default=number, metavar="X", help=f"{text} (default: {number})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    given = vars(parser.parse_args(arguments))
+    make_brains(given.pop("folder"), Recipe(**given))
+
+
+if __name__ == "__main__":
+    from taps.commands import run
+
+    run(main)

@@ -1,0 +1,265 @@
+r"""Stays: generated hospital stays in mimic3-benchmarks' multitask layout, with a known structure of what tasks share.
+
+Two things happen to a patient, and every task asks about one of them:
+
+*Decline*, a slow drift of all vital signs away from the patient's own level, over days; levels differ between patients, so
+that only long stretches show it. ``ihm`` and ``decomp`` ask about it: a patient with a drift that lasts dies.
+
+*Complaints*, of which a patient has some of six: each swings one vital sign up and down within two to three hours; the
+swing shrinks as the patient recovers. ``los`` asks when it will have gone, ``pheno`` asks which complaints there are.
+
+So two pairs of tasks share everything, and tasks of different pairs nothing (:data:`SHARED`). What is drift to the one is a
+nuisance to the other. No real patient's data is in it. ``python -m taps.data.stays FOLDER`` writes them.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from taps.arguments import Parser
+from taps.data.generated import make_tree
+from taps.data.mimic3 import PHENOTYPES, fit_normalizer
+from taps.errors import UserError
+from taps.files import write_json, write_text
+
+_VERSION = 1
+#: the share of what two tasks ask about that is the same
+SHARED = {
+    ("ihm", "decomp"): 1.0, ("ihm", "los"): 0.0, ("ihm", "pheno"): 0.0, ("decomp", "los"): 0.0, ("decomp", "pheno"): 0.0,
+    ("los", "pheno"): 1.0,
+}  # fmt: skip
+
+_GCS = {
+    "Glascow coma scale eye opening": ["1 No Response", "2 To pain", "3 To speech", "4 Spontaneously", "None",
+                                       "Spontaneously", "To Pain", "To Speech"],
+    "Glascow coma scale motor response": ["1 No Response", "2 Abnorm extensn", "3 Abnorm flexion", "4 Flex-withdraws",
+                                          "5 Localizes Pain", "6 Obeys Commands", "Abnormal Flexion", "Abnormal extension",
+                                          "Flex-withdraws", "Localizes Pain", "No response", "Obeys Commands"],
+    "Glascow coma scale total": [str(value) for value in range(3, 16)],
+    "Glascow coma scale verbal response": ["1 No Response", "1.0 ET/Trach", "2 Incomp sounds", "3 Inapprop words",
+                                           "4 Confused", "5 Oriented", "Confused", "Inappropriate Words",
+                                           "Incomprehensible sounds", "No Response", "No Response-ETT", "Oriented"],
+}  # fmt: skip
+#: channel -> normal value as text; categories first where there are some
+_CHANNELS: dict[str, tuple[str, list[str]]] = {
+    "Capillary refill rate": ("0.0", ["0.0", "1.0"]),
+    "Diastolic blood pressure": ("59.0", []),
+    "Fraction inspired oxygen": ("0.21", []),
+    "Glascow coma scale eye opening": ("4 Spontaneously", _GCS["Glascow coma scale eye opening"]),
+    "Glascow coma scale motor response": ("6 Obeys Commands", _GCS["Glascow coma scale motor response"]),
+    "Glascow coma scale total": ("15", _GCS["Glascow coma scale total"]),
+    "Glascow coma scale verbal response": ("5 Oriented", _GCS["Glascow coma scale verbal response"]),
+    "Glucose": ("128.0", []),
+    "Heart Rate": ("86", []),
+    "Height": ("170.0", []),
+    "Mean blood pressure": ("77.0", []),
+    "Oxygen saturation": ("98.0", []),
+    "Respiratory rate": ("19", []),
+    "Systolic blood pressure": ("118.0", []),
+    "Temperature": ("36.6", []),
+    "Weight": ("81.0", []),
+    "pH": ("7.4", []),
+}
+#: vital signs: mean, spread between patients, and the direction of a decline
+_VITALS = {
+    "Heart Rate": (86.0, 14.0, 1.0),
+    "Mean blood pressure": (77.0, 11.0, -1.0),
+    "Respiratory rate": (19.0, 4.0, 1.0),
+    "Systolic blood pressure": (118.0, 17.0, -1.0),
+    "Diastolic blood pressure": (60.0, 10.0, -1.0),
+    "Temperature": (37.0, 0.6, 1.0),
+}
+#: share of hours in which a channel is measured
+_MEASURED = {"Glucose": 0.25, "pH": 0.15, "Oxygen saturation": 0.9, "Fraction inspired oxygen": 0.1,
+             "Capillary refill rate": 0.05}  # fmt: skip
+_LISTS = "filename,length of stay,in-hospital mortality task (pos;mask;label),length of stay task (masks;labels)," \
+    "phenotyping task (labels),decompensation task (masks;labels)"  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What stays are made.
+
+    Attributes:
+        train, val, test: number of stays; one patient in five has two.
+        noise: standard deviation of a measurement ÷ the spread between patients.
+        seed: of everything.
+    """
+
+    train: int = 480
+    val: int = 160
+    test: int = 400
+    noise: float = 0.3
+    seed: int = 0
+
+
+def make_stay(random: np.random.Generator, noise: float) -> tuple[list[list[str]], dict]:
+    """One stay: the rows of its time series, and its answers.
+
+    Returns:
+        Rows [hour, 17 cells], and a dict with ``hours``, ``died``, ``phenotypes`` and ``first``, the hour of the first row.
+    """
+    complaints = random.random(len(_VITALS)) < 0.4
+    complaints[int(random.integers(len(_VITALS)))] = True
+    hours = float(random.uniform(30.0, 150.0))
+    count = int(hours) + 1
+    times = np.arange(count) + random.uniform(0.05, 0.95, count)
+    times = times[times < hours]
+    drift = random.normal(0.0, 0.018)  # spreads between patients an hour
+    died = drift + random.normal(0.0, 0.004) > 0.014
+    # The way of a decline has turns; what lasts is its slope.
+    wander = np.cumsum(random.normal(0, 0.04, len(times)))
+    decline = drift * times + wander - wander.mean()
+    recovering = 0.4 + (hours - times) / 96.0
+    vitals = {}
+    for index, (name, (mean, spread, direction)) in enumerate(_VITALS.items()):
+        level = random.normal()
+        wave = np.sin(2 * np.pi * times / random.uniform(2.2, 3.2) + random.uniform(0, 2 * np.pi))
+        swing = complaints[index] * recovering * wave
+        value = level + direction * decline + swing + random.normal(0, noise, len(times))
+        vitals[name] = mean + spread * value
+    rows = _rows(random, times, vitals, decline)
+    mixing = np.arange(PHENOTYPES) % len(_VITALS)
+    also = (np.arange(PHENOTYPES) * 7 // len(_VITALS)) % len(_VITALS)
+    has = complaints[mixing] | (complaints[also] & (np.arange(PHENOTYPES) % 2 == 1))
+    phenotypes = np.where(random.random(PHENOTYPES) < 0.06, random.random(PHENOTYPES) < 0.5, has)
+    return rows, {"hours": hours, "died": bool(died), "phenotypes": phenotypes.astype(int), "first": float(times[0])}
+
+
+def _rows(random: np.random.Generator, times: np.ndarray, vitals: dict, decline: np.ndarray) -> list[list[str]]:
+    steady = {
+        "Glucose": 128 + 25 * random.normal() + random.normal(0, 12, len(times)),
+        "pH": 7.4 + random.normal(0, 0.04, len(times)),
+        "Oxygen saturation": np.clip(97 + random.normal(0, 1.2, len(times)), 60, 100),
+        "Fraction inspired oxygen": np.full(len(times), random.choice([0.21, 0.4, 0.5])),
+        "Capillary refill rate": (random.random(len(times)) < 0.1).astype(float),
+    }
+    size, weight = 170 + 10 * random.normal(), 80 + 15 * random.normal()
+    style = int(random.integers(0, 2))  # two ways of writing the scale, as in the hospitals' records
+    rows = []
+    for index, time in enumerate(times):
+        cells = dict.fromkeys(_CHANNELS, "")
+        for name, values in vitals.items():
+            if random.random() < 0.92:
+                cells[name] = f"{values[index]:.1f}"
+        for name, values in steady.items():
+            if random.random() < _MEASURED[name]:
+                cells[name] = f"{values[index]:.2f}" if name != "Capillary refill rate" else f"{values[index]:.1f}"
+        if index == 0:
+            cells["Height"], cells["Weight"] = f"{size:.1f}", f"{weight:.1f}"
+        if random.random() < 0.25:
+            cells.update(_scale(int(np.clip(round(14 - decline[index] + random.normal(0, 1)), 3, 15)), style))
+        if not any(cells.values()):
+            cells["Heart Rate"] = f"{vitals['Heart Rate'][index]:.1f}"
+        rows.append([repr(float(time)), *cells.values()])
+    return rows
+
+
+def _scale(total: int, style: int) -> dict[str, str]:
+    """The Glasgow coma scale of a total as text."""
+    eye = int(np.clip(round(total * 4 / 15), 1, 4))
+    motor = int(np.clip(round(total * 6 / 15), 1, 6))
+    verbal = int(np.clip(total - eye - motor, 1, 5))
+    eyes = [["1 No Response", "2 To pain", "3 To speech", "4 Spontaneously"],
+            ["None", "To Pain", "To Speech", "Spontaneously"]]  # fmt: skip
+    motors = [["1 No Response", "2 Abnorm extensn", "3 Abnorm flexion", "4 Flex-withdraws", "5 Localizes Pain",
+               "6 Obeys Commands"],
+              ["No response", "Abnormal extension", "Abnormal Flexion", "Flex-withdraws", "Localizes Pain",
+               "Obeys Commands"]]  # fmt: skip
+    verbals = [["1 No Response", "2 Incomp sounds", "3 Inapprop words", "4 Confused", "5 Oriented"],
+               ["No Response", "Incomprehensible sounds", "Inappropriate Words", "Confused", "Oriented"]]  # fmt: skip
+    return {
+        "Glascow coma scale eye opening": eyes[style][eye - 1],
+        "Glascow coma scale motor response": motors[style][motor - 1],
+        "Glascow coma scale verbal response": verbals[style][verbal - 1],
+        "Glascow coma scale total": str(eye + motor + verbal),
+    }
+
+
+def list_row(name: str, answers: dict) -> str:
+    """The row of a list file, by the rules of the benchmark: what is asked when, and what is true."""
+    hours, died, first = answers["hours"], answers["died"], answers["first"]
+    asked = int(hours >= 48 and first <= 48)
+    steps = np.arange(int(hours) + 1)
+    masks = ((steps > 4) & (steps > first)).astype(int)
+    remaining = ";".join([*map(str, masks), *(f"{hours - step:.6f}" for step in steps)])
+    soon = (died & (hours - steps < 24)).astype(int)
+    decompensation = ";".join([*map(str, masks), *map(str, soon)])
+    mortality = f"{47 * asked};{asked};{int(died)}"
+    return ",".join(
+        [name, f"{hours:.6f}", mortality, remaining, ";".join(map(str, answers["phenotypes"])), decompensation]
+    )
+
+
+def make_stays(root: Path, recipe: Recipe | None = None) -> None:
+    """Write the stays into ``root``, whole or not at all; those of the same recipe that are there are kept.
+
+    Raises:
+        UserError: if ``root`` holds something else, or the recipe is not possible.
+    """
+    recipe = recipe or Recipe()
+    if min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.noise <= 10:
+        raise UserError("one stay a split at least, and a noise in 0..10")
+    make_tree(root, {"version": _VERSION, "stays": asdict(recipe)}, lambda building: _write(building, recipe))
+
+
+def _write(root: Path, recipe: Recipe) -> None:
+    random = np.random.default_rng(recipe.seed)
+    for folder in ("train", "test"):
+        (root / folder).mkdir()
+    patient = 10000
+    for split in ("train", "val", "test"):
+        lines, episode = [_LISTS], 1
+        for _ in tqdm(range(getattr(recipe, split)), desc=f"writing {split} stays", disable=None, leave=False):
+            episode = 2 if lines[1:] and episode == 1 and random.random() < 0.2 else 1
+            patient += episode == 1
+            rows, answers = make_stay(random, recipe.noise)
+            name = f"{patient}_episode{episode}_timeseries.csv"
+            with open(
+                root / ("test" if split == "test" else "train") / name, "w", newline="", encoding="utf-8"
+            ) as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["Hours", *_CHANNELS])
+                writer.writerows(rows)
+            lines.append(list_row(name, answers))
+        write_text(root / f"{split}_listfile.csv", "\n".join(lines) + "\n")
+    config = {
+        "id_to_channel": list(_CHANNELS),
+        "is_categorical_channel": {name: bool(values) for name, (_, values) in _CHANNELS.items()},
+        "possible_values": {name: values for name, (_, values) in _CHANNELS.items()},
+        "normal_values": {name: normal for name, (normal, _) in _CHANNELS.items()},
+    }
+    write_json(root / "discretizer_config.json", config)
+    fit_normalizer(root)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    parser = Parser(
+        prog="python -m taps.data.stays", description="Generate hospital stays in mimic3-benchmarks' multitask layout."
+    )
+    default = Recipe()
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    for name in ("train", "val", "test"):
+        number = getattr(default, name)
+        parser.add_argument(
+            f"--{name}", type=int, default=number, metavar="N", help=f"stays of this split (default: {number})"
+        )
+    parser.add_argument(
+        "--noise", type=float, default=default.noise, metavar="X", help=f"of measurements (default: {default.noise})"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    given = vars(parser.parse_args(arguments))
+    make_stays(given.pop("folder"), Recipe(**given))
+
+
+if __name__ == "__main__":
+    from taps.commands import run
+
+    run(main)

@@ -1,0 +1,288 @@
+"""Subjects: a table with one row each, the lists that say who trains, validates and tests, and how to divide them.
+
+    python -m taps.data.subjects --images DIR --labels CSV --stratify sex --group rel_family_id site_id_l
+
+writes the three lists: shuffled with a seed, stratified, and with everybody of a group in one part.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from taps.arguments import Parser
+from taps.errors import UserError, unknown
+from taps.files import write_text
+
+SUFFIXES = (".npy", ".nii.gz", ".nii")
+_MISSING = ("", "nan", "na", "n/a", "none", "null")
+_FOLDS = 20
+
+
+def list_path(images: Path, split: str) -> Path:
+    """The list of a split's files."""
+    return images / f"image_{split}_SubjectList.txt"
+
+
+def subject_of(name: str) -> str:
+    """The subject of a file."""
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return name[: -len(suffix)]
+    raise UserError(f"{name!r} is no volume: files end in {', '.join(SUFFIXES)}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV with one row a subject.
+
+    Attributes:
+        path: the file.
+        columns: its columns.
+        rows: by subject, the row's number in the file and its cells.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[int, Mapping[str, str]]]
+
+    def need(self, names: Sequence[str]) -> None:
+        """Raise a ``UserError`` unless the table has these columns."""
+        for name in names:
+            if name not in self.columns:
+                raise unknown(f"column of {self.path}", name, self.columns)
+
+    def cell(self, subject: str, column: str) -> str | None:
+        """A cell; ``None`` where there is no value."""
+        text = self.rows[subject][1][column].strip()
+        return None if text.lower() in _MISSING else text
+
+    def number(self, subject: str, column: str) -> float:
+        """A cell as a number; NaN where there is no value.
+
+        Raises:
+            UserError: naming file and row.
+        """
+        text = self.cell(subject, column)
+        try:
+            value = math.nan if text is None else float(text)
+        except ValueError:
+            value = math.inf
+        if math.isinf(value):
+            raise UserError(f"{self.path} row {self.rows[subject][0]}: {column} is {text!r}, not a number")
+        return value
+
+
+def read_table(path: Path, subject_column: str = "subjectkey") -> Table:
+    """The table of targets.
+
+    Raises:
+        UserError: if it cannot be read, lacks the subjects' column, or has a subject twice or a row of another length.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            columns = next(reader, [])
+            if len(set(columns)) != len(columns):
+                raise UserError(f"{path} has the column {Counter(columns).most_common(1)[0][0]!r} twice")
+            if subject_column not in columns:
+                raise unknown(f"column of {path}", subject_column, columns, "name the subjects' with --subject_column")
+            rows: dict[str, tuple[int, dict[str, str]]] = {}
+            for cells in reader:
+                number = reader.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(columns):
+                    raise UserError(f"{path} row {number} has {len(cells)} cells instead of {len(columns)}")
+                row = dict(zip(columns, cells, strict=True))
+                subject = row[subject_column].strip()
+                if subject in rows:
+                    raise UserError(f"{path} row {number}: subject {subject!r} was in row {rows[subject][0]} already")
+                rows[subject] = (number, row)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return Table(path, tuple(columns), rows)
+
+
+@dataclass
+class LeftOut:
+    """Rows and files that are left out, by reason."""
+
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, example: str) -> None:
+        self.reasons.setdefault(reason, []).append(example)
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f"{len(examples)} {reason}, e.g. {examples[0]}" for reason, examples in self.reasons.items())
+
+
+def read_lists(images: Path, table: Table, found: LeftOut) -> tuple[dict[str, list[str]], dict[str, Path]]:
+    """The subjects of each split that have a volume and a row, and their volumes.
+
+    Raises:
+        UserError: if a list is missing or has a subject that another has too.
+    """
+    if not images.is_dir():
+        raise UserError(f"{images} does not exist")
+    splits: dict[str, list[str]] = {}
+    paths: dict[str, Path] = {}
+    seen: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        path = list_path(images, split)
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist; make the lists with: python -m taps.data.subjects --images {images} --labels {table.path}"
+            )
+        splits[split] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            subject = subject_of(line.strip())
+            if subject in seen:
+                raise UserError(f"{path.name} row {number}: subject {subject!r} is in {seen[subject]} too")
+            seen[subject] = path.name
+            if not (images / line.strip()).is_file():
+                found.leave_out("listed subjects have no volume and are left out", f"{path.name} row {number}")
+            elif subject not in table.rows:
+                found.leave_out(
+                    f"listed subjects have no row in {table.path.name} and are left out", f"{path.name} row {number}"
+                )
+            else:
+                splits[split].append(subject)
+                paths[subject] = images / line.strip()
+    return splits, paths
+
+
+def join_groups(table: Table, subjects: Sequence[str], columns: Sequence[str]) -> list[int]:
+    """A group for each subject: those alike in any of the columns, directly or through others, have the same."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    nodes: dict[tuple[str, str], int] = {}
+    edges: list[tuple[int, int]] = []
+    for index, subject in enumerate(subjects):
+        for column in columns:
+            cell = table.cell(subject, column)
+            if cell is not None:
+                node = nodes.setdefault((column, cell), len(subjects) + len(nodes))
+                edges.append((index, node))
+    count = len(subjects) + len(nodes)
+    rows, others = zip(*edges, strict=True) if edges else ((), ())
+    graph = coo_matrix((np.ones(len(edges)), (rows, others)), shape=(count, count))
+    return connected_components(graph, directed=False)[1][: len(subjects)].tolist()
+
+
+def divide(
+    table: Table,
+    subjects: Sequence[str],
+    val_size: float,
+    test_size: float,
+    seed: int,
+    stratify: Sequence[str] = (),
+    group: Sequence[str] = (),
+) -> dict[str, list[str]]:
+    """Subjects of ``train``, ``val`` and ``test``.
+
+    Args:
+        table: has the columns.
+        subjects: to divide.
+        val_size, test_size: shares, in steps of 1/20.
+        seed: of the shuffle.
+        stratify: columns whose values all parts should have alike; numbers are cut into five ranges.
+        group: columns, as in :func:`join_groups`.
+
+    Raises:
+        UserError: if a part would be empty.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    table.need([*stratify, *group])
+    kinds = [_strata(table, subjects, column) for column in stratify]
+    strata = ["/".join(own) for own in zip(*kinds, strict=True)] if kinds else ["all"] * len(subjects)
+    groups = join_groups(table, subjects, group)
+    folds = min(_FOLDS, len(set(groups)))
+    counts = {"val": max(round(val_size * folds), 1), "test": max(round(test_size * folds), 1)}
+    if folds < 3 or sum(counts.values()) >= folds:
+        raise UserError(f"{len(set(groups))} groups of subjects leave none for train, val or test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of strata with fewer members than folds, which are spread as far as they go
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        parts = [members for _, members in splitter.split(np.zeros(len(subjects)), strata, groups)]
+    chosen = {"val": parts[: counts["val"]], "test": parts[counts["val"] : counts["val"] + counts["test"]]}
+    chosen["train"] = parts[sum(counts.values()) :]
+    found = {name: sorted(subjects[index] for part in own for index in part) for name, own in chosen.items()}
+    for name, own in found.items():
+        if not own:
+            raise UserError(f"{name} would be empty: groups are too large for its share")
+    return {name: found[name] for name in ("train", "val", "test")}
+
+
+def _strata(table: Table, subjects: Sequence[str], column: str) -> list[str]:
+    cells = [table.cell(subject, column) for subject in subjects]
+    values = {cell for cell in cells if cell is not None}
+    if len(values) <= 10:
+        return [str(cell) for cell in cells]
+    numbers = np.array([table.number(subject, column) for subject in subjects])
+    edges = np.nanquantile(numbers, [0.2, 0.4, 0.6, 0.8])
+    return ["nan" if math.isnan(number) else str(int(np.searchsorted(edges, number))) for number in numbers]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command that divides subjects."""
+    parser = Parser(
+        prog="python -m taps.data.subjects",
+        description="Divide the subjects that have a volume and a row into train, val and test, and write the three lists.",
+    )
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the volumes")
+    parser.add_argument("--labels", type=Path, required=True, metavar="CSV", help="table with one row a subject")
+    parser.add_argument("--subject_column", default="subjectkey", metavar="NAME", help="(default: subjectkey)")
+    parser.add_argument("--stratify", nargs="+", default=[], metavar="COLUMN", help="spread their values evenly")
+    parser.add_argument(
+        "--group", nargs="+", default=[], metavar="COLUMN", help="subjects alike in one of these stay in one part"
+    )
+    parser.add_argument("--val_size", type=float, default=0.1, metavar="F", help="(default: 0.1)")
+    parser.add_argument("--test_size", type=float, default=0.1, metavar="F", help="(default: 0.1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace lists that are there")
+    given = parser.parse_args(arguments)
+    if not (given.val_size > 0 and given.test_size > 0 and given.val_size + given.test_size < 1):
+        parser.error("--val_size and --test_size must be above 0 and leave something for train")
+    if not given.images.is_dir():
+        parser.error(f"{given.images} does not exist")
+    there = [list_path(given.images, split) for split in ("train", "val", "test")]
+    if any(path.exists() for path in there) and not given.overwrite:
+        parser.error(f"{next(path for path in there if path.exists())} exists; replace the lists with --overwrite")
+    table = read_table(given.labels, given.subject_column)
+    files = {
+        subject_of(path.name): path.name
+        for path in sorted(given.images.iterdir())
+        if any(path.name.endswith(suffix) for suffix in SUFFIXES)
+    }
+    subjects = [subject for subject in files if subject in table.rows]
+    if not subjects:
+        parser.error(f"no volume in {given.images} has a row in {given.labels}")
+    parts = divide(table, subjects, given.val_size, given.test_size, given.seed, given.stratify, given.group)
+    for split, own in parts.items():
+        write_text(list_path(given.images, split), "".join(f"{files[subject]}\n" for subject in own))
+    without = (
+        f"; {len(files) - len(subjects)} volumes have no row in {given.labels.name}"
+        if len(files) > len(subjects)
+        else ""
+    )
+    parser.exit(0, f"{', '.join(f'{len(own)} {split}' for split, own in parts.items())}{without}\n")
+
+
+if __name__ == "__main__":
+    from taps.commands import run
+
+    run(main)
