@@ -103,7 +103,9 @@ def rates(target_rates: float | Sequence[float], count: int) -> list[float]:
     if len(values) == 1:
         values = [1.0] * (count // 2) + values * (count - count // 2)
     if len(values) != count:
-        raise UserError(f"target_rates has {len(values)} values, the network has {count} blocks")
+        raise UserError(
+            f"target_rates has {len(values)} values, the network has {count} blocks; give one for each, or one"
+        )
     if any(not 0 <= rate <= 1 for rate in values):
         raise UserError(f"target_rates must lie in 0..1, not {values}")
     return values

@@ -50,7 +50,9 @@ def stays(shown: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
                 asked = np.isfinite(target[0])
                 where = np.flatnonzero(asked)
                 answer = 1 / (1 + np.exp(-output[0]))
-                if len(where) == 1:
+                if len(where) == 0:
+                    axes.text(0.5, 0.5, "not asked", transform=axes.transAxes, ha="center", fontsize=7, color=_ASKED)
+                elif len(where) == 1:
                     axes.bar(where, answer[where], color=_ANSWERED, width=4)
                 else:
                     axes.plot(hours, answer[hours], color=_ANSWERED, linewidth=1.5)

@@ -268,6 +268,7 @@ LABELS = {
     "mortality": (2, "47;1", r"row 2: mortality is '47;1', not position;mask;label"),
     "phenotype": (4, ";".join(["2"] * 25), r"row 2: phenotypes has 25 entries, 25 of 0 or 1 are needed"),
     "number": (3, "1;x", r"row 2: remaining hours: "),
+    "nan": (3, "1;nan", r"row 2: remaining hours holds nan"),
     "mask": (5, "3;1", r"row 2: decompensation holds entries that are no 0 or 1"),
 }
 

@@ -28,7 +28,7 @@ from taps.data.subjects import list_path
 from taps.errors import UserError
 from taps.files import write_text
 
-_VERSION = 1
+_VERSION = 2
 CATEGORIES, NUMBERS = ("diagnosis", "sex"), ("interview_age", "picvocab")
 #: the share of what two targets follow that is the same
 SHARED = {
@@ -51,13 +51,13 @@ class Recipe:
         seed: of everything.
     """
 
-    side: int = 32
+    side: int = 24
     train: int = 320
     val: int = 100
     test: int = 300
     noise: float = 0.2
     label_noise: float = 0.35
-    missing: float = 0.02
+    missing: float = 0.3
     seed: int = 0
 
 
@@ -84,13 +84,13 @@ def make_brain(random: np.random.Generator, form: float, grain: float, side: int
     across = [1, 1, 1]
     across[axis] = side
     head = head + tissue * 0.35 * min(abs(grain), 2.5) * stripes.reshape(across)
-    apart = 0.4 + 0.13 * form
+    apart = 0.42 + 0.13 * form
     turn, tilt = random.uniform(0, np.pi), random.uniform(-0.5, 0.5)
     direction = np.array([np.cos(turn) * np.cos(tilt), np.sin(turn) * np.cos(tilt), np.sin(tilt)])
     middle = random.uniform(-0.1, 0.1, 3)
     for sign in (-1.0, 1.0):
         centre = middle + sign * max(apart, 0.1) * direction
-        size = random.uniform(0.17, 0.23)
+        size = random.uniform(0.24, 0.3)
         chamber = ((place - centre[:, None, None, None]) ** 2).sum(0) < size**2
         head = np.where(chamber, 0.15, head)
     skull = (reach >= 1.0) & (reach < 1.12)

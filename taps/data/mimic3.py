@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -280,9 +281,12 @@ def _pairs(path: Path, number: int, name: str, text: str) -> int:
 
 def _numbers(path: Path, number: int, name: str, texts: Sequence[str]) -> np.ndarray:
     try:
-        return np.array(texts, np.float64)
+        values = np.array(texts, np.float64)
     except ValueError as error:
         raise UserError(f"{path} row {number}: {name}: {error}") from None
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} row {number}: {name} holds {values[~np.isfinite(values)][0]}")
+    return values
 
 
 def read_labels(path: Path, row: int, cells: Sequence[str], crop: int) -> dict[str, np.ndarray]:
@@ -562,7 +566,8 @@ def main(arguments: Sequence[str]) -> None:
         description="Fit the normaliser of a mimic3-benchmarks tree on its training stays and write normalizer.json.",
     )
     parser.add_argument("root", type=Path, help="the folder with the lists")
-    fit_normalizer(parser.parse_args(arguments).root)
+    path = fit_normalizer(parser.parse_args(arguments).root)
+    sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str]) -> None:
     files = {
         subject_of(path.name): path.name
         for path in sorted(given.images.iterdir())
-        if any(path.name.endswith(suffix) for suffix in SUFFIXES)
+        if any(path.name.endswith(suffix) for suffix in SUFFIXES) and not path.name.startswith(".")
     }
     subjects = [subject for subject in files if subject in table.rows]
     if not subjects:
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str]) -> None:
         if len(files) > len(subjects)
         else ""
     )
-    parser.exit(0, f"{', '.join(f'{len(own)} {split}' for split, own in parts.items())}{without}\n")
+    sys.stdout.write(f"{', '.join(f'{len(own)} {split}' for split, own in parts.items())}{without}\n")
 
 
 if __name__ == "__main__":

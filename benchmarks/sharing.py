@@ -1,0 +1,74 @@
+"""Whether policies find what tasks share: generated stays and volumes, whose structure is known, over several seeds.
+
+    python benchmarks/sharing.py                    # five seeds of both, about half an hour on two cores
+    python benchmarks/sharing.py --policy_only      # without Δ_T
+
+For every seed the command a user types; then the rank correlation (Spearman), over all pairs of tasks, between how alike
+their learned policies are and the share of what they ask about that is the same. Of six pairs two share everything, so that
+a perfect order has 0.83. The last line takes the mean of the similarities over the seeds first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from taps.data import brains, stays  # noqa: E402
+from taps.policy import read_policy  # noqa: E402
+
+SHARED = {"mimic3": stays.SHARED, "volumes": brains.SHARED}
+
+
+def run(benchmark: str, seed: int, folder: Path, policy_only: bool, more: list[str]) -> Path:
+    """The results folder of one run."""
+    name = f"{benchmark}_{seed}"
+    line = [sys.executable, str(ROOT / "train_mtl.py"), "--benchmark", benchmark, "--seed", str(seed)]
+    line += ["--experiment_name", name, "--result_path", str(folder), *more]
+    line += ["--phases", "policy", "--single_task", "none"] if policy_only else []
+    subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--benchmarks", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--policy_only", action="store_true")
+    given, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        for benchmark in given.benchmarks:
+            shared = SHARED[benchmark]
+            alike, correlations, gains = [], [], []
+            for seed in given.seeds:
+                path = run(benchmark, seed, Path(name), given.policy_only, more)
+                policy = read_policy(path / "policy" / "policy.json")
+                alike.append([policy.similarity(a, b) for a, b in shared])
+                correlations.append(float(spearmanr(list(shared.values()), alike[-1]).statistic))
+                text = f"{benchmark} seed {seed}: rank correlation {correlations[-1]:+.2f}"
+                if not given.policy_only:
+                    summary = json.loads((path / "summary.json").read_text())
+                    gains.append(summary["delta_t"])
+                    text += f", Δ_T {gains[-1]:+.2f} %, blocks {100 * summary['executed_blocks']:.0f} %, {summary['seconds']:.0f} s"
+                print(text, flush=True)
+            means = [statistics.mean(own) for own in zip(*alike, strict=True)]
+            print(f"{benchmark}: rank correlation {statistics.mean(correlations):+.2f} in the mean of the seeds")
+            pairs = ", ".join(f"{a}–{b} {value:.2f}" for (a, b), value in zip(shared, means, strict=True))
+            print(
+                f"{benchmark}: of mean similarities {spearmanr(list(shared.values()), means).statistic:+.2f} ({pairs})"
+            )
+            if len(gains) > 1:
+                print(f"{benchmark}: Δ_T {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
