@@ -471,7 +471,9 @@ class TaskModel(nn.Module):
             self._fingerprint = (version, taskfile.fingerprint(state))
         return self._fingerprint[1]
 
-    def save_task(self, task: str, folder: str | Path, about: dict | None = None) -> Path:
+    def save_task(
+        self, task: str, folder: str | Path, about: dict | None = None, max_error: float | None = None
+    ) -> Path:
         """Write ``folder/task.safetensors`` and ``folder/task.json``: all that has to be shipped to use the task.
 
         Only what the task uses is stored: deltas of open units, norms in use, gate scores and the head.
@@ -480,12 +482,17 @@ class TaskModel(nn.Module):
             task: the task's name.
             folder: made if it does not exist; files of an earlier save are replaced.
             about: further entries for ``task.json``, such as class names.
+            max_error: store each delta in as few bytes as keep ‖δ̂ − δ‖ / ‖δ‖ within this, 0..1
+                (:mod:`taps.encoding`); what no encoding does is stored exactly, with a warning. ``None``: everything exactly.
 
         Returns:
             The folder.
+
+        Raises:
+            UserError: if a value is not finite, or ``max_error`` is out of range.
         """
         self.check_task(task)
-        return taskfile.save(self, task, Path(folder), about or {})
+        return taskfile.save(self, task, Path(folder), about or {}, max_error)
 
     def load_task(
         self, folder: str | Path, name: str | None = None, head: nn.Module | None = None, trainable: bool = False

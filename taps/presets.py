@@ -87,19 +87,20 @@ _DYNASHARE: dict[str | tuple[str, bool], dict] = {
 #: settings of the generated data that is used where none is named, on top of those of the benchmark
 _GENERATED: dict[str, dict] = {
     "mimic3": {
-        "model_type": "tcn", "channels": (24, 24, 24, 24), "head_width": 16, "head_rates": (1, 2), "head_dropout": 0.1, "hours": 120,
-        "batch_size": 32, "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "decay": "cosine", "weights_optimizer": "adam",
-        "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.002, "sharing_weight": 0.002, "positive_weights": {},
-        "task_weights": {"pheno": 6.0, "decomp": 2.0}, "iterations": 480, "warmup_iterations": 120, "retrain_iterations": 160, "weight_iterations": 12,
-        "policy_iterations": 6, "eval_iterations": 80, "curriculum_speed": 1, "temperature_decay": 0.8,
-        "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
+        "model_type": "tcn", "channels": (24, 24, 24, 24), "head_width": 16, "head_rates": (1, 2), "head_dropout": 0.1,
+        "hours": 120, "batch_size": 32, "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "decay": "cosine",
+        "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.002, "sharing_weight": 0.002,
+        "positive_weights": {}, "task_weights": {"pheno": 2.0, "decomp": 2.0}, "iterations": 480, "warmup_iterations": 120,
+        "retrain_iterations": 160, "weight_iterations": 12, "policy_iterations": 6, "eval_iterations": 80, "curriculum_speed": 1,
+        "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
     },
     "volumes": {
-        "model_type": "resnet18", "channels": (8, 12, 16, 24), "input_size": None, "task_weights": {"sex": 2.0, "picvocab": 2.0}, "batch_size": 16, "lr": 3e-3, "base_lr": 3e-3,
-        "betas": (0.9, 0.999), "wd": 1e-4, "decay": "cosine", "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0,
-        "sparsity_weight": 0.002, "sharing_weight": 0.0005, "policy_fraction": 0.3, "iterations": 600, "warmup_iterations": 240,
-        "retrain_iterations": 240, "weight_iterations": 12, "policy_iterations": 6, "eval_iterations": 80,
-        "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
+        "model_type": "resnet18", "channels": (8, 12, 16, 24), "input_size": None, "task_weights": {"sex": 2.0, "picvocab": 2.0},
+        "batch_size": 16, "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "wd": 1e-4, "decay": "cosine",
+        "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.001, "sharing_weight": 0.0005,
+        "policy_fraction": 0.3, "iterations": 600, "warmup_iterations": 240, "retrain_iterations": 240, "weight_iterations": 12,
+        "policy_iterations": 6, "eval_iterations": 80, "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1),
+        "single_task": "measure",
     },
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Tensors of ``task.safetensors``:
 
-- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open;
+- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; where it is stored in fewer bytes
+  (:mod:`taps.encoding`, ``encodings`` in ``task.json``) its parts, ``delta/<unit>/<parameter>/<part>``;
 - ``gate/<name>``: the gates' tensors of that name (for TAPS ``score``), all units in network order, concatenated;
 - ``norm/<name>``: the task's norms' tensors of that name (``weight``, ``bias``, ``running_mean``, …), concatenated in
   the order that ``task.json`` lists the norms;
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from taps.cost import accounting, norm_tensors
+from taps.encoding import ENCODINGS, decode, encode
 from taps.errors import UserError
 from taps.files import read_json, read_tensors, write_json, write_tensors
 
@@ -41,8 +44,10 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
+def save(model: TaskModel, task: str, folder: Path, about: dict, max_error: float | None = None) -> Path:
     """Write one task; see :meth:`taps.model.TaskModel.save_task`."""
+    if max_error is not None and not 0 <= max_error < 1:
+        raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
     tensors: dict[str, Tensor] = {}
     for unit in model.units:
         if task in unit.deltas and unit.gates[task].decide().uses_delta:
@@ -56,6 +61,7 @@ def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
+    encodings = {} if max_error is None else _encode(tensors, task, max_error)
     write_tensors(folder / "task.safetensors", tensors)
     linear = (
         {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None}
@@ -82,10 +88,44 @@ def save(model: TaskModel, task: str, folder: Path, about: dict) -> Path:
             "norms": [norm.name for norm in norms],
             "policy": model.policies.get(task),
             "units": model.report(task),
+            **({"max_error": max_error, "encodings": encodings} if max_error is not None else {}),
             **about,
         },
     )
     return folder
+
+
+def _encode(tensors: dict[str, Tensor], task: str, max_error: float) -> dict[str, str]:
+    """Replace deltas by the parts of their smallest encodings; the encodings' names by delta. Says which stay exact."""
+    encodings, exact = {}, []
+    for key in [key for key in tensors if key.startswith("delta/")]:
+        found = encode(tensors[key].detach().cpu(), max_error)
+        if found is None:
+            exact.append(key.removeprefix("delta/"))
+            continue
+        encodings[key], parts = found
+        del tensors[key]
+        tensors.update((f"{key}/{name}", part) for name, part in parts.items())
+    if exact:
+        warnings.warn(
+            f"task {task!r}: {len(exact)} deltas are stored exactly, no smaller encoding is within max_error {max_error:g}, "
+            f"e.g. {exact[0]}",
+            stacklevel=4,
+        )
+    return encodings
+
+
+def _decode(tensors: dict[str, Tensor], model: TaskModel, encodings: dict[str, str], path: Path) -> None:
+    """Undo :func:`_encode`."""
+    like = {f"delta/{u.name}/{name}": value for u in model.units for name, value in u.base_parameters().items()}
+    for key, name in encodings.items():
+        if name not in ENCODINGS or key not in like:
+            raise UserError(f"{path}: {key} is stored as {name!r}, which this library or this base does not know")
+        parts = {own.rsplit("/", 1)[1]: tensors.pop(own) for own in list(tensors) if own.startswith(f"{key}/")}
+        try:
+            tensors[key] = decode(name, parts, like[key].shape, like[key].dtype)
+        except (KeyError, RuntimeError, IndexError, TypeError) as error:
+            raise UserError(f"{path}: {key} is damaged: {(str(error).splitlines() or [''])[0]}") from None
 
 
 def _pack(prefix: str, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -142,12 +182,9 @@ def load(model: TaskModel, folder: Path, task: str, head: nn.Module | None, trai
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, task.json says {description['bytes']}: the two do not belong together"
         )
-    for (
-        key,
-        tensor,
-    ) in (
-        tensors.items()
-    ):  # not the deltas: they were checked when they were written, and are read from disk when first used
+    _decode(tensors, model, description.get("encodings", {}), path)
+    # Not the deltas: they were checked when they were written, and are read from disk when first used.
+    for key, tensor in tensors.items():
         if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if head is None:

@@ -19,7 +19,7 @@ LAYERS = {
     "dynashare": ("adapt", "adashare", "errors", "gates", "layer"),
     "methods": ("adapt", "adashare", "blocks", "dynashare", "gates"),
     "files": ("errors",), "backbones": ("errors", "files"), "cost": ("layer",),
-    "taskfile": ("cost", "errors", "files"), "library": ("cost", "errors", "taskfile"),
+    "encoding": (), "taskfile": ("cost", "encoding", "errors", "files"), "library": ("cost", "errors", "taskfile"),
     "tasks": ("arguments", "commands", "library"), "arguments": (), "budget": ("cost", "errors"),
     "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "library", "methods", "mixed", "taskfile",
               "together"),

@@ -12,18 +12,11 @@ from conftest import ROOT
 from torch.nn.functional import pad
 
 from options import parse_mtl
+from taps.data.discretizer import Discretizer, read_normalizer
 from taps.data.known import check
-from taps.data.mimic3 import (
-    PHENOTYPES,
-    Discretizer,
-    find_root,
-    fit_normalizer,
-    open_mimic3,
-    read_labels,
-    read_normalizer,
-    rows_of,
-)
+from taps.data.mimic3 import fit_normalizer, open_mimic3
 from taps.data.shared import make_stream, split_train
+from taps.data.stay_lists import PHENOTYPES, find_root, read_labels, rows_of
 from taps.data.stays import SHARED, Recipe, make_stays
 from taps.heads import HourHead
 from taps.residual import create_series_backbone

@@ -13,7 +13,8 @@ from torch import nn
 
 from taps.backbones import load_weights
 from taps.benchmarks.shared import SharedBenchmark
-from taps.data.mimic3 import ALIASES, TASKS, StayData, open_mimic3
+from taps.data.mimic3 import ALIASES, StayData, open_mimic3
+from taps.data.stay_lists import TASKS
 from taps.data.stays import make_stays
 from taps.errors import UserError
 from taps.heads import HourHead

@@ -47,7 +47,7 @@ class Recipe:
         train, val, test: number of subjects.
         noise: standard deviation of a voxel's noise; tissue has 1.
         label_noise: that of what targets follow, which has about 1.
-        missing: share of the labels that are not there.
+        missing: share of the training labels that are not there; of the others a twentieth of it.
         seed: of everything.
     """
 
@@ -57,7 +57,7 @@ class Recipe:
     test: int = 300
     noise: float = 0.2
     label_noise: float = 0.35
-    missing: float = 0.3
+    missing: float = 0.6
     seed: int = 0
 
 
@@ -106,8 +106,8 @@ def make_brains(root: Path, recipe: Recipe | None = None) -> None:
         UserError: if ``root`` holds something else, or the recipe is not possible.
     """
     recipe = recipe or Recipe()
-    if recipe.side < 16 or min(recipe.train, recipe.val, recipe.test) < 6 or not 0 <= recipe.missing < 0.5:
-        raise UserError("brains need 16 voxels a side, six subjects a split, and less than half of the labels missing")
+    if recipe.side < 16 or min(recipe.train, recipe.val, recipe.test) < 6 or not 0 <= recipe.missing < 0.9:
+        raise UserError("brains need 16 voxels a side, six subjects a split, and less than 0.9 of the labels missing")
     make_tree(root, {"version": _VERSION, "brains": asdict(recipe)}, lambda building: _write(building, recipe))
 
 
@@ -125,7 +125,8 @@ def _write(root: Path, recipe: Recipe) -> None:
             np.save(images / f"{subject}.npy", make_brain(random, form, grain, recipe.side, recipe.noise))
             names.append(f"{subject}.npy")
             family += random.random() < 0.85 or not names[:-1]
-            rows.append(_row(random, subject, form, grain, family, recipe))
+            missing = recipe.missing if split == "train" else recipe.missing / 20
+            rows.append(_row(random, subject, form, grain, family, recipe.label_noise, missing))
         write_text(list_path(images, split), "\n".join(names) + "\n")
     with open(root / "labels.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -134,16 +135,22 @@ def _write(root: Path, recipe: Recipe) -> None:
 
 
 def _row(
-    random: np.random.Generator, subject: str, form: float, grain: float, family: int, recipe: Recipe
+    random: np.random.Generator,
+    subject: str,
+    form: float,
+    grain: float,
+    family: int,
+    label_noise: float,
+    missing: float,
 ) -> list[str]:
-    noisy = [value + recipe.label_noise * random.normal() for value in (form, form, grain, grain)]
+    noisy = [value + label_noise * random.normal() for value in (form, form, grain, grain)]
     cells = [
         f"{120 + 8 * noisy[0]:.0f}",
         "1" if noisy[2] > 0 else "2",
         ("low", "middle", "high")[int(np.searchsorted([-0.45, 0.45], noisy[1]))],
         f"{85 + 9 * noisy[3]:.1f}",
     ]
-    cells = ["" if random.random() < recipe.missing else cell for cell in cells]
+    cells = ["" if random.random() < missing else cell for cell in cells]
     return [subject, *cells, str(family), f"site{int(random.integers(1, 22)):02d}"]
 
 

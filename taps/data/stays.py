@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from taps.arguments import Parser
 from taps.data.generated import make_tree
-from taps.data.mimic3 import PHENOTYPES, fit_normalizer
+from taps.data.mimic3 import fit_normalizer
+from taps.data.stay_lists import PHENOTYPES
 from taps.errors import UserError
 from taps.files import write_json, write_text
 
@@ -92,10 +93,10 @@ class Recipe:
         seed: of everything.
     """
 
-    train: int = 240
+    train: int = 160
     val: int = 160
     test: int = 400
-    noise: float = 0.15
+    noise: float = 0.1
     seed: int = 0
 
 

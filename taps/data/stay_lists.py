@@ -1,0 +1,228 @@
+"""The lists of mimic3-benchmarks' multitask setting: which stays there are, and what is asked about each.
+
+A row holds ``filename, length of stay, pos;mask;label, m1;…;mT;y1;…;yT, y1;…;y25, m1;…;mT;y1;…;yT``: the hours of the stay,
+in-hospital mortality, remaining hours at each hour, phenotypes, and whether the patient dies within 24 hours. Lists are read
+as streams: of a row only its place is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from taps.data.discretizer import bin_count
+from taps.data.shared import Task
+from taps.errors import UserError
+
+PHENOTYPES = 25
+TASKS = {
+    "ihm": Task("ihm", "binary", 1),
+    "decomp": Task("decomp", "binary", 1),
+    "los": Task("los", "duration", 10),
+    "pheno": Task("pheno", "binary", PHENOTYPES),
+}
+COLUMNS = ("filename", "length of stay", "mortality", "remaining hours", "phenotypes", "decompensation")
+
+
+class Stay(NamedTuple):
+    """A row of a list: where it stands, its time series and its length in hours."""
+
+    split: str
+    row: int
+    offset: int
+    name: str
+    hours: float
+
+
+@dataclass
+class Lists:
+    """What reading a list file finds besides its stays."""
+
+    empty: list[str] = field(default_factory=list)
+    long: int = 0
+    beyond: int = 0
+    positives: dict[str, np.ndarray] = field(default_factory=dict)
+    negatives: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def find_root(root: Path) -> Path:
+    """The folder with the lists: ``root`` itself or ``root/multitask``.
+
+    Raises:
+        UserError: if neither has them.
+    """
+    for folder in (root, root / "multitask"):
+        if (folder / "train_listfile.csv").is_file():
+            return folder
+    raise UserError(
+        f"{root} has no train_listfile.csv; make it with mimic3-benchmarks' create_multitask and split_train_val "
+        "(datasets/README.md)"
+    )
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, int, list[str]]]:
+    """(row number, offset, cells) of a list file, read as a stream.
+
+    Raises:
+        UserError: for a row with another number of cells.
+    """
+    with open(path, "rb") as file:
+        file.readline()  # the header
+        number, offset = 1, file.tell()
+        for line in iter(file.readline, b""):
+            number += 1
+            start, offset = offset, offset + len(line)
+            text = line.decode("utf-8", "replace").strip()
+            if not text:
+                continue
+            cells = text.split(",")
+            if len(cells) != len(COLUMNS):
+                raise UserError(
+                    f"{path} row {number} has {len(cells)} cells instead of {len(COLUMNS)} ({', '.join(COLUMNS)})"
+                )
+            yield number, start, cells
+
+
+def _pairs(path: Path, number: int, name: str, text: str) -> int:
+    """Length T of a list ``m1;…;mT;y1;…;yT``."""
+    count = text.count(";") + 1 if text else 0
+    if text in ("", ";"):
+        return 0
+    if count % 2:
+        raise UserError(
+            f"{path} row {number}: {name} has {count} entries, but as many masks as labels make an even number"
+        )
+    return count // 2
+
+
+def _numbers(path: Path, number: int, name: str, texts: Sequence[str]) -> np.ndarray:
+    try:
+        values = np.array(texts, np.float64)
+    except ValueError as error:
+        raise UserError(f"{path} row {number}: {name}: {error}") from None
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} row {number}: {name} holds {values[~np.isfinite(values)][0]}")
+    return values
+
+
+def read_labels(path: Path, row: int, cells: Sequence[str], crop: int) -> dict[str, np.ndarray]:
+    """The labels of one stay by task, for ``crop`` hours, NaN where nothing is asked.
+
+    Raises:
+        UserError: naming file and row, for lists of the wrong length or entries that are no labels.
+    """
+    labels = {name: np.full((task.channels, crop), np.nan, np.float32) for name, task in TASKS.items()}
+    labels["los"] = labels["los"][0]
+    count = bin_count(float(cells[1]))
+    mortality = _numbers(path, row, "mortality", cells[2].split(";"))
+    if len(mortality) != 3 or mortality[1] not in (0, 1) or mortality[2] not in (0, 1) or mortality[0] < 0:
+        raise UserError(f"{path} row {row}: mortality is {cells[2]!r}, not position;mask;label")
+    if mortality[1] and mortality[0] < crop:
+        labels["ihm"][0, int(mortality[0])] = mortality[2]
+    phenotypes = _numbers(path, row, "phenotypes", cells[4].split(";"))
+    if len(phenotypes) != PHENOTYPES or not np.isin(phenotypes, (0, 1)).all():
+        raise UserError(
+            f"{path} row {row}: phenotypes has {len(phenotypes)} entries, {PHENOTYPES} of 0 or 1 are needed"
+        )
+    if count:
+        labels["pheno"][:, min(count, crop) - 1] = phenotypes
+    for name, text, target in (
+        ("remaining hours", cells[3], labels["los"]),
+        ("decompensation", cells[5], labels["decomp"][0]),
+    ):
+        length = _pairs(path, row, name, text)
+        values = _numbers(path, row, name, text.split(";")) if length else np.zeros(0)
+        masks, own = values[:length], values[length:]
+        if not np.isin(masks, (0, 1)).all() or (name == "decompensation" and not np.isin(own, (0, 1)).all()):
+            raise UserError(f"{path} row {row}: {name} holds entries that are no 0 or 1")
+        used = min(length, crop)
+        target[:used] = np.where(masks[:used] == 1, own[:used], np.nan)
+    return labels
+
+
+def folder_of(split: str) -> str:
+    return "test" if split == "test" else "train"
+
+
+def read_list(root: Path, split: str, crop: int, found: Lists) -> list[Stay]:
+    """The stays of one list that hold anything."""
+    path, folder = root / f"{split}_listfile.csv", root / folder_of(split)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; mimic3-benchmarks' split_train_val writes it")
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; it holds the time series that {path.name} lists")
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    stays: list[Stay] = []
+    header: int | None = None
+    for number, offset, cells in rows_of(path):
+        name = cells[0]
+        if name not in sizes:
+            raise UserError(f"{path} row {number}: {folder / name} does not exist")
+        try:
+            hours = float(cells[1])
+        except ValueError:
+            hours = math.nan
+        if not 0 <= hours < 1e6:
+            raise UserError(f"{path} row {number}: a length of stay of {cells[1]!r} hours")
+        lengths = [_pairs(path, number, COLUMNS[3], cells[3]), _pairs(path, number, COLUMNS[5], cells[5])]
+        if cells[4].count(";") != PHENOTYPES - 1:
+            raise UserError(
+                f"{path} row {number}: phenotypes has {cells[4].count(';') + 1} entries, {PHENOTYPES} are needed"
+            )
+        if header is None:
+            with open(folder / name, "rb") as file:
+                header = len(file.readline())
+        if hours < 1 or sizes[name] <= header or not max(lengths):
+            found.empty.append(f"{path.name} row {number}")
+            continue
+        _count(found, split, cells, lengths[1], crop)
+        found.long += hours > crop
+        found.beyond += sum(max(length - crop, 0) for length in lengths)
+        stays.append(Stay(split, number, offset, name, hours))
+    if not stays:
+        raise UserError(f"{path} lists no stay that holds anything")
+    return stays
+
+
+def _count(found: Lists, split: str, cells: Sequence[str], steps: int, crop: int) -> None:
+    """Note which answers a row has, to refuse questions with one answer only."""
+    mortality = cells[2].split(";")
+    counts = len(mortality) == 3 and mortality[1] == "1" and mortality[0].isdigit() and int(mortality[0]) < crop
+    asked = {
+        "ihm": [[mortality[-1]]] if counts else [],
+        "pheno": [cells[4].split(";")],
+        "decomp": [[label] for label in set(cells[5].split(";")[steps : steps + crop])],
+    }
+    for name, rows in asked.items():
+        for row in rows:
+            for store, text in ((found.positives, "1"), (found.negatives, "0")):
+                key = f"{split} {name}"
+                store[key] = store.get(key, np.zeros(len(row), int)) + [entry == text for entry in row]
+
+
+def check_disjoint(splits: Mapping[str, Sequence[Stay]]) -> None:
+    patients = {split: {stay.name.split("_")[0] for stay in stays} for split, stays in splits.items()}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        both = patients[a] & patients[b]
+        if both:
+            raise UserError(f"patient {min(both)} is in both {a}_listfile.csv and {b}_listfile.csv")
+
+
+def one_answer(found: Lists, splits: Mapping[str, Sequence[Stay]], names: Sequence[str]) -> Iterator[str]:
+    """Refuse a question that has one answer in a split; single phenotypes are left out of its mean, and named."""
+    for split in splits:
+        for name in (name for name in ("ihm", "decomp", "pheno") if name in names):
+            key = f"{split} {name}"
+            both = (found.positives.get(key, np.zeros(1)) > 0) & (found.negatives.get(key, np.zeros(1)) > 0)
+            if not both.any():
+                raise UserError(
+                    f"{split}_listfile.csv has only one answer for task {name} within the hours that are kept of its stays"
+                )
+            if not both.all():
+                yield f"{split}: {int((~both).sum())} of {len(both)} phenotypes have one answer only and no AUC"
