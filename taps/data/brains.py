@@ -1,12 +1,12 @@
 r"""Brains: generated volumes in the layout of :mod:`taps.data.volumes`, with a known structure of what targets share.
 
-A head holds tissue and two dark chambers. Two things differ between subjects, and every target follows one of them:
+A head holds tissue and a dark chamber. Two things differ between subjects, and every target follows one of them:
 
-*Form*: how far the chambers are apart. ``interview_age`` grows with it, ``diagnosis`` has three ranges of it.
+*Form*: how large the chamber is. ``interview_age`` grows with it, ``diagnosis`` has three ranges of it.
 *Grain*: along which axis the tissue is striped, and how clearly. ``sex`` is the axis, ``picvocab`` the clearness with its sign.
 
 So two pairs of targets share everything, and targets of different pairs nothing (:data:`SHARED`): form is seen from afar
-whatever the grain, grain is seen in a few voxels whatever the form. Head size, position, brightness and the chambers' sizes
+whatever the grain, grain is seen in a few voxels whatever the form. Head size, positions, brightness and the chamber's shape
 say nothing. The table also has families and sites. No real subject's data is in it.
 
     python -m taps.data.brains FOLDER          FOLDER/images/<subject>.npy, its three lists, FOLDER/labels.csv
@@ -66,7 +66,7 @@ def make_brain(random: np.random.Generator, form: float, grain: float, side: int
 
     Args:
         random: chooses what says nothing.
-        form: how far the chambers are apart, about −2..2.
+        form: how large the chamber is, about −2..2.
         grain: the axis of the stripes by its sign, their clearness by its size, about −2..2.
         side: voxels.
         noise: of the voxels.
@@ -84,15 +84,11 @@ def make_brain(random: np.random.Generator, form: float, grain: float, side: int
     across = [1, 1, 1]
     across[axis] = side
     head = head + tissue * 0.35 * min(abs(grain), 2.5) * stripes.reshape(across)
-    apart = 0.42 + 0.13 * form
-    turn, tilt = random.uniform(0, np.pi), random.uniform(-0.5, 0.5)
-    direction = np.array([np.cos(turn) * np.cos(tilt), np.sin(turn) * np.cos(tilt), np.sin(tilt)])
-    middle = random.uniform(-0.1, 0.1, 3)
-    for sign in (-1.0, 1.0):
-        centre = middle + sign * max(apart, 0.1) * direction
-        size = random.uniform(0.24, 0.3)
-        chamber = ((place - centre[:, None, None, None]) ** 2).sum(0) < size**2
-        head = np.where(chamber, 0.15, head)
+    middle = random.uniform(-0.15, 0.15, 3)
+    size = min(max(0.36 + 0.09 * form, 0.1), 0.65)
+    stretch = random.uniform(0.85, 1.15, 3)
+    chamber = (((place - middle[:, None, None, None]) / stretch[:, None, None, None]) ** 2).sum(0) < size**2
+    head = np.where(chamber, 0.15, head)
     skull = (reach >= 1.0) & (reach < 1.12)
     head = np.where(skull, 1.6, head)
     head = head + random.normal(0, noise, head.shape) * (reach < 1.12)

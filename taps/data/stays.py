@@ -93,7 +93,7 @@ class Recipe:
         seed: of everything.
     """
 
-    train: int = 160
+    train: int = 320
     val: int = 160
     test: int = 400
     noise: float = 0.1
