@@ -53,12 +53,16 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
-def steps(text: str) -> int | str:
-    """A whole number of steps, or with an ``e`` behind it a number of passes over the training samples."""
-    if not text.endswith("e"):
-        return number(int, 0)(text)
-    number(float, 0, above=True)(text[:-1])
-    return text
+def steps(low: int) -> Callable[[str], int | str]:
+    """A parser of numbers of steps from ``low`` on, or with an ``e`` behind of passes over the training samples."""
+
+    def parse(text: str) -> int | str:
+        if not text.endswith("e"):
+            return number(int, low)(text)
+        number(float, 0, 1e6, above=True)(text[:-1])
+        return text
+
+    return parse
 
 
 def boolean(group, name: str, text: str) -> None:
@@ -483,7 +487,7 @@ def mtl_parser() -> Parser:
         "--causal",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="mimic3: an answer about an hour depends on no later hour; --no-causal looks ahead, as published",
+        help="mimic3: no block looks at hours after the one that is asked about; --no-causal does, as published. Gates of dynashare see the whole series either way",
     )
     network.add_argument("--model_path", metavar="FILE", help="start from these weights")
     network.add_argument(
@@ -608,14 +612,14 @@ def mtl_parser() -> Parser:
     )
     phases.add_argument(
         "--iterations",
-        type=steps,
+        type=steps(1),
         metavar="N",
         help="steps of warm-up and policy learning together; 20e are as many as 20 passes over train take",
     )
-    phases.add_argument("--warmup_iterations", type=steps, metavar="N", help="steps before policies are learned")
+    phases.add_argument("--warmup_iterations", type=steps(0), metavar="N", help="steps before policies are learned")
     phases.add_argument(
         "--retrain_iterations",
-        type=steps,
+        type=steps(1),
         metavar="N",
         help="steps of training under a policy, and of methods without one",
     )
@@ -631,7 +635,7 @@ def mtl_parser() -> Parser:
         metavar="N",
         help="dynashare: last steps of retraining, in which gates stand still and decide as in evaluation",
     )
-    phases.add_argument("--eval_iterations", type=steps, metavar="N", help="steps between validations, about")
+    phases.add_argument("--eval_iterations", type=steps(1), metavar="N", help="steps between validations, about")
 
     training = parser.add_argument_group("training")
     training.add_argument(
@@ -669,7 +673,9 @@ def mtl_parser() -> Parser:
         help="that of gates which learn with the weights (default: that of --lr)",
     )
     training.add_argument("--decay", choices=DECAYS, help="how they fall")
-    training.add_argument("--decay_iterations", type=steps, metavar="N", help="steps between two falls of --decay step")
+    training.add_argument(
+        "--decay_iterations", type=steps(1), metavar="N", help="steps between two falls of --decay step"
+    )
     training.add_argument("--decay_rate", type=number(float, 0, 1, above=True), metavar="X", help="factor of each fall")
     training.add_argument("--betas", nargs=2, type=number(float, 0, 0.999999), metavar="X", help="of adam and adamw")
     training.add_argument(
@@ -735,7 +741,7 @@ def task_weight(text: str) -> tuple[str, float]:
         weight = -1.0
     if not name or not 0 <= weight < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not TASK=X with a number X of at least 0")
-    return {**ALIASES, **STAY_ALIASES}.get(name, name), weight
+    return name, weight
 
 
 #: entries of a run's settings that are no options, or none that another run should repeat
@@ -783,8 +789,16 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.config:
         options = parser.parse_args([*config_arguments(parser, Path(options.config)), *arguments])
+    aliases = {"mimic3": STAY_ALIASES, "volumes": {}, "domainnet": {}}.get(options.benchmark, ALIASES)
+    for name in ("task_weights", "positive_weights"):
+        given = getattr(options, name)
+        setattr(options, name, given and [(aliases.get(task, task), weight) for task, weight in given])
+    options.tasks = options.tasks and [aliases.get(name, name) for name in options.tasks]
+    of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if getattr(options, name)]
+    if options.benchmark != "volumes" and of_volumes:
+        parser.error(f"--{of_volumes[0]} is for --benchmark volumes")
     chosen = options.tasks or [*(options.cat_target or ()), *(options.num_target or ())]
-    generated = not options.dataset and not options.images
+    generated = not options.dataset and not options.images and not options.labels
     published = preset(options.benchmark, len(chosen) or None, options.method, generated)
     for name in ("task_weights", "positive_weights"):
         if getattr(options, name) is not None:
@@ -792,9 +806,8 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value in published.items():
         if getattr(options, name, None) is None:
             setattr(options, name, list(value) if isinstance(value, tuple) else value)
-    if options.tasks:
-        options.tasks = [{**ALIASES, **STAY_ALIASES}.get(name, name) for name in options.tasks]
-        others = published["task_weights"].keys() - set(options.tasks)
+    if chosen:
+        others = published["task_weights"].keys() - set(chosen)
         options.task_weights = {name: value for name, value in options.task_weights.items() if name not in others}
     if options.experiment_name is None:
         options.experiment_name = f"{options.benchmark}_{options.method}"

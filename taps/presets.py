@@ -2,8 +2,8 @@
 
 Where a number of tasks was not published, the nearest published one is taken. NYUv2, CityScapes and Taskonomy: AdaShare's and
 DynaShare's settings files; DomainNet: AdaShare's branch of that name; MIMIC-III: DynaShare's program for it, with the loss
-weights as it applies them (twice); volumes: the fork of AdaShare for the ABCD study, whose 30 + 120 epochs over 30 % and 35 % of
-the training subjects are 9 + 60 passes over all of them.
+weights as it applies them (twice); volumes: the fork of AdaShare for the ABCD study, whose 30 epochs over 30 % of the training
+subjects are 9 passes over all of them, and whose 60 pairs of epochs over two disjoint parts are 60 cycles of two halves.
 """
 
 from __future__ import annotations
@@ -89,13 +89,14 @@ _GENERATED: dict[str, dict] = {
     "mimic3": {
         "model_type": "tcn", "channels": (24, 24, 24, 24), "head_width": 16, "head_rates": (1, 2), "head_dropout": 0.1,
         "hours": 120, "batch_size": 32, "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "decay": "cosine",
-        "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.001, "sharing_weight": 0.002,
-        "policy_fraction": 0.4, "positive_weights": {}, "task_weights": {"pheno": 3.0, "decomp": 3.0}, "iterations": 480, "warmup_iterations": 120,
-        "retrain_iterations": 160, "weight_iterations": 12, "policy_iterations": 6, "eval_iterations": 80, "curriculum_speed": 1,
+        "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.002, "sharing_weight": 0.002,
+        "policy_fraction": 0.4, "positive_weights": {}, "task_weights": {}, "iterations": 480,
+        "warmup_iterations": 120,
+        "retrain_iterations": 320, "weight_iterations": 12, "policy_iterations": 6, "eval_iterations": 80, "curriculum_speed": 1,
         "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
     },
     "volumes": {
-        "model_type": "resnet18", "channels": (8, 12, 16, 24), "input_size": None, "task_weights": {"sex": 2.0, "picvocab": 2.0},
+        "model_type": "resnet18", "channels": (12, 16, 24, 32), "input_size": None, "task_weights": {"sex": 2.0, "picvocab": 2.0},
         "batch_size": 16, "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "wd": 1e-4, "decay": "cosine",
         "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.002, "sharing_weight": 0.0005,
         "policy_fraction": 0.4, "iterations": 560, "warmup_iterations": 200, "retrain_iterations": 400, "weight_iterations": 12,

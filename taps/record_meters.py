@@ -15,6 +15,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from taps.data.shared import VOID, Task
+from taps.errors import UserError
 from taps.losses import stay_bins
 
 #: hours that stand for a predicted bin of remaining length of stay: the means of the training stays (mimic3-benchmarks)
@@ -54,8 +55,15 @@ class Meter:
         self.targets.append(target.cpu().numpy())
 
     def compute(self) -> dict[str, float]:
-        """The metrics by name; NaN where the labels do not define them."""
-        return self.measure(np.concatenate(self.predictions), np.concatenate(self.targets))
+        """The metrics by name; NaN where the labels do not define them.
+
+        Raises:
+            UserError: if a prediction is not finite.
+        """
+        prediction = np.concatenate(self.predictions)
+        if not np.isfinite(prediction).all():
+            raise UserError(f"task {self.task.name}: the network's answers are not finite; lower --lr")
+        return self.measure(prediction, np.concatenate(self.targets))
 
 
 def area_under_roc(target: np.ndarray, score: np.ndarray) -> float:
@@ -84,11 +92,10 @@ class BinaryMeter(Meter):
         if self.task.channels == 1:
             answers, score = target[:, 0], prediction[:, 0]
             return {"auc_roc": area_under_roc(answers, score), "auc_pr": area_under_precision_recall(answers, score)}
-        score = 1.0 / (1.0 + np.exp(-prediction))
-        areas = [area_under_roc(target[:, index], score[:, index]) for index in range(self.task.channels)]
+        areas = [area_under_roc(target[:, index], prediction[:, index]) for index in range(self.task.channels)]
         known = [area for area in areas if not math.isnan(area)]
         macro = sum(known) / len(known) if known else math.nan
-        return {"auc_macro": macro, "auc_micro": area_under_roc(target.ravel(), score.ravel())}
+        return {"auc_macro": macro, "auc_micro": area_under_roc(target.ravel(), prediction.ravel())}
 
 
 class DurationMeter(Meter):

@@ -68,7 +68,7 @@ def stays(shown: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
                 axes.set_title(_TITLES.get(task, task), fontsize=9, loc="left")
             if row == len(shown) - 1 and task != "pheno":
                 axes.set_xlabel("hour", fontsize=7)
-        line[0].set_ylabel(stay["name"].removesuffix("_timeseries.csv"), fontsize=7)
+        line[0].set_ylabel(stay["name"], fontsize=7)
     _legend(figure)
     return figure
 

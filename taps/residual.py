@@ -120,6 +120,7 @@ class ResNet(nn.Module):
     Shape:
         (B, in_channels, *positions) to (B, num_features, *positions / output_stride), with ``pool`` (B, num_features). A
         causal network puts one empty position in front, so that output j has seen positions 0..output_stride·j − 1.
+        A series is filled up with zeros behind.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class ResNet(nn.Module):
         block, depths = RESNETS[name]
         layers = _Layers(dimensions, causal)
         self.pretrained_cfg = {"architecture": f"{name}_{dimensions}d"}
-        self.causal, self.output_stride = causal, output_stride
+        self.dimensions, self.causal, self.output_stride = dimensions, causal, output_stride
         if dimensions == 1:  # hours are few, and none should be mixed away (DynaShare's program)
             stem = in_channels
             self.conv1 = layers.convolution(in_channels, stem, 2, 2)
@@ -166,8 +167,8 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.causal:
-            x = pad(x, (1, 0))
+        if self.dimensions == 1:  # zeros behind fill the last position up
+            x = pad(x, (int(self.causal), -(x.shape[2] + self.causal) % self.output_stride))
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.flatten(2).mean(2) if self.pool else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,22 +35,26 @@ LOWER_IS_BETTER = frozenset(
 #: metrics that do not count for Δ_T: the published tables lack the first two; of an R² near 0 every gain is endless
 NOT_COUNTED = frozenset({"rmse", "rmse_angle", "r2"})
 
+_FLOORS = {"kappa": 0.1}  # near which epochs differ by chance alone
+
 
 def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
     r"""Δ_{T_i} in percent: the mean over a task's metrics of (−1)^{l_j} (M_j − M_j^{single}) / M_j^{single} · 100, where l_j = 1
     for a metric of which less is better (AdaShare §4)."""
     gains = []
     for name, value in metrics.items():
-        if reference.get(name) and name not in NOT_COUNTED and not math.isnan(value):
+        known = reference.get(name) and not math.isnan(value) and not math.isnan(reference[name])
+        if known and name not in NOT_COUNTED:
             gain = (value - reference[name]) / abs(reference[name])
             gains.append(-gain if name in LOWER_IS_BETTER else gain)
     return 100.0 * sum(gains) / len(gains) if gains else math.nan
 
 
 def delta_t(metrics: Mapping[str, Mapping[str, float]], reference: Mapping[str, Mapping[str, float]]) -> float:
-    """Δ_T in percent: the mean of :func:`relative_gain` over the tasks."""
-    gains: Iterable[float] = [relative_gain(own, reference[task]) for task, own in metrics.items()]
-    return sum(gains) / len(metrics)
+    """Δ_T in percent: the mean of :func:`relative_gain` over the tasks whose labels define a metric."""
+    gains = [relative_gain(own, reference[task]) for task, own in metrics.items()]
+    known = [gain for gain in gains if not math.isnan(gain)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
@@ -61,7 +65,7 @@ def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
     means = []
     for own in metrics.values():
         values = [
-            (-1.0 if name in LOWER_IS_BETTER else 1.0) * math.log(max(value, 1e-3))
+            (-1.0 if name in LOWER_IS_BETTER else 1.0) * math.log(max(value, _FLOORS.get(name, 1e-3)))
             for name, value in own.items()
             if name not in NOT_COUNTED and not math.isnan(value)
         ]

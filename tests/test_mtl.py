@@ -17,6 +17,8 @@ import taps
 from options import MULTI_TASK_METHODS, parse_mtl
 from taps import commands, mtl
 from taps.benchmarks import open_benchmark
+from taps.data.brains import Recipe as Brains
+from taps.data.brains import make_brains
 from taps.data.scenes import Recipe, make_scenes
 from taps.plan import policy_plan, weights_plan
 from taps.policy import Policy
@@ -392,7 +394,9 @@ def test_plans_are_the_published_schedule():
     assert (again.recipe.epochs, again.batches, again.recipe.seed) == (50, {"train": 400}, 3)
 
 
-@pytest.mark.parametrize(("benchmark", "method"), [("scenes", "dynashare"), ("domainnet", "adashare")])
+@pytest.mark.parametrize(
+    ("benchmark", "method"), [("scenes", "dynashare"), ("domainnet", "adashare"), ("volumes", "adashare")]
+)
 def test_two_processes_take_the_same_steps(scenes, tree, tmp_path, benchmark, method):
     """torchrun with gloo on the CPU, with penalties that couple tasks: both ranks hold the same network throughout."""
     script = tmp_path / "ranks.py"
@@ -416,10 +420,15 @@ def test_two_processes_take_the_same_steps(scenes, tree, tmp_path, benchmark, me
         "taps.mtl.score = note\n"
         "train_mtl.main(sys.argv[1:])\n"
     )
-    data = (
-        ("--dataset", scenes) if benchmark == "scenes" else ("--dataset", tree, "--input_size", 32, "--no-pretrained")
-    )
-    arguments = ("--benchmark", benchmark, *data, *SMALL, "--method", method, "--single_task", "none", "--exp_ids", 0)
+    data = {
+        "scenes": ("--dataset", scenes),
+        "domainnet": ("--dataset", tree, "--input_size", 32, "--no-pretrained"),
+        "volumes": ("--images", tmp_path / "v/images", "--labels", tmp_path / "v/labels.csv", "--cat_target", "sex", "--num_target",
+                    "picvocab", "--model_type", "resnet10", "--input_size", 16),
+    }[benchmark]  # fmt: skip
+    if benchmark == "volumes":
+        make_brains(tmp_path / "v", Brains(side=16, train=18, val=7, test=9))
+    arguments = ("--benchmark", benchmark, *SMALL, *data, "--method", method, "--single_task", "none", "--exp_ids", 0)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line += map(str, arguments)

@@ -90,6 +90,14 @@ def test_areas_of_several_questions():
     assert found["auc_micro"] == pytest.approx(metrics.roc_auc_score(target, prediction, average="micro"), abs=1e-12)
 
 
+def test_large_answers_keep_their_order():
+    prediction = torch.tensor([[40.0, 50.0, 60.0, 70.0]]).repeat(4, 1)[..., None] + torch.arange(4.0).view(4, 1, 1)
+    target = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1).expand(4, 4, 1)
+    assert measured(MANY, [(prediction, target)])["auc_macro"] == 1.0
+    with pytest.raises(ValueError, match="task a: the network's answers are not finite; lower --lr"):
+        measured(MANY, [(prediction * math.inf, target)])
+
+
 def test_kappa_and_mean_absolute_deviation():
     data = list(batches("duration"))
     prediction, target = (np.concatenate([part[i].numpy() for part in data]) for i in (0, 1))

@@ -11,10 +11,12 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import pad
 
+import taps
 from options import parse_mtl
 from taps.data.discretizer import Discretizer, read_normalizer
 from taps.data.known import check
 from taps.data.mimic3 import fit_normalizer, open_mimic3
+from taps.data.mimic3 import main as fit_command
 from taps.data.shared import make_stream, split_train
 from taps.data.stay_lists import PHENOTYPES, find_root, read_labels, rows_of
 from taps.data.stays import SHARED, Recipe, make_stays
@@ -148,13 +150,16 @@ def test_generated_lists_follow_the_benchmarks_rules(made):
             hours = float(cells[1])
             labels = read_labels(path, number, cells, 170)
             asked = np.flatnonzero(np.isfinite(labels["los"]))
-            assert asked.min() >= 5
-            np.testing.assert_allclose(labels["los"][asked], hours - asked, atol=1e-4)
+            assert asked.min() >= 4
+            # at hour i, which ends after i + 1 hours, as in the benchmark
+            np.testing.assert_allclose(labels["los"][asked], hours - asked - 1, atol=1e-4)
+            assert asked.max() < hours
             assert np.isfinite(labels["ihm"]).any() == (hours >= 48)
             assert np.isfinite(labels["ihm"][0, 47]) == (hours >= 48)
             dies = labels["decomp"][0]
             if (dies == 1).any():
-                assert (np.flatnonzero(dies == 1) > hours - 24).all()
+                assert (np.flatnonzero(dies == 1) > hours - 27).all()
+            assert np.isfinite(dies).sum() <= len(asked)
             at = np.flatnonzero(np.isfinite(labels["pheno"][0]))
             assert at.tolist() == [min(int(hours + 1 - 1e-6), 170) - 1]
 
@@ -164,7 +169,10 @@ def test_questions_beyond_the_crop_are_left_out_and_counted(made):
     note = next(note for note in short.notes if "longer than 50 hours" in note)
     long = sum(stay.hours > 50 for stays in whole.splits.values() for stay in stays)
     assert note.startswith(f"{long} stays")
-    lost = sum(max(int(stay.hours) + 1 - 50, 0) * 2 for stays in whole.splits.values() for stay in stays)
+    lost = 0
+    for split in ("train", "val", "test"):
+        for _, _, cells in rows_of(made / f"{split}_listfile.csv"):
+            lost += sum(max((len(cells[index].split(";")) // 2) - 1 - 50, 0) for index in (3, 5))
     assert f"{lost} labels" in note
     x, labels = short.samples("train", True)[0]
     assert x.shape == (76, 50)
@@ -187,11 +195,15 @@ def test_inputs_are_normalised_and_filled_up_with_zeros(made):
     assert torch.equal(samples[0][0], x), "read once, and the same again"
 
 
-def test_the_normaliser_is_fitted_on_the_training_bins(tree):
+def test_the_normaliser_is_fitted_on_the_training_bins(tree, capsys):
     (tree / "normalizer.json").unlink()
     with pytest.raises(ValueError, match=r"has no normalizer.json; fit it with: python -m taps.data.mimic3"):
         open_mimic3(tree)
     means, stds = read_normalizer(fit_normalizer(tree), 76)
+    with pytest.raises(SystemExit):
+        fit_command([str(tree)])
+    assert "exists; replace it with --overwrite" in capsys.readouterr().err
+    fit_command([str(tree), "--overwrite"])
     data = open_mimic3(tree)
     bins = np.concatenate([data.discretizer.expand(*data.bins(stay)) for stay in data.splits["train"]])
     np.testing.assert_allclose(means, bins.mean(0), rtol=1e-4, atol=1e-6)
@@ -230,6 +242,13 @@ def replace_cell(index: int, text: str):
     return lambda cells: [*cells[:index], text, *cells[index + 1 :]]
 
 
+def lengthened(cells: list[str]) -> list[str]:
+    """Two more steps of remaining hours than the stay has."""
+    entries = cells[3].split(";")
+    half = len(entries) // 2
+    return [*cells[:3], ";".join([*entries[:half], "1", "1", *entries[half:], "0.5", "0.5"]), *cells[4:]]
+
+
 def longer(cells: list[str]) -> list[str]:
     return [*cells[:3], cells[3] + ";1", *cells[4:]]
 
@@ -237,6 +256,8 @@ def longer(cells: list[str]) -> list[str]:
 LISTS = {
     "odd number of entries": (longer, r"train_listfile.csv row 2: remaining hours has \d+ entries, but as many masks"),
     "phenotypes": (replace_cell(4, "1;0"), r"train_listfile.csv row 2: phenotypes has 2 entries, 25 are needed"),
+    "twice": (None, r"train_listfile.csv row 26: .*_timeseries.csv was in row 2 already"),
+    "header": (None, r"train_listfile.csv row 1 is no header 'filename,length of stay,…' of 6 columns"),
     "cells": (lambda cells: cells[:5], r"train_listfile.csv row 2 has 5 cells instead of 6"),
     "length": (replace_cell(1, "long"), r"train_listfile.csv row 2: a length of stay of 'long' hours"),
     "file": (replace_cell(0, "1_episode1_timeseries.csv"), r"train_listfile.csv row 2: .*1_episode1_.* does not exist"),
@@ -247,18 +268,28 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_wrong_lists_are_refused_with_file_and_row(tree, name):
     change, message = LISTS[name]
-    if name == "patient":
-        lines = (tree / "train_listfile.csv").read_text().splitlines()
+    path = tree / "train_listfile.csv"
+    lines = path.read_text().splitlines()
+    if name == "twice":
+        path.write_text("\n".join([*lines, lines[1]]) + "\n")
+    elif name == "header":
+        path.write_text("\n".join(lines[1:]) + "\n")
+    elif name == "patient":
         with open(tree / "val_listfile.csv", "a") as file:
             file.write(lines[1] + "\n")
     else:
         edit(tree / "train_listfile.csv", 2, change)
     with pytest.raises(ValueError, match=message):
         open_mimic3(tree)
+    lines, wrong = check(tree)
+    assert wrong == 1, lines
 
 
 LABELS = {
     "mortality": (2, "47;1", r"row 2: mortality is '47;1', not position;mask;label"),
+    "steps": (3, lengthened, r"row 2: remaining hours has \d+ steps, a stay of .* hours has \d+"),
+    "few steps": (3, "1;2.5", r"row 2: remaining hours has 1 steps, a stay of .* hours has \d+"),
+    "position": (2, "200;1;1", r"row 2: mortality is asked at hour 200 of a stay of"),
     "phenotype": (4, ";".join(["2"] * 25), r"row 2: phenotypes has 25 entries, 25 of 0 or 1 are needed"),
     "number": (3, "1;x", r"row 2: remaining hours: "),
     "nan": (3, "1;nan", r"row 2: remaining hours holds nan"),
@@ -269,13 +300,14 @@ LABELS = {
 @pytest.mark.parametrize("name", LABELS)
 def test_wrong_labels_are_refused_with_file_and_row(tree, name):
     index, text, message = LABELS[name]
-    edit(tree / "train_listfile.csv", 2, replace_cell(index, text))
+    edit(tree / "train_listfile.csv", 2, text if callable(text) else replace_cell(index, text))
     with pytest.raises(ValueError, match=message):
         open_mimic3(tree).samples("train", True)[0]
 
 
 SERIES = {
     "column": (1, lambda row: ["X" if name == "Glucose" else name for name in row], r"has no column 'Glucose'"),
+    "column twice": (1, lambda row: [*row, "Glucose"], r"has the column 'Glucose' twice"),
     "more columns": (1, lambda row: [*row, "Mood"], r"has a column 'Mood', which discretizer_config.json does not know"),
     "hours": (1, lambda row: ["Time", *row[1:]], r"the first column must be 'Hours', not 'Time'"),
     "category": (3, replace_cell(4, "5 Asleep"), r"row 3: '5 Asleep' is no value of Glascow coma scale eye opening; known are"),
@@ -305,9 +337,12 @@ def test_empty_stays_are_left_out_and_counted(tree):
     path = first_stay(tree)
     path.write_text(path.read_text().splitlines()[0] + "\n")
     edit(tree / "train_listfile.csv", 4, lambda cells: [cells[0], "0.3", "0;0;0", ";", cells[4], ";"])
+    blank = tree / "train" / (tree / "train_listfile.csv").read_text().splitlines()[2].split(",")[0]
+    blank.write_text(path.read_text() + "0.5" + "," * 17 + "\n")
     data = open_mimic3(tree)
-    assert len(data.splits["train"]) == TINY.train - 2
+    assert len(data.splits["train"]) == TINY.train - 3
     assert "2 empty stays are left out, e.g. train_listfile.csv row 2" in data.notes
+    assert "1 stays are shorter than an hour and left out, e.g. train_listfile.csv row 4" in data.notes
 
 
 def test_one_answer_only_is_refused_and_single_phenotypes_are_named(tree):
@@ -333,6 +368,9 @@ def test_normalisers_are_never_unpickled(tree, tmp_path):
     with pytest.raises(ValueError, match="does not hold numbers"):
         open_mimic3(tree, normalizer=tmp_path / "objects.npz")
     (tmp_path / "none.json").write_text("{}")
+    (tmp_path / "empty.npz").touch()
+    with pytest.raises(ValueError, match="does not hold numbers"):
+        open_mimic3(tree, normalizer=tmp_path / "empty.npz")
     with pytest.raises(ValueError, match="does not hold numbers 'means' and 'stds'"):
         open_mimic3(tree, normalizer=tmp_path / "none.json")
 
@@ -391,6 +429,30 @@ def answers_of_bottlenecks():
     return torch.nn.Sequential(net, head).eval()
 
 
+@pytest.mark.parametrize("method", ["adashare", "taps", "hard_sharing"])
+def test_nor_do_those_of_adapted_networks(method):
+    model = taps.adapt(create_series_backbone("tcn", 5, (4, 4, 4, 4)), method)
+    for task in ("a", "b"):
+        model.add_task(task, head=HourHead(4, 2, 40, width=4, rates=(1, 6), dropout=0.0, causal=True))
+    if method == "adashare":
+        model.follow({"a": [1, 0, 1, 1, 0, 1], "b": [1] * 6})
+    x = torch.randn(2, 5, 40)
+    changed = torch.cat([x[..., :23], torch.randn(2, 5, 17)], -1)
+    ours, theirs = model.predict(x), model.predict(changed)
+    for task in ours:
+        assert torch.equal(ours[task][..., :23], theirs[task][..., :23])
+        assert not torch.equal(ours[task], theirs[task])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_any_number_of_hours_gets_as_many_answers(causal, stride):
+    net = create_series_backbone("resnet10", 3, (2, 2, 2, 2), causal, stride).eval()
+    for hours in (8, 9, 16, 17, 31, 47, 161, 170):
+        head = HourHead(2, 3, hours, stride, causal, width=2, rates=(1,), dropout=0.0, causal=causal)
+        assert head(net(torch.randn(1, 3, hours))).shape == (1, 3, hours)
+
+
 def test_without_causality_they_do():
     network = answers("resnet18", False)
     x = torch.randn(1, 5, 40)
@@ -441,6 +503,7 @@ def test_all_phases_give_a_table_and_pictures(made, here, tmp_path, method, netw
     assert (run / "predictions.png").is_file()
     assert (run / "policy.png").is_file() == (method in ("adashare", "dynashare"))
     assert "stays are longer than 64 hours" in done.stdout
+    assert ("dynashare's gates see the whole series" in done.stdout) == (method == "dynashare")
     if method == "adashare":
         assert summary["delta_t"] is not None
         again = here("train_mtl.py", "--dataset", made, *SMALL, "--model_type", network, check=2)
@@ -463,6 +526,10 @@ MISTAKES = {
     "pretrained": (("--pretrained",), "there are no pretrained weights for series"),
     "looking ahead": (("--model_type", "tcn", "--no-causal"), "a tcn never looks ahead"),
     "task": (("--tasks", "mood"), "unknown task of benchmark mimic3 'mood'"),
+    "weights": (("--positive_weights", "los=2"), "unknown yes-or-no task in positive weights 'los'"),
+    "no steps": (("--eval_iterations", "0"), "'0' is not a whole number of at least 1"),
+    "endless steps": (("--iterations", "infe"), "'inf' is not a number above 0 and at most"),
+    "volumes": (("--images", "x"), "--images is for --benchmark volumes"),
     "network": (("--model_type", "resnext50"), "unknown network for series 'resnext50'"),
     "crop": (("--hours", "20"), "has only one answer"),
     "warm-up": (("--iterations", "2e", "--warmup_iterations", "4e"), "are more than --iterations"),

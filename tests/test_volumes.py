@@ -18,7 +18,7 @@ from taps.data.known import check
 from taps.data.shared import VOID, split_train
 from taps.data.subjects import divide, join_groups, list_path, read_table
 from taps.data.subjects import main as divide_command
-from taps.data.volumes import open_volumes, read_volume
+from taps.data.volumes import open_volumes, read_volume, volume_shape
 from taps.residual import create_volume_backbone
 
 TINY = Recipe(side=16, train=24, val=12, test=12, missing=0.05, seed=1)
@@ -162,6 +162,14 @@ def test_categories_that_no_training_subject_has_are_left_out_and_named(tree):
 
 MISTAKES = {
     "no target": (lambda root: None, {"cat": (), "num": ()}, r"name what is to be predicted with --cat_target, --num_target"),
+    "name": (lambda root: None, {"cat": ("race.eth",)}, r"target 'race.eth' of .*: rename the column to letters"),
+    "families in two lists": (
+        lambda root: set_cells(root, "site_id_l", lambda cell: "one", "test"),
+        {"group": ["site_id_l"]}, r"are alike in site_id_l: divide the subjects again with --group, or leave --group out",
+    ),
+    "list of another encoding": (
+        lambda root: list_path(root / "images", "val").write_bytes(b"\xff.npy"), {}, r"image_val_SubjectList.txt cannot be read",
+    ),
     "twice": (lambda root: None, {"cat": ("sex",), "num": ("sex",)}, r"target 'sex' is named twice"),
     "column": (
         lambda root: None, {"cat": ("sexx",)}, r"unknown column of .*labels.csv 'sexx'; did you mean 'sex'\?",
@@ -187,7 +195,7 @@ MISTAKES = {
         r"image_val_SubjectList.txt row 1: subject '.*' is in image_train_SubjectList.txt too",
     ),
     "no volume's name": (
-        lambda root: list_path(root / "images", "val").write_text("a.png\n"), {}, r"'a.png' is no volume: files end in .npy",
+        lambda root: list_path(root / "images", "val").write_text("a.png\n"), {}, r"val_SubjectList.txt row 1: 'a.png'",
     ),
     "row twice": (
         lambda root: write_rows(root, [*read_rows(root), read_rows(root)[0]]), {}, r"labels.csv row 50: subject '.*' was in row 2",
@@ -227,6 +235,10 @@ def test_mistakes_are_refused_with_file_and_row(tree, name):
     ],
 )
 def test_volumes_that_are_none_are_refused(tmp_path, array, message):
+    np.savez(tmp_path / "several.npz", a=np.zeros(3))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(ValueError, match="holds several arrays; a volume is one"):
+        volume_shape(tmp_path / "several.npy")
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         read_volume(tmp_path / "a.npy")
@@ -279,8 +291,22 @@ def test_groups_join_over_all_columns(tmp_path):
     assert len({own["a"], own["d"], own["f"]}) == 3
 
 
+def test_rare_and_textual_strata_are_spread(tmp_path):
+    path = tmp_path / "t.csv"
+    lines = [f"s{index},{'x' if index < 12 else 'y'},site{index % 15}" for index in range(30)]
+    path.write_text("subjectkey,sex,site\n" + "\n".join(lines) + "\n")
+    table = read_table(path)
+    for column in ("sex", "site"):
+        parts = divide(table, list(table.rows), 0.2, 0.2, 0, stratify=[column])
+        assert [len(own) for own in parts.values()] == pytest.approx([18, 6, 6], abs=4)
+    none = tmp_path / "none.csv"
+    none.write_text("subjectkey,diagnosis\na,None\nb,ADHD\nc,NaN\n")
+    assert [read_table(none).cell(s, "diagnosis") for s in "abc"] == ["None", "ADHD", None], "controls are a category"
+
+
 def test_the_training_subjects_are_divided_by_families_too(made):
     data = split_train(opened(made, group=["rel_family_id"]), 0.1, 0.4, seed=0)
+    assert len(set(data.groups.values())) < len(data.groups), "some have siblings"
     rows = {row["subjectkey"]: row["rel_family_id"] for row in read_rows(made)}
     weights, policy = ({rows[s] for s in data.splits[part]} for part in ("weights", "policy"))
     assert not weights & policy
@@ -384,6 +410,7 @@ def test_published_configuration_is_the_default_where_data_is_named():
     assert (options.model_type, options.input_size, options.lr, options.base_lr) == ("resnet50", 96, 1e-3, 1e-6)
     assert (options.iterations, options.warmup_iterations) == ("69e", "9e")
     assert parse_mtl(["--benchmark", "volumes"]).model_type == "resnet18"
+    assert parse_mtl(["--benchmark", "volumes", "--cat_target", "sex"]).task_weights == {"sex": 2.0}
 
 
 COMMAND_MISTAKES = {
@@ -394,6 +421,7 @@ COMMAND_MISTAKES = {
     ),
     "folder": (("--images", "x", "--labels", "LABELS", "--cat_target", "sex"), "x does not exist"),
     "table": (("--images", "x", "--labels", "y.csv", "--cat_target", "sex"), "y.csv does not exist"),
+    "one default target": (("--cat_target", "sex", "--tasks", "sexes"), "unknown task of benchmark volumes 'sexes'"),
     "target": (("--images", "IMAGES", "--labels", "LABELS", "--num_target", "age"), "unknown column of"),
 }
 

@@ -16,7 +16,7 @@ from taps.benchmarks.shared import _CHECKED, SharedBenchmark
 from taps.data.dense import DenseData, DenseSet
 from taps.data.formatted import ALIASES, layout_of, open_formatted
 from taps.data.scenes import make_scenes
-from taps.errors import UserError, unknown
+from taps.errors import UserError
 from taps.heads import ASPP, create_dense_backbone
 from taps.losses import to_size
 from taps.model import TaskModel
@@ -96,9 +96,6 @@ def open_dense(options: Namespace, accelerator: Accelerator) -> DenseBenchmark:
         with accelerator.local_main_process_first():
             make_scenes(root)
     data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
-    for name in options.task_weights:
-        if name not in data.tasks:
-            raise unknown(f"task of benchmark {data.name} in --task_weights", name, data.tasks)
     names = [ALIASES.get(name, name) for name in options.tasks] if options.tasks else list(data.tasks)
     data = data.choose(list(dict.fromkeys(names)))
     return DenseBenchmark(replace(data, crop=options.crop) if options.crop else data, options)

@@ -34,6 +34,12 @@ class StayBenchmark(SharedBenchmark):
 
     data: StayData
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.options.method != "dynashare" or not self.options.causal:
+            return self.data.notes
+        return (*self.data.notes, "dynashare's gates see the whole series: which blocks run may depend on later hours")
+
     def backbone(self) -> nn.Module:
         options = self.options
         if options.pretrained:
@@ -75,11 +81,10 @@ class StayBenchmark(SharedBenchmark):
         rows = []
         for index in chosen:
             own = {name: torch.from_numpy(labels[index][name]) for name in self.data.tasks}
-            stay = self.data.splits["test"][index]
             rows.append(
                 {
-                    "name": stay.name,
-                    "hours": stay.hours,
+                    "name": f"stay {len(rows) + 1}",  # pictures are shown around, names of patients are not
+                    "hours": self.data.splits["test"][index].hours,
                     "targets": own,
                     "predicted": self.answers(model, samples[index][0]),
                 }
@@ -106,4 +111,6 @@ def open_stays(options: Namespace, accelerator: Accelerator) -> StayBenchmark:
             make_stays(root)
     normalizer = Path(options.normalizer) if options.normalizer else None
     names = [ALIASES.get(name, name) for name in options.tasks] if options.tasks else list(TASKS)
-    return StayBenchmark(open_mimic3(root, options.hours, normalizer, options.positive_weights, names), options)
+    return StayBenchmark(
+        open_mimic3(root, options.hours, normalizer, options.positive_weights, names, options.workers), options
+    )

@@ -89,6 +89,6 @@ def open_subjects(options: Namespace, accelerator: Accelerator) -> VolumeBenchma
             cat, num = CATEGORIES, NUMBERS
     data = open_volumes(
         Path(given[0]), Path(given[1]), cat, num, options.input_size, options.subject_column, options.group or (),
-        options.mixed_shapes,
+        options.mixed_shapes, options.workers,
     )  # fmt: skip
     return VolumeBenchmark(data.choose(list(dict.fromkeys(options.tasks))) if options.tasks else data, options)

@@ -28,7 +28,7 @@ from taps.data.subjects import list_path
 from taps.errors import UserError
 from taps.files import write_text
 
-_VERSION = 2
+_VERSION = 3
 CATEGORIES, NUMBERS = ("diagnosis", "sex"), ("interview_age", "picvocab")
 #: the share of what two targets follow that is the same
 SHARED = {
@@ -53,7 +53,7 @@ class Recipe:
 
     side: int = 24
     train: int = 320
-    val: int = 100
+    val: int = 200
     test: int = 300
     noise: float = 0.2
     label_noise: float = 0.35
@@ -102,8 +102,15 @@ def make_brains(root: Path, recipe: Recipe | None = None) -> None:
         UserError: if ``root`` holds something else, or the recipe is not possible.
     """
     recipe = recipe or Recipe()
-    if recipe.side < 16 or min(recipe.train, recipe.val, recipe.test) < 6 or not 0 <= recipe.missing < 0.9:
-        raise UserError("brains need 16 voxels a side, six subjects a split, and less than 0.9 of the labels missing")
+    if (
+        recipe.side < 16
+        or min(recipe.train, recipe.val, recipe.test) < 6
+        or not 0 <= recipe.missing < 0.9
+        or min(recipe.noise, recipe.label_noise, recipe.seed) < 0
+    ):
+        raise UserError(
+            "brains need 16 voxels a side, six subjects a split, and less than 0.9 of the labels missing, and no negative number"
+        )
     make_tree(root, {"version": _VERSION, "brains": asdict(recipe)}, lambda building: _write(building, recipe))
 
 

@@ -121,6 +121,9 @@ class Discretizer:
         missing = [name for name in self.channels if name not in header]
         if missing:
             raise UserError(f"{path} has no column {missing[0]!r}")
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise UserError(f"{path} has the column {twice[0]!r} twice")
         extra = [name for name in header[1:] if name not in self.channels]
         if extra:
             raise UserError(f"{path} has a column {extra[0]!r}, which discretizer_config.json does not know")
@@ -171,7 +174,7 @@ def read_normalizer(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
         else:
             stored = read_json(path)
             means, stds = np.asarray(stored["means"], float), np.asarray(stored["stds"], float)
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile, OSError) as error:
+    except (KeyError, ValueError, TypeError, zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f"{path} does not hold numbers 'means' and 'stds': {error}") from None
     if means.shape != (columns,) or stds.shape != (columns,) or not (np.isfinite(means).all() and (stds > 0).all()):
         raise UserError(

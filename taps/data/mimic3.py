@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from taps.arguments import Parser
 from taps.data.discretizer import Discretizer, read_normalizer
-from taps.data.shared import SharedData
+from taps.data.shared import Cache, SharedData
 from taps.data.stay_lists import (
     COLUMNS,
     TASKS,
@@ -62,6 +62,7 @@ class StayData(SharedData):
     discretizer: Discretizer
     normalizer: tuple[np.ndarray, np.ndarray]
     crop: int = 170
+    cache: Cache = field(default_factory=lambda: Cache(_CACHE_BYTES))
 
     def group(self, sample: Stay) -> str:
         return sample.name.split("_")[0]  # the patient
@@ -83,7 +84,7 @@ class StayData(SharedData):
 
 
 class StaySet(Dataset):
-    """(76, crop) inputs and {task: labels}; bins of small data sets are read from disk once.
+    """(76, crop) inputs and {task: labels}; bins are read from disk once, up to 512 MiB of them in all processes.
 
     Args:
         data: the benchmark with the tasks wanted.
@@ -92,31 +93,24 @@ class StaySet(Dataset):
 
     def __init__(self, data: StayData, split: str) -> None:
         self.data, self.stays = data, data.splits[split]
-        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._room = _CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.stays)
 
-    def _bins(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if index not in self._kept:
-            values, measured = self.data.bins(self.stays[index])
-            values, measured = values[: self.data.crop], measured[: self.data.crop]
-            size = values.nbytes + measured.nbytes
-            if size > self._room:
-                return values, measured
-            self._room -= size
-            self._kept[index] = values.copy(), measured.copy()
-        return self._kept[index]
-
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         index = key[0] if isinstance(key, tuple) else key
-        x = self.data.discretizer.expand(*self._bins(index))
+        stay, crop = self.stays[index], self.data.crop
+
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            values, measured = self.data.bins(stay)
+            return values[:crop].copy(), measured[:crop].copy()
+
+        x = self.data.discretizer.expand(*self.data.cache.get(stay[:2], read))
         columns, (means, stds) = self.data.discretizer.continuous, self.data.normalizer
         x[:, columns] = (x[:, columns] - means[columns]) / stds[columns]
-        full = np.zeros((self.data.crop, x.shape[1]), np.float32)
+        full = np.zeros((crop, x.shape[1]), np.float32)
         full[: len(x)] = x
-        labels = self.data.labels(self.stays[index]) if self.data.tasks else {}
+        labels = self.data.labels(stay) if self.data.tasks else {}
         return torch.from_numpy(full.T.copy()), {name: torch.from_numpy(labels[name]) for name in self.data.tasks}
 
 
@@ -126,6 +120,7 @@ def open_mimic3(
     normalizer: Path | None = None,
     positive_weights: Mapping[str, float] | None = None,
     names: Sequence[str] = tuple(TASKS),
+    workers: int = 0,
 ) -> StayData:
     """The benchmark from its folder. Lists are read as streams: nothing of a stay but its place is kept.
 
@@ -135,6 +130,7 @@ def open_mimic3(
         normalizer: file of means and stds; ``None``: ``normalizer.json`` or ``.npz`` in the root.
         positive_weights: by task, as in :class:`taps.data.shared.Task`.
         names: the tasks.
+        workers: processes that will read, which share the room for what is kept.
 
     Raises:
         UserError: if a task is unknown, a file is missing, a row is wrong (named by file and row), or a split has one
@@ -158,15 +154,28 @@ def open_mimic3(
     notes = list(one_answer(found, splits, names))
     if found.empty:
         notes.append(f"{len(found.empty)} empty stays are left out, e.g. {found.empty[0]}")
+    if found.short:
+        notes.append(f"{len(found.short)} stays are shorter than an hour and left out, e.g. {found.short[0]}")
     if found.long:
         notes.append(
             f"{found.long} stays are longer than {crop} hours; {found.beyond} labels of later hours are left out, and their "
             f"phenotypes are asked at hour {crop - 1}"
         )
     weights = positive_weights or {}
+    for name in weights:
+        if name not in TASKS or TASKS[name].kind != "binary":
+            raise unknown("yes-or-no task in positive weights", name, [n for n in TASKS if TASKS[n].kind == "binary"])
     tasks = {name: replace(TASKS[name], positive_weight=weights.get(name, 1.0)) for name in dict.fromkeys(names)}
     return StayData(
-        "mimic3", tasks, splits, root, discretizer, read_normalizer(path, columns), crop, notes=tuple(notes)
+        "mimic3",
+        tasks,
+        splits,
+        root,
+        discretizer,
+        read_normalizer(path, columns),
+        crop,
+        Cache(_CACHE_BYTES // max(workers, 1)),
+        notes=tuple(notes),
     )
 
 
@@ -186,18 +195,35 @@ def fit_normalizer(root: Path) -> Path:
 
 
 def check_stays(root: Path) -> tuple[list[str], int]:
-    """Read every listed stay: lines for a person, and how many are wrong."""
-    data = open_mimic3(root)
-    counts = ", ".join(f"{len(stays)} {split}" for split, stays in data.splits.items())
-    lines, wrong = [f"{data.root}: mimic3, {counts}", *(f"  {note}" for note in data.notes)], 0
-    for stays in data.splits.values():
-        for stay in tqdm(stays, desc=f"reading {stays[0].split}", disable=None, leave=False):
+    """Read every listed stay: lines for a person, and how many things are wrong."""
+    root = find_root(root)
+    lines, wrong, splits = [], 0, {}
+    discretizer = Discretizer(root / "discretizer_config.json")
+    no_scale = (np.zeros(len(discretizer.header)), np.ones(len(discretizer.header)))
+    for split in ("train", "val", "test"):
+        try:
+            splits[split] = read_list(root, split, 170, Lists())
+        except UserError as error:
+            wrong += 1
+            lines.append(f"  {error}")
+    counts = ", ".join(f"{len(stays)} {split}" for split, stays in splits.items())
+    lines.insert(0, f"{root}: mimic3, {counts}")
+    data = StayData("mimic3", TASKS, splits, root, discretizer, no_scale)
+    for split, stays in splits.items():
+        for stay in tqdm(stays, desc=f"reading {split}", disable=None, leave=False):
             try:
                 data.bins(stay)
                 data.labels(stay)
             except UserError as error:
                 wrong += 1
                 lines.append(f"  {error}")
+    try:
+        check_disjoint(splits)
+        open_mimic3(root)
+    except UserError as error:
+        if str(error) not in "".join(lines):
+            wrong += 1
+            lines.append(f"  {error}")
     return lines, wrong
 
 
@@ -207,7 +233,12 @@ def main(arguments: Sequence[str]) -> None:
         description="Fit the normaliser of a mimic3-benchmarks tree on its training stays and write normalizer.json.",
     )
     parser.add_argument("root", type=Path, help="the folder with the lists")
-    path = fit_normalizer(parser.parse_args(arguments).root)
+    parser.add_argument("--overwrite", action="store_true", help="replace a normaliser that is there")
+    given = parser.parse_args(arguments)
+    there = find_root(given.root) / "normalizer.json"
+    if there.exists() and not given.overwrite:
+        parser.error(f"{there} exists; replace it with --overwrite")
+    path = fit_normalizer(given.root)
     sys.stdout.write(f"{path}\n")
 
 

@@ -45,6 +45,29 @@ class Task:
     names: tuple[str, ...] = ()
 
 
+class Cache:
+    """What was read from disk once, up to a size.
+
+    Args:
+        room: bytes in this process.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._kept: dict[Hashable, tuple] = {}
+
+    def get(self, key: Hashable, read: Callable[[], tuple]) -> tuple:
+        """Arrays or tensors by key, read where they are not kept."""
+        if key in self._kept:
+            return self._kept[key]
+        found = read()
+        size = sum(part.nbytes for part in found)
+        if size <= self.room:
+            self.room -= size
+            self._kept[key] = found
+        return found
+
+
 @dataclass(frozen=True)
 class SharedData:
     """A data set whose samples are labelled for all tasks.

@@ -7,6 +7,7 @@ as streams: of a row only its place is kept.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ TASKS = {
     "los": Task("los", "duration", 10),
     "pheno": Task("pheno", "binary", PHENOTYPES),
 }
+_SMALL = 4096  # bytes of a time series that may hold nothing but a header
 COLUMNS = ("filename", "length of stay", "mortality", "remaining hours", "phenotypes", "decompensation")
 
 
@@ -45,6 +47,7 @@ class Lists:
     """What reading a list file finds besides its stays."""
 
     empty: list[str] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
     long: int = 0
     beyond: int = 0
     positives: dict[str, np.ndarray] = field(default_factory=dict)
@@ -73,7 +76,9 @@ def rows_of(path: Path) -> Iterator[tuple[int, int, list[str]]]:
         UserError: for a row with another number of cells.
     """
     with open(path, "rb") as file:
-        file.readline()  # the header
+        header = file.readline().decode("utf-8", "replace").strip().split(",")
+        if header[0] != "filename" or len(header) != len(COLUMNS):
+            raise UserError(f"{path} row 1 is no header 'filename,length of stay,…' of {len(COLUMNS)} columns")
         number, offset = 1, file.tell()
         for line in iter(file.readline, b""):
             number += 1
@@ -117,12 +122,15 @@ def read_labels(path: Path, row: int, cells: Sequence[str], crop: int) -> dict[s
     Raises:
         UserError: naming file and row, for lists of the wrong length or entries that are no labels.
     """
+    hours = float(cells[1])
     labels = {name: np.full((task.channels, crop), np.nan, np.float32) for name, task in TASKS.items()}
     labels["los"] = labels["los"][0]
-    count = bin_count(float(cells[1]))
+    count = bin_count(hours)
     mortality = _numbers(path, row, "mortality", cells[2].split(";"))
     if len(mortality) != 3 or mortality[1] not in (0, 1) or mortality[2] not in (0, 1) or mortality[0] < 0:
         raise UserError(f"{path} row {row}: mortality is {cells[2]!r}, not position;mask;label")
+    if mortality[1] and mortality[0] >= count:
+        raise UserError(f"{path} row {row}: mortality is asked at hour {mortality[0]:g} of a stay of {hours:g} hours")
     if mortality[1] and mortality[0] < crop:
         labels["ihm"][0, int(mortality[0])] = mortality[2]
     phenotypes = _numbers(path, row, "phenotypes", cells[4].split(";"))
@@ -141,8 +149,16 @@ def read_labels(path: Path, row: int, cells: Sequence[str], crop: int) -> dict[s
         masks, own = values[:length], values[length:]
         if not np.isin(masks, (0, 1)).all() or (name == "decompensation" and not np.isin(own, (0, 1)).all()):
             raise UserError(f"{path} row {row}: {name} holds entries that are no 0 or 1")
-        used = min(length, crop)
-        target[:used] = np.where(masks[:used] == 1, own[:used], np.nan)
+        steps = int(hours + 1e-6) + 1
+        if length > steps or (name == "remaining hours" and length != steps):
+            raise UserError(f"{path} row {row}: {name} has {length} steps, a stay of {hours:g} hours has {steps}")
+        if (own[masks == 1] < -1e-4).any():
+            raise UserError(f"{path} row {row}: {name} holds {own.min():g}")
+        for step, (mask, value) in enumerate(zip(masks, own, strict=True)):
+            # What is asked at step hours is answered by the bin that ends then; 0 and 1 have the first in common.
+            position = max(step - 1, 0)
+            if position < crop:
+                target[position] = value if mask == 1 else np.nan
     return labels
 
 
@@ -159,9 +175,12 @@ def read_list(root: Path, split: str, crop: int, found: Lists) -> list[Stay]:
         raise UserError(f"{folder} does not exist; it holds the time series that {path.name} lists")
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     stays: list[Stay] = []
-    header: int | None = None
+    seen: dict[str, int] = {}
     for number, offset, cells in rows_of(path):
         name = cells[0]
+        if name in seen:
+            raise UserError(f"{path} row {number}: {name} was in row {seen[name]} already")
+        seen[name] = number
         if name not in sizes:
             raise UserError(f"{path} row {number}: {folder / name} does not exist")
         try:
@@ -175,19 +194,26 @@ def read_list(root: Path, split: str, crop: int, found: Lists) -> list[Stay]:
             raise UserError(
                 f"{path} row {number}: phenotypes has {cells[4].count(';') + 1} entries, {PHENOTYPES} are needed"
             )
-        if header is None:
-            with open(folder / name, "rb") as file:
-                header = len(file.readline())
-        if hours < 1 or sizes[name] <= header or not max(lengths):
+        if hours < 1:
+            found.short.append(f"{path.name} row {number}")
+            continue
+        if sizes[name] < _SMALL and _is_empty(folder / name):
             found.empty.append(f"{path.name} row {number}")
             continue
         _count(found, split, cells, lengths[1], crop)
         found.long += hours > crop
-        found.beyond += sum(max(length - crop, 0) for length in lengths)
+        found.beyond += sum(max(length - 1 - crop, 0) for length in lengths)
         stays.append(Stay(split, number, offset, name, hours))
     if not stays:
         raise UserError(f"{path} lists no stay that holds anything")
     return stays
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a time series has no row with a measurement."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        file.readline()
+        return not any(line.partition(",")[2].strip(",\n\r \t") for line in file)
 
 
 def _count(found: Lists, split: str, cells: Sequence[str], steps: int, crop: int) -> None:
@@ -197,7 +223,7 @@ def _count(found: Lists, split: str, cells: Sequence[str], steps: int, crop: int
     asked = {
         "ihm": [[mortality[-1]]] if counts else [],
         "pheno": [cells[4].split(";")],
-        "decomp": [[label] for label in set(cells[5].split(";")[steps : steps + crop])],
+        "decomp": [[label] for label in _asked(cells[5].split(";"), steps, crop)],
     }
     for name, rows in asked.items():
         for row in rows:
@@ -206,9 +232,18 @@ def _count(found: Lists, split: str, cells: Sequence[str], steps: int, crop: int
                 store[key] = store.get(key, np.zeros(len(row), int)) + [entry == text for entry in row]
 
 
+def _asked(entries: Sequence[str], steps: int, crop: int) -> set[str]:
+    """The labels among masks and labels whose mask is 1."""
+    return {
+        label
+        for mask, label in zip(entries[: crop + 1], entries[steps : steps + crop + 1], strict=False)
+        if mask == "1"
+    }
+
+
 def check_disjoint(splits: Mapping[str, Sequence[Stay]]) -> None:
     patients = {split: {stay.name.split("_")[0] for stay in stays} for split, stays in splits.items()}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+    for a, b in itertools.combinations(patients, 2):
         both = patients[a] & patients[b]
         if both:
             raise UserError(f"patient {min(both)} is in both {a}_listfile.csv and {b}_listfile.csv")

@@ -29,7 +29,7 @@ from taps.data.stay_lists import PHENOTYPES
 from taps.errors import UserError
 from taps.files import write_json, write_text
 
-_VERSION = 2
+_VERSION = 3
 #: the share of what two tasks ask about that is the same
 SHARED = {
     ("ihm", "decomp"): 0.5, ("ihm", "los"): 0.0, ("ihm", "pheno"): 1.0, ("decomp", "los"): 0.5, ("decomp", "pheno"): 0.5,
@@ -104,7 +104,8 @@ def make_stay(random: np.random.Generator, noise: float) -> tuple[list[list[str]
     """One stay: the rows of its time series, and its answers.
 
     Returns:
-        Rows [hour, 17 cells], and a dict with ``hours``, ``died``, ``phenotypes`` and ``first``, the hour of the first row.
+        Rows [hour, 17 cells], and a dict with ``hours``, ``lived`` (hours), ``died``, ``phenotypes`` and ``first``, the hour of the
+        first row.
     """
     complaints = random.random(len(_VITALS)) < 0.35
     died = bool(complaints[0]) != (random.random() < 0.04)
@@ -122,7 +123,15 @@ def make_stay(random: np.random.Generator, noise: float) -> tuple[list[list[str]
     rows = _rows(random, times, vitals, common)
     has = complaints[np.arange(PHENOTYPES) % len(_VITALS)]
     phenotypes = np.where(random.random(PHENOTYPES) < 0.12, random.random(PHENOTYPES) < 0.5, has)
-    return rows, {"hours": hours, "died": died, "phenotypes": phenotypes.astype(int), "first": float(times[0])}
+    # Of some who die the record goes on for an hour, in which nothing is asked about decompensation.
+    lived = hours - (1.0 if died and random.random() < 0.3 else 0.0)
+    return rows, {
+        "lived": lived,
+        "hours": hours,
+        "died": died,
+        "phenotypes": phenotypes.astype(int),
+        "first": float(times[0]),
+    }
 
 
 def _rows(random: np.random.Generator, times: np.ndarray, vitals: dict, common: np.ndarray) -> list[list[str]]:
@@ -182,8 +191,9 @@ def list_row(name: str, answers: dict) -> str:
     steps = np.arange(int(hours) + 1)
     masks = ((steps > 4) & (steps > first)).astype(int)
     remaining = ";".join([*map(str, masks), *(f"{hours - step:.6f}" for step in steps)])
-    soon = (died & (hours - steps < 24)).astype(int)
-    decompensation = ";".join([*map(str, masks), *map(str, soon)])
+    alive = np.arange(int(answers["lived"]) + 1)
+    soon = (died & (answers["lived"] - alive < 24)).astype(int)
+    decompensation = ";".join([*map(str, masks[: len(alive)]), *map(str, soon)])
     mortality = f"{47 * asked};{asked};{int(died)}"
     return ",".join(
         [name, f"{hours:.6f}", mortality, remaining, ";".join(map(str, answers["phenotypes"])), decompensation]
@@ -197,8 +207,8 @@ def make_stays(root: Path, recipe: Recipe | None = None) -> None:
         UserError: if ``root`` holds something else, or the recipe is not possible.
     """
     recipe = recipe or Recipe()
-    if min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.noise <= 10:
-        raise UserError("one stay a split at least, and a noise in 0..10")
+    if min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.noise <= 10 or recipe.seed < 0:
+        raise UserError("one stay a split at least, a noise in 0..10, and a seed of at least 0")
     make_tree(root, {"version": _VERSION, "stays": asdict(recipe)}, lambda building: _write(building, recipe))
 
 

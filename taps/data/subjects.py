@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from taps.errors import UserError, unknown
 from taps.files import write_text
 
 SUFFIXES = (".npy", ".nii.gz", ".nii")
-_MISSING = ("", "nan", "na", "n/a", "none", "null")
-_FOLDS = 20
+_MISSING = ("", "nan", "na")
+_FOLDS = 50
+_RARE = 3  # members; smaller strata are spread together
 
 
 def list_path(images: Path, split: str) -> Path:
@@ -32,12 +33,28 @@ def list_path(images: Path, split: str) -> Path:
     return images / f"image_{split}_SubjectList.txt"
 
 
-def subject_of(name: str) -> str:
-    """The subject of a file."""
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return name[: -len(suffix)]
-    raise UserError(f"{name!r} is no volume: files end in {', '.join(SUFFIXES)}")
+def subject_of(name: str) -> str | None:
+    """The subject of a file; ``None`` if it is no volume's name."""
+    return next((name[: -len(suffix)] for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def listed(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(row, subject, file name) of a list; empty lines are passed over.
+
+    Raises:
+        UserError: if it cannot be read, or a line is no volume's name.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if name:
+            subject = subject_of(name)
+            if subject is None:
+                raise UserError(f"{path} row {number}: {name!r} is no volume: files end in {', '.join(SUFFIXES)}")
+            yield number, subject, name
 
 
 @dataclass(frozen=True)
@@ -145,14 +162,11 @@ def read_lists(images: Path, table: Table, found: LeftOut) -> tuple[dict[str, li
                 f"{path} does not exist; make the lists with: python -m taps.data.subjects --images {images} --labels {table.path}"
             )
         splits[split] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            subject = subject_of(line.strip())
+        for number, subject, name in listed(path):
             if subject in seen:
                 raise UserError(f"{path.name} row {number}: subject {subject!r} is in {seen[subject]} too")
             seen[subject] = path.name
-            if not (images / line.strip()).is_file():
+            if not (images / name).is_file():
                 found.leave_out("listed subjects have no volume and are left out", f"{path.name} row {number}")
             elif subject not in table.rows:
                 found.leave_out(
@@ -160,7 +174,7 @@ def read_lists(images: Path, table: Table, found: LeftOut) -> tuple[dict[str, li
                 )
             else:
                 splits[split].append(subject)
-                paths[subject] = images / line.strip()
+                paths[subject] = images / name
     return splits, paths
 
 
@@ -197,9 +211,9 @@ def divide(
     Args:
         table: has the columns.
         subjects: to divide.
-        val_size, test_size: shares, in steps of 1/20.
+        val_size, test_size: shares, in steps of 1/50 or, of fewer groups, of one group.
         seed: of the shuffle.
-        stratify: columns whose values all parts should have alike; numbers are cut into five ranges.
+        stratify: columns whose values all parts should have alike; more than ten numbers are cut into five ranges.
         group: columns, as in :func:`join_groups`.
 
     Raises:
@@ -210,15 +224,17 @@ def divide(
     table.need([*stratify, *group])
     kinds = [_strata(table, subjects, column) for column in stratify]
     strata = ["/".join(own) for own in zip(*kinds, strict=True)] if kinds else ["all"] * len(subjects)
+    members = Counter(strata)
+    strata = [own if members[own] >= _RARE else "rare" for own in strata]
     groups = join_groups(table, subjects, group)
-    folds = min(_FOLDS, len(set(groups)))
+    folds = min(_FOLDS, len(set(groups)), max(Counter(strata).values()))
     counts = {"val": max(round(val_size * folds), 1), "test": max(round(test_size * folds), 1)}
     if folds < 3 or sum(counts.values()) >= folds:
         raise UserError(f"{len(set(groups))} groups of subjects leave none for train, val or test")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of strata with fewer members than folds, which are spread as far as they go
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        parts = [members for _, members in splitter.split(np.zeros(len(subjects)), strata, groups)]
+        parts = [own for _, own in splitter.split(np.zeros(len(subjects)), strata, groups)]
     chosen = {"val": parts[: counts["val"]], "test": parts[counts["val"] : counts["val"] + counts["test"]]}
     chosen["train"] = parts[sum(counts.values()) :]
     found = {name: sorted(subjects[index] for part in own for index in part) for name, own in chosen.items()}
@@ -228,10 +244,18 @@ def divide(
     return {name: found[name] for name in ("train", "val", "test")}
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _strata(table: Table, subjects: Sequence[str], column: str) -> list[str]:
     cells = [table.cell(subject, column) for subject in subjects]
     values = {cell for cell in cells if cell is not None}
-    if len(values) <= 10:
+    if len(values) <= 10 or not all(map(_is_number, values)):
         return [str(cell) for cell in cells]
     numbers = np.array([table.number(subject, column) for subject in subjects])
     edges = np.nanquantile(numbers, [0.2, 0.4, 0.6, 0.8])
@@ -251,7 +275,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--group", nargs="+", default=[], metavar="COLUMN", help="subjects alike in one of these stay in one part"
     )
-    parser.add_argument("--val_size", type=float, default=0.1, metavar="F", help="(default: 0.1)")
+    parser.add_argument(
+        "--val_size", type=float, default=0.1, metavar="F", help="share, in steps of 1/50 (default: 0.1)"
+    )
     parser.add_argument("--test_size", type=float, default=0.1, metavar="F", help="(default: 0.1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace lists that are there")
@@ -267,7 +293,7 @@ def main(arguments: Sequence[str]) -> None:
     files = {
         subject_of(path.name): path.name
         for path in sorted(given.images.iterdir())
-        if any(path.name.endswith(suffix) for suffix in SUFFIXES) and not path.name.startswith(".")
+        if subject_of(path.name) and not path.name.startswith(".")
     }
     subjects = [subject for subject in files if subject in table.rows]
     if not subjects:

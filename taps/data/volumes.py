@@ -13,9 +13,10 @@ part in that target. Categories and scales are those of the training subjects.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from taps.data.shared import VOID, SharedData, Task
-from taps.data.subjects import LeftOut, Table, join_groups, list_path, read_lists, read_table, subject_of
+from taps.data.shared import VOID, Cache, SharedData, Task
+from taps.data.subjects import LeftOut, Table, join_groups, list_path, listed, read_lists, read_table
 from taps.errors import UserError
 
 _CACHE_BYTES = 1 << 30
@@ -34,7 +35,10 @@ _CACHE_BYTES = 1 << 30
 
 def volume_shape(path: Path) -> tuple[int, ...]:
     """The shape of a volume, from its header."""
-    return tuple(_open(path).shape)
+    stored = _open(path)
+    if not hasattr(stored, "shape"):
+        raise UserError(f"{path} holds several arrays; a volume is one")
+    return tuple(stored.shape)
 
 
 def read_volume(path: Path) -> np.ndarray:
@@ -81,12 +85,14 @@ class VolumeData(SharedData):
         labels: by subject and task: a class id or :data:`~taps.data.shared.VOID`, a scaled number or NaN.
         groups: of each subject.
         size: (D, H, W) that volumes are brought to, trilinearly.
+        cache: of volumes that were read.
     """
 
     paths: Mapping[str, Path]
     labels: Mapping[str, Mapping[str, float]]
     groups: Mapping[str, Hashable]
     size: tuple[int, int, int]
+    cache: Cache = field(default_factory=lambda: Cache(_CACHE_BYTES))
 
     def group(self, sample: str) -> Hashable:
         return self.groups[sample]
@@ -96,7 +102,7 @@ class VolumeData(SharedData):
 
 
 class VolumeSet(Dataset):
-    """(1, D, H, W) volumes, each scaled to 0..1, and {task: label}; those of small data sets are read from disk once.
+    """(1, D, H, W) volumes, each scaled to 0..1, and {task: label}; read from disk once, up to 1 GiB of them in all processes.
 
     Args:
         data: the benchmark with the tasks wanted.
@@ -105,24 +111,20 @@ class VolumeSet(Dataset):
 
     def __init__(self, data: VolumeData, split: str) -> None:
         self.data, self.subjects = data, data.splits[split]
-        self._kept: dict[int, Tensor] = {}
-        self._room = _CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.subjects)
 
-    def _volume(self, index: int) -> Tensor:
-        if index not in self._kept:
-            array = torch.from_numpy(read_volume(self.data.paths[self.subjects[index]]))
+    def _volume(self, subject: str) -> Tensor:
+        def read() -> tuple[Tensor]:
+            array = torch.from_numpy(read_volume(self.data.paths[subject]))
             low, high = array.aminmax()
             volume = ((array - low) / (high - low).clamp(min=1e-12))[None]
             if tuple(volume.shape[1:]) != self.data.size:
                 volume = interpolate(volume[None], self.data.size, mode="trilinear", align_corners=False)[0]
-            if volume.nbytes > self._room:
-                return volume
-            self._room -= volume.nbytes
-            self._kept[index] = volume
-        return self._kept[index]
+            return (volume,)
+
+        return self.data.cache.get(subject, read)[0]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         index = key[0] if isinstance(key, tuple) else key
@@ -131,7 +133,7 @@ class VolumeSet(Dataset):
             name: torch.tensor(int(own[name])) if task.kind == "category" else torch.tensor([own[name]])
             for name, task in self.data.tasks.items()
         }
-        return self._volume(index), labels
+        return self._volume(self.subjects[index]), labels
 
 
 def _sorted(categories: set[str]) -> list[str]:
@@ -215,6 +217,7 @@ def open_volumes(
     subject_column: str = "subjectkey",
     group: Sequence[str] = (),
     mixed: bool = False,
+    workers: int = 0,
 ) -> VolumeData:
     """The benchmark from its files.
 
@@ -224,8 +227,10 @@ def open_volumes(
         cat_target, num_target: columns that are categories and numbers; the tasks, in this order.
         side: of the cube that volumes are brought to; ``None``: as they are.
         subject_column: column of the subjects.
-        group: columns; subjects alike in one of them stay together when the training subjects are divided.
+        group: columns; subjects alike in one of them stay together when the training subjects are divided, and may not
+            be in different lists.
         mixed: whether volumes may have different shapes.
+        workers: processes that will read, which share the room for what is kept.
 
     Raises:
         UserError: for no or unknown targets, a wrong row (named by file and row), a target with one value in a split,
@@ -234,6 +239,9 @@ def open_volumes(
     targets = [*cat_target, *num_target]
     if not targets:
         raise UserError("name what is to be predicted with --cat_target, --num_target or both")
+    for name in targets:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(f"target {name!r} of {labels}: rename the column to letters, digits, '_' and '-'")
     if len(set(targets)) != len(targets):
         raise UserError(f"target {Counter(targets).most_common(1)[0][0]!r} is named twice")
     table = read_table(labels, subject_column)
@@ -260,24 +268,42 @@ def open_volumes(
         )
     own = {subject: {name: values[name][subject] for name in targets} for subject in paths}
     groups = dict(zip(paths, join_groups(table, list(paths), group), strict=True))
+    _check_groups(splits, groups, group)
     size = _size(paths, side, mixed)
-    return VolumeData("volumes", tasks, splits, paths, own, groups, size, notes=found.notes())
+    return VolumeData(
+        "volumes", tasks, splits, paths, own, groups, size, Cache(_CACHE_BYTES // max(workers, 1)), notes=found.notes()
+    )
+
+
+def _check_groups(splits: Mapping[str, Sequence[str]], groups: Mapping[str, Hashable], columns: Sequence[str]) -> None:
+    """Refuse groups with subjects in two lists."""
+    home: dict[Hashable, tuple[str, str]] = {}
+    for split, subjects in splits.items():
+        for subject in subjects:
+            other, first = home.setdefault(groups[subject], (split, subject))
+            if other != split:
+                raise UserError(
+                    f"{first} of {list_path(Path(), other).name} and {subject} of {list_path(Path(), split).name} are alike in "
+                    f"{' or '.join(columns)}: divide the subjects again with --group, or leave --group out"
+                )
 
 
 def check_volumes(images: Path) -> tuple[list[str], int]:
     """Read every volume of the lists: lines for a person, and how many are wrong."""
     names = {
-        split: [line.strip() for line in list_path(images, split).read_text(encoding="utf-8").splitlines()]
+        split: [name for _, _, name in listed(list_path(images, split))]
         for split in ("train", "val", "test")
         if list_path(images, split).is_file()
     }
     lines = [f"{images}: volumes, {', '.join(f'{len(own)} {split}' for split, own in names.items())}"]
     wrong = 3 - len(names)
     lines += [f"  no list of {split}" for split in ("train", "val", "test") if split not in names]
+    twice = [name for name, count in Counter(name for own in names.values() for name in own).items() if count > 1]
+    wrong += len(twice)
+    lines += [f"  {name} is listed twice" for name in twice]
     shapes: Counter = Counter()
     for name in tqdm([name for own in names.values() for name in own], desc="reading", disable=None, leave=False):
         try:
-            subject_of(name)
             if not (images / name).is_file():
                 raise UserError(f"{images / name} does not exist")
             shapes[read_volume(images / name).shape] += 1
