@@ -52,7 +52,7 @@ class Recipe:
     """
 
     side: int = 24
-    train: int = 320
+    train: int = 200
     val: int = 200
     test: int = 300
     noise: float = 0.2

@@ -93,10 +93,10 @@ class Recipe:
         seed: of everything.
     """
 
-    train: int = 320
+    train: int = 400
     val: int = 160
     test: int = 400
-    noise: float = 0.1
+    noise: float = 0.15
     seed: int = 0
 
 
@@ -118,7 +118,7 @@ def make_stay(random: np.random.Generator, noise: float) -> tuple[list[list[str]
     common = random.normal() + turn + wander - wander.mean()
     vitals = {}
     for index, (name, (mean, spread, direction)) in enumerate(_VITALS.items()):
-        own = 1.2 * complaints[index] + random.normal(0, noise, len(times))
+        own = 2.4 * complaints[index] + random.normal(0, noise, len(times))
         vitals[name] = mean + spread * direction * (common + own)
     rows = _rows(random, times, vitals, common)
     has = complaints[np.arange(PHENOTYPES) % len(_VITALS)]
