@@ -1,6 +1,6 @@
 """Whether policies find what tasks share: generated stays and volumes, whose structure is known, over several seeds.
 
-    python benchmarks/sharing.py                    # five seeds of both, about half an hour on two cores
+    python benchmarks/sharing.py                    # five seeds of both, about forty minutes on two cores
     python benchmarks/sharing.py --policy_only      # without Δ_T
 
 For every seed the command a user types; then the rank correlation (Spearman), over all pairs of tasks, between how alike
