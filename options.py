@@ -137,10 +137,10 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method",
-        default="taps",
         choices=METHODS,
         metavar="NAME",
-        help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items()) + " (default: taps)",
+        help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+        + " (default: taps, with --budget taps_budget)",
     )
     method.add_argument(
         "--norm",
@@ -169,7 +169,7 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
     method.add_argument(
         "--budget",
         metavar="SIZE",
-        help="instead of --lam: no penalty, and after the warm-up epochs the layers that moved most are kept within this size of the task file (5%% of the base, 600KB, 2MB); the others go back to the base",
+        help="instead of --lam, --warmup_epochs and --settle_epochs: a size of the task file (5%% of the base, 600KB, 2MB). All layers learn for a third of the epochs; then its bytes go to the layers and bits a weight that keep most of what was learned, and the other layers back to the base (default: none; of taps_budget 10%%)",
     )
     method.add_argument(
         "--layers", metavar="REGEX", help="only layers whose name matches can be tuned, e.g. 'layer[34]'"
@@ -337,7 +337,7 @@ def joint_parser() -> Parser:
 def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and fill in the defaults, which for the demo are the demo's."""
     parser = sequential_parser()
-    options = parser.parse_args(arguments)
+    options = _with_method(parser, parser.parse_args(arguments))
     if options.method == "hard_sharing":
         parser.error("method hard_sharing trains all tasks together: use train_joint.py")
     _refuse_policies(parser, options)
@@ -347,7 +347,7 @@ def parse_sequential(arguments: Sequence[str]) -> argparse.Namespace:
 def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and fill in the defaults, which for the demo are the demo's."""
     parser = joint_parser()
-    options = parser.parse_args(arguments)
+    options = _with_method(parser, parser.parse_args(arguments))
     if options.method == "hard_sharing" and options.variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
     _refuse_policies(parser, options)
@@ -355,6 +355,18 @@ def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:
     options = _complete(parser, options, JOINT, demo, f"_{options.variant}")
     if options.shared_epochs is None:
         options.shared_epochs = options.epochs
+    return options
+
+
+def _with_method(parser: Parser, options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the method and its size."""
+    if options.method is None:
+        options.method = "taps" if options.budget is None else "taps_budget"
+    row = METHODS[options.method]
+    if options.budget is None:
+        options.budget = row.budget
+    elif "threshold" not in row.options:
+        parser.error(f"--budget chooses among layers, which method {options.method} does not")
     return options
 
 
@@ -389,10 +401,6 @@ def _complete(
         )
     if options.resume and options.overwrite:
         parser.error("--resume and --overwrite exclude each other")
-    if options.budget is not None and options.method != "taps":
-        parser.error(f"--budget chooses among layers, which method {options.method} does not")
-    if options.budget is not None and not 0 < options.warmup_epochs < options.epochs:
-        parser.error("--budget compares layers after the warm-up: --warmup_epochs must be above 0 and below --epochs")
     return options
 
 

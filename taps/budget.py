@@ -1,22 +1,32 @@
-"""A size instead of a penalty: keep the layers that moved most, as many as fit into so many bytes of task file."""
+"""A size instead of a penalty: the deltas as near to those trained as so many bytes of task file can bring them.
+
+Every unit may be closed (no bytes) or stored with more and more bits a weight (:mod:`taps.encoding`). Bytes go where they
+take away most of Σ ‖δ̂ − δ‖² / rms(W), the error that is left, W the unit's base weights: first to what has moved much for
+its size, and to all of it coarsely before to any of it finely. For normally distributed weights and ideal codes this rule
+is reverse water-filling (Cover and Thomas, Elements of Information Theory, §10.3.3).
+"""
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from taps.cost import norm_tensors
+from taps.encoding import BITS, decode, encode_as
 from taps.errors import UserError
+from taps.taskfile import compact_norm
 
 if TYPE_CHECKING:
+    from taps.layer import GatedUnit
     from taps.model import TaskModel
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
-_TENSOR_HEADER = 110  # bytes that a safetensors header spends on a tensor besides its name, at most
+_TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
+#: how a unit's weights may be stored, from coarse to exact
+_LEVELS = (*(f"int{bits}" for bits in BITS if bits != 5), "float16", "exact")
 
 
 def parse_budget(text: str, model: TaskModel) -> int:
@@ -38,16 +48,17 @@ def parse_budget(text: str, model: TaskModel) -> int:
 
 
 def smallest(model: TaskModel, task: str) -> int:
-    """Bytes of the task's file with every unit closed: norms, head, scores and the header."""
-    norms = [norm.norms[task] for norm in model.task_norms if model.norm == "task" and task in norm.norms]
-    tensors = [tensor for norm in norms for tensor in norm_tensors(norm).values()]
-    tensors += [*model.heads[task].state_dict().values()]
-    tensors += [tensor for gate in model.gates(task) for tensor in gate.state_dict().values()]
-    return _bytes(tensors) + 12 * _TENSOR_HEADER
+    """Bytes of the task's compact file with every unit closed: norms, head, scores and the header."""
+    numbers = sum(
+        _compact_bytes(norm, task) for norm in model.task_norms if model.norm == "task" and task in norm.norms
+    )
+    numbers += sum(2 * tensor.numel() for tensor in model.heads[task].state_dict().values())
+    numbers += sum(tensor.nbytes for gate in model.gates(task) for tensor in gate.state_dict().values())
+    return numbers + 12 * (_TENSOR_HEADER + 24)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _compact_bytes(norm, task: str) -> int:
+    return sum(2 * tensor.numel() for tensor in compact_norm(norm.norms[task], norm.base).values())
 
 
 def check_size(model: TaskModel, task: str, budget: int) -> int:
@@ -64,17 +75,92 @@ def check_size(model: TaskModel, task: str, budget: int) -> int:
     return budget - needed
 
 
-@torch.no_grad()
-def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
-    """Set every gate of a task: open for the units whose deltas are densest, within the budget.
+class _Choice(NamedTuple):
+    """One way to store a unit: bytes, error that is left, name of the level (``None``: closed)."""
 
-    Density is the mean squared delta per parameter. Closed units return to the base; training goes on with what
-    is open.
+    size: int
+    error: float
+    level: str | None
+
+
+def _encoding(level: str, delta: Tensor) -> str:
+    """Whole numbers are for matrices and kernels; a bias is few numbers."""
+    return level if delta.dim() > 1 or level == "exact" else "float16"
+
+
+def _choices(model: TaskModel, unit: GatedUnit, task: str) -> list[_Choice]:
+    """The ways to store a unit that are on the lower convex hull of (bytes, error), from none on."""
+    deltas = {name: unit.deltas[task][name].detach().cpu() for name in unit.parameter_names}
+    spread = {
+        name: float(value.detach().float().square().mean().sqrt()) for name, value in unit.base_parameters().items()
+    }
+    scale = max(spread.values()) or 1.0
+    fixed = sum(_TENSOR_HEADER + len(f"delta/{unit.name}/{name}") for name in deltas)
+    fixed += sum(_compact_bytes(n, task) for n in model.task_norms if n.follows(unit) and task in n.norms)
+    hull = [_Choice(0, sum(float(delta.square().sum()) for delta in deltas.values()) / scale, None)]
+    for level in _LEVELS:
+        size, error = fixed, 0.0
+        for delta in deltas.values():
+            if level == "exact":
+                size += delta.nbytes
+                continue
+            stored = encode_as(_encoding(level, delta), delta)
+            size += len(stored)
+            error += float((decode(_encoding(level, delta), stored, delta.shape, delta.dtype) - delta).square().sum())
+        new = _Choice(size, error / scale, level)
+        if not new.error < hull[-1].error:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], new):
+            hull.pop()
+        hull.append(new)
+    return hull
+
+
+def _gain(one: _Choice, other: _Choice) -> float:
+    """Error that is taken away by a byte more."""
+    return (one.error - other.error) / max(other.size - one.size, 1)
+
+
+@torch.no_grad()
+def allocate(model: TaskModel, task: str, budget: int) -> dict[str, str | None]:
+    """The level at which each open unit's deltas are to be stored so that the task's file keeps the budget.
+
+    Args:
+        model: has the task.
+        task: its name.
+        budget: bytes of the compact task file.
+
+    Returns:
+        ``"int1"`` … ``"int8"``, ``"float16"``, ``"exact"`` or ``None`` (closed) by unit.
+
+    Raises:
+        UserError: if not even the head and the norms fit; the smallest possible size is named.
+    """
+    left = check_size(model, task, budget)
+    units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
+    hulls = {unit.name: _choices(model, unit, task) for unit in units}
+    chosen = dict.fromkeys(hulls, 0)
+    queue = [(-_gain(*hull[:2]), name) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        now, more = hulls[name][chosen[name] : chosen[name] + 2]
+        if more.size - now.size > left:
+            continue
+        left -= more.size - now.size
+        chosen[name] += 1
+        if chosen[name] + 1 < len(hulls[name]):
+            heapq.heappush(queue, (-_gain(more, hulls[name][chosen[name] + 1]), name))
+    return {name: hulls[name][index].level for name, index in chosen.items()}
+
+
+def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
+    """Close the gates of the units for which a budget has no bytes; what is open goes on learning.
 
     Args:
         model: in training.
         task: has been trained with every unit open for a while.
-        budget: bytes of the task file.
+        budget: bytes of the compact task file.
 
     Returns:
         Names of the open units.
@@ -82,21 +168,23 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     Raises:
         UserError: if not even the head and the norms fit; the smallest possible size is named.
     """
-    left = check_size(model, task, budget)
-    prices, densities = {}, {}
-    for unit in model.units:
-        deltas = [unit.deltas[task][name] for name in unit.parameter_names]
-        followers = [norm.norms[task] for norm in model.task_norms if norm.follows(unit) and task in norm.norms]
-        stored = [*deltas, *(tensor for norm in followers for tensor in norm_tensors(norm).values())]
-        prices[unit.name] = _bytes(stored) + sum(
-            _TENSOR_HEADER + len(unit.name + name) for name in unit.parameter_names
-        )
-        densities[unit.name] = float(sum(delta.square().sum() for delta in deltas)) / sum(d.numel() for d in deltas)
-    kept = []
-    for name in sorted(prices, key=lambda name: -densities[name]):
-        if prices[name] <= left:
-            left -= prices[name]
-            kept.append(name)
+    kept = [name for name, level in allocate(model, task, budget).items() if level is not None]
     for unit in model.units:
         unit.gates[task].set(unit.name in kept)
     return kept
+
+
+def hold_within(model: TaskModel, task: str, budget: int) -> list[str]:
+    """Replace a task's deltas by what a budget lets its file store of them; see :func:`keep_within`.
+
+    What is stored is then what is trained on and validated: norms and head can still make up for the rounding.
+    """
+    levels = allocate(model, task, budget)
+    for unit in model.units:
+        level = levels.get(unit.name)
+        unit.gates[task].set(level is not None)
+        for name in unit.parameter_names if level not in (None, "exact") else ():
+            delta = unit.deltas[task][name].detach()
+            encoding = _encoding(level, delta)
+            unit.deltas[task].hold(name, encoding, encode_as(encoding, delta))
+    return [name for name, level in levels.items() if level is not None]

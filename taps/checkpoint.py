@@ -61,6 +61,12 @@ def save(
         "scaler": scaler,
         "processes": accelerator.num_processes,
         "base": None if model.train_base else model.fingerprint(),
+        "encodings": {
+            f"{task}/{unit.name}": unit.deltas[task].encodings
+            for unit in model.units
+            for task in tasks
+            if task in unit.deltas and unit.deltas[task].encodings
+        },
     }
     write_tensors(path, tensors, {"record": json.dumps(record)})
 
@@ -89,6 +95,20 @@ def read_record(path: Path) -> dict | None:
         return record
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from None
+
+
+def match(path: Path, model, tasks: Sequence[str]) -> None:
+    """Drop the deltas that a checkpoint does without, and hold those that it holds in an encoding (:mod:`taps.budget`)."""
+    encodings = read_record(path).get("encodings", {})
+    with safe_open(path, "pt", device="cpu") as file:
+        names = set(file.keys())
+        for unit in model.units:
+            for task in tasks:
+                prefix = f"task/backbone.{unit.name}.deltas.{task}." if unit.name else f"task/backbone.deltas.{task}."
+                if task in unit.deltas and not any(name.startswith(prefix) for name in names):
+                    del unit.deltas[task]
+                for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():
+                    unit.deltas[task].hold(name, encoding, file.get_tensor(f"{prefix}{name}.stored"))
 
 
 def restore(

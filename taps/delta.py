@@ -8,6 +8,8 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from taps.encoding import decode
+
 #: layers whose output is linear in their parameters; not their subclasses, which may standardise weights first
 _LINEAR_IN_PARAMETERS = frozenset(
     {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, Conv2dSame}
@@ -110,18 +112,45 @@ def add_delta(
 
 
 class Deltas(nn.Module):
-    """One task's deltas of one unit, each named ``<parameter>.delta``: given values, or zeros like the unit's parameters."""
+    """One task's deltas of one unit, each named ``<parameter>.delta``: given values, or zeros like the unit's parameters.
+
+    A delta may be held in an encoding (:mod:`taps.encoding`): its values are then the decoded ones, and files store the
+    encoding's bytes for as long as they are.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
+        self.encodings: dict[str, str] = {}
         for name, parameter in parameters.items():
             holder: nn.Module = self
             for part in name.split("."):
                 holder = holder._modules.setdefault(part, nn.Module())
             value = (
-                torch.zeros_like(parameter) if values is None else values[name].to(parameter.device, parameter.dtype)
+                values[name].to(parameter.device, parameter.dtype)
+                if values is not None and name in values
+                else torch.zeros_like(parameter)
             )
             holder.delta = nn.Parameter(value)
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self.get_submodule(name).delta
+
+    @torch.no_grad()
+    def hold(self, name: str, encoding: str, stored: Tensor) -> None:
+        """Give a delta the values that the bytes ``stored`` decode to.
+
+        Raises:
+            ValueError, RuntimeError: if they are not the bytes of such a delta.
+        """
+        delta = self[name]
+        delta.copy_(decode(encoding, stored, delta.shape, delta.dtype))
+        self.get_submodule(name).register_buffer("stored", stored)
+        self.encodings[name] = encoding
+
+    def stored(self, name: str) -> tuple[str, Tensor] | None:
+        """The encoding of a delta and its bytes; ``None`` where none is held or the delta has moved since."""
+        if name not in self.encodings:
+            return None
+        encoding, stored, delta = self.encodings[name], self.get_submodule(name).stored, self[name].detach()
+        same = torch.equal(decode(encoding, stored, delta.shape, delta.dtype), delta.cpu())
+        return (encoding, stored) if same else None

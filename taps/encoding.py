@@ -1,25 +1,28 @@
-"""Deltas in fewer bytes: the smallest encoding of each that keeps its error within a bound.
+"""Deltas in fewer bytes.
 
-The error of an encoded delta is ‖δ̂ − δ‖ / ‖δ‖ (Frobenius norms), measured after decoding. Encodings:
+The error of an encoded delta is ‖δ̂ − δ‖ / ‖δ‖ (Frobenius norms), measured after decoding. Encodings, each one string of bytes:
 
-===========  =============================================================  ==================================
-``float16``  half-precision numbers                                         2 bytes a weight
-``bfloat16`` the same with float32's range                                  2 bytes a weight
-``int8``     whole numbers with a scale for each output                     1 byte a weight
-``low_rank`` two thin float16 matrices, the truncated SVD of (outputs, …)   2 · rank · (rows + columns)
-``sparse``   positions and float16 values of the largest weights            4 or 6 bytes a kept weight
-===========  =============================================================  ==================================
+=====================  ======================================================  ======================================
+``float16``            half-precision numbers                                  2 bytes a weight
+``bfloat16``           the same with float32's range                           2 bytes a weight
+``int1`` … ``int8``    so many bits a weight, one scale a group of 64 or more  ⅛ to 1 byte a weight, 2 bytes a group
+``low_rank``           two thin float16 matrices, the truncated SVD            2 · rank · (rows + columns)
+``sparse``             positions and float16 values of the largest weights     4 or 6 bytes a kept weight
+=====================  ======================================================  ======================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Parts = dict[str, Tensor]
+#: bits a weight of the encodings by whole numbers -> the best step for a normal distribution of spread 1 (Max, 1960)
+BITS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.0308}
+_GROUP = 64  # weights that share a scale, at least: whole rows
 
 
 def error_of(delta: Tensor, decoded: Tensor) -> float:
@@ -31,60 +34,143 @@ def error_of(delta: Tensor, decoded: Tensor) -> float:
     return difference / size if size else (0.0 if difference == 0 else math.inf)
 
 
-def _matrix(delta: Tensor) -> Tensor:
-    return delta.reshape(len(delta), -1) if delta.dim() else delta.reshape(1, 1)
+def _bytes(*parts: Tensor) -> Tensor:
+    return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
 
 
-def _half(kind: torch.dtype) -> Callable[[Tensor, float], Parts]:
-    def encode(delta: Tensor, max_error: float) -> Parts:
-        return {"values": delta.to(kind)}
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape) // rows if rows else 0
+
+
+def _rows_a_group(shape: torch.Size) -> int:
+    return max(math.ceil(_GROUP / max(_matrix(shape)[1], 1)), 1)
+
+
+def _groups(delta: Tensor) -> Tensor:
+    """The weights, a group a row; the last one is filled up with zeros."""
+    rows, columns = _matrix(delta.shape)
+    together = _rows_a_group(delta.shape)
+    flat = delta.float().reshape(rows, columns)
+    return torch.nn.functional.pad(flat, (0, 0, 0, -rows % together)).reshape(-1, together * columns)
+
+
+def _integers(bits: int) -> Callable[[Tensor], Tensor]:
+    """Codes k of ``bits`` bits for v = scale · (k − (2^bits − 1)/2), the scale of each group fitted by least squares."""
+    middle = (2**bits - 1) / 2
+
+    def encode(delta: Tensor) -> Tensor:
+        groups = _groups(delta)
+        largest, spread = groups.abs().amax(1), groups.square().mean(1).sqrt()
+        best = code = lowest = None
+        # Alternate between codes and scale from two starts: no value clipped, and what suits a normal distribution.
+        for scale in (largest / middle, spread * BITS[bits]):
+            for _ in range(6):
+                found = ((groups / scale.clamp(min=1e-30)[:, None] + middle).round().clamp(0, 2 * middle)) - middle
+                scale = ((groups * found).sum(1) / found.square().sum(1).clamp(min=1e-30)).abs()
+            scale = scale.clamp(min=1e-30).bfloat16()
+            found = (groups / scale.float()[:, None] + middle).round().clamp(0, 2 * middle)
+            error = ((found - middle) * scale.float()[:, None] - groups).square().sum(1)
+            if lowest is None:
+                best, code, lowest = scale, found, error
+            else:
+                better = error < lowest
+                best, code = torch.where(better, scale, best), torch.where(better[:, None], found, code)
+        flat = code.flatten()[: delta.numel()].to(torch.uint8).numpy()
+        planes = np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :]
+        return _bytes(best, torch.from_numpy(np.packbits(planes)))
 
     return encode
 
 
-def _int8(delta: Tensor, max_error: float) -> Parts:
-    rows = _matrix(delta.float())
-    scale = (rows.abs().amax(1) / 127.0).clamp(min=1e-30)
-    return {"values": (rows / scale[:, None]).round().to(torch.int8), "scale": scale}
+def _decode_integers(bits: int) -> Callable[[Tensor, torch.Size], Tensor]:
+    middle = (2**bits - 1) / 2
+
+    def decode(stored: Tensor, shape: torch.Size) -> Tensor:
+        (rows, columns), count = _matrix(shape), math.prod(shape)
+        together = _rows_a_group(shape)
+        head = 2 * math.ceil(rows / together)
+        if len(stored) != head + math.ceil(count * bits / 8):
+            raise ValueError(f"{len(stored)} bytes are not {count} weights of {bits} bits")
+        scale = stored[:head].view(torch.bfloat16).float()
+        planes = np.unpackbits(stored[head:].numpy(), count=count * bits).reshape(count, bits)
+        code = torch.from_numpy(np.packbits(planes, axis=1)[:, 0] >> (8 - bits)).float() - middle
+        return (code.view(rows, columns) * scale.repeat_interleave(together)[:rows, None]).view(shape)
+
+    return decode
 
 
-def _low_rank(delta: Tensor, max_error: float) -> Parts:
-    rows = _matrix(delta.float())
+def _half(kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda delta: _bytes(delta.to(kind))
+
+
+def _low_rank(delta: Tensor, max_error: float) -> Tensor:
+    rows = delta.float().reshape(_matrix(delta.shape))
     u, s, v = torch.linalg.svd(rows, full_matrices=False)
     left = (s.flip(0) ** 2).cumsum(0).flip(0)  # of the singular values from each on
     bound = (0.99 * max_error) ** 2 * float(left[0])  # the factors' own rounding needs some room
     rank = max(int((left > bound).sum()), 1)
     root = s[:rank].sqrt()
-    return {"left": (u[:, :rank] * root).half(), "right": (v[:rank] * root[:, None]).half()}
+    return _bytes((u[:, :rank] * root).half(), (v[:rank] * root[:, None]).half())
 
 
-def _sparse(delta: Tensor, max_error: float) -> Parts:
+def _decode_low_rank(stored: Tensor, shape: torch.Size) -> Tensor:
+    rows, columns = _matrix(shape)
+    values = stored.view(torch.float16).float()
+    rank = len(values) // (rows + columns)
+    if rank * (rows + columns) != len(values):
+        raise ValueError(f"{len(values)} values are not two factors of {rows} and {columns} rows")
+    return (values[: rows * rank].view(rows, rank) @ values[rows * rank :].view(rank, columns)).view(shape)
+
+
+def _sparse(delta: Tensor, max_error: float) -> Tensor:
     flat = delta.float().flatten()
     order = flat.abs().argsort(descending=True, stable=True)
     left = (flat[order] ** 2).flip(0).cumsum(0).flip(0)
     kept = max(int((left > (0.99 * max_error) ** 2 * float(left[0])).sum()), 1)
     positions = order[:kept].sort().values
-    narrow = torch.uint16 if len(flat) <= 1 << 16 else torch.int32
-    return {"positions": positions.to(narrow), "values": flat[positions].half()}
+    return _bytes(positions.to(_position(delta.shape)), flat[positions].half())
 
 
-def _decode_sparse(parts: Parts, shape: torch.Size) -> Tensor:
+def _position(shape: torch.Size) -> torch.dtype:
+    return torch.uint16 if math.prod(shape) <= 1 << 16 else torch.int32
+
+
+def _decode_sparse(stored: Tensor, shape: torch.Size) -> Tensor:
+    kind = _position(shape)
+    head = len(stored) // (kind.itemsize + 2) * kind.itemsize
+    if head // kind.itemsize * (kind.itemsize + 2) != len(stored):
+        raise ValueError(f"{len(stored)} bytes are no positions with values")
     flat = torch.zeros(math.prod(shape))
-    flat[parts["positions"].long()] = parts["values"].float()
+    flat[stored[:head].view(kind).long()] = stored[head:].view(torch.float16).float()
     return flat.view(shape)
 
 
-#: name -> (to the parts that are stored, for a delta and an error; from the parts and the shape back to float32)
-ENCODINGS: dict[str, tuple[Callable[[Tensor, float], Parts], Callable[[Parts, torch.Size], Tensor]]] = {
-    "float16": (_half(torch.float16), lambda parts, shape: parts["values"].float().view(shape)),
-    "bfloat16": (_half(torch.bfloat16), lambda parts, shape: parts["values"].float().view(shape)),
-    "int8": (_int8, lambda parts, shape: (parts["values"].float() * parts["scale"][:, None]).view(shape)),
-    "low_rank": (_low_rank, lambda parts, shape: (parts["left"].float() @ parts["right"].float()).view(shape)),
-    "sparse": (_sparse, _decode_sparse),
+#: name -> from a delta to bytes
+_FIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "float16": _half(torch.float16),
+    "bfloat16": _half(torch.bfloat16),
+    **{f"int{bits}": _integers(bits) for bits in BITS},
 }
+#: name -> from a delta and a bound on the error to bytes
+_BOUNDED: dict[str, Callable[[Tensor, float], Tensor]] = {"low_rank": _low_rank, "sparse": _sparse}
+_DECODERS: dict[str, Callable[[Tensor, torch.Size], Tensor]] = {
+    "float16": lambda stored, shape: stored.view(torch.float16).float().view(shape),
+    "bfloat16": lambda stored, shape: stored.view(torch.bfloat16).float().view(shape),
+    **{f"int{bits}": _decode_integers(bits) for bits in BITS},
+    "low_rank": _decode_low_rank,
+    "sparse": _decode_sparse,
+}
+ENCODINGS = tuple(_DECODERS)
 
 
-def encode(delta: Tensor, max_error: float) -> tuple[str, Parts] | None:
+def encode_as(name: str, delta: Tensor, max_error: float = 0.0) -> Tensor:
+    """A delta as the encoding ``name``, (bytes,) uint8; ``max_error`` matters to low rank and sparse alone."""
+    delta = delta.detach().cpu()
+    return _FIXED[name](delta) if name in _FIXED else _BOUNDED[name](delta, max_error)
+
+
+def encode(delta: Tensor, max_error: float) -> tuple[str, Tensor] | None:
     """The encoding of a delta that takes the fewest bytes.
 
     Args:
@@ -92,18 +178,25 @@ def encode(delta: Tensor, max_error: float) -> tuple[str, Parts] | None:
         max_error: bound on the measured error, >= 0.
 
     Returns:
-        Its name and the tensors to store; ``None`` where none is within the bound and smaller than the delta itself.
+        Its name and its bytes; ``None`` where none is within the bound and smaller than the delta itself.
     """
-    best: tuple[str, Parts] | None = None
-    smallest = delta.nbytes
-    for name, (encoder, decoder) in ENCODINGS.items():
-        parts = encoder(delta, max_error)
-        size = sum(part.nbytes for part in parts.values())
-        if size < smallest and error_of(delta, decoder(parts, delta.shape)) <= max_error:
-            best, smallest = (name, parts), size
+    best: tuple[str, Tensor] | None = None
+    for name, stored in _all(delta, max_error):
+        smaller = len(stored) < (delta.nbytes if best is None else len(best[1]))
+        if smaller and error_of(delta, decode(name, stored, delta.shape, delta.dtype)) <= max_error:
+            best = (name, stored)
     return best
 
 
-def decode(name: str, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The delta that was stored as the encoding ``name``."""
-    return ENCODINGS[name][1](dict(parts), shape).to(dtype)
+def _all(delta: Tensor, max_error: float) -> Iterator[tuple[str, Tensor]]:
+    for name in ENCODINGS:
+        yield name, encode_as(name, delta, max_error)
+
+
+def decode(name: str, stored: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The delta that was stored as the encoding ``name``.
+
+    Raises:
+        ValueError, RuntimeError: if the bytes are not one of this shape.
+    """
+    return _DECODERS[name](stored.cpu().clone(), shape).to(dtype)

@@ -158,6 +158,11 @@ class Experiment:
             yield experiment
 
     @property
+    def compact(self) -> bool:
+        """Whether task files have to keep a budget."""
+        return self.options.budget is not None
+
+    @property
     def unfinished(self) -> list[TaskData]:
         return [task for task in self.tasks if not self.folder.is_finished(task.name)]
 
@@ -258,7 +263,7 @@ class Experiment:
                     write_tensors(self.folder.base_path, model.base_state())
                 for task, row in zip(tasks, rows, strict=True):
                     about = {"classes": list(task.classes), "epoch": row["epoch"], "val_error": row.get("val_error")}
-                    model.save_task(task.name, self.folder.task_path(task.name), about)
+                    model.save_task(task.name, self.folder.task_path(task.name), about, compact=self.compact)
 
         def validate() -> tuple[dict[str, dict], float]:
             accuracies = {task.name: self._score(model, task, "validation") for task in tasks}
@@ -287,7 +292,7 @@ class Experiment:
             if self.accelerator.is_main_process:
                 stored = taskfile.read_description(path)
                 about = {key: stored[key] for key in ("classes", "epoch", "val_error")}
-                model.save_task(task.name, path, {**about, "accuracy": tested})
+                model.save_task(task.name, path, {**about, "accuracy": tested}, compact=self.compact)
             self.accelerator.wait_for_everyone()
 
     def _score(self, model: TaskModel, task: TaskData, split: str) -> float:

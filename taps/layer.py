@@ -153,6 +153,11 @@ class GatedUnit(TaskModule):
         if gate.needs_delta if with_deltas is None else with_deltas:
             self.deltas[task] = Deltas(self.base_parameters(), values).train(self.training)
 
+    def release(self, task: str) -> None:
+        """Drop the task's deltas if its gate, which has been decided, leaves them unused."""
+        if task in self.deltas and not self.gates[task].decide().uses_delta:
+            del self.deltas[task]
+
     def remove_task(self, task: str) -> None:
         for modules in (self.gates, self.deltas):
             if task in modules:

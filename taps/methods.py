@@ -39,6 +39,8 @@ class Phase:
             after another, in the memory of one.
         validates: whether its epochs count when the loop validates every so many.
         competes: whether its epochs compete for the best one, as those of the last phase always do.
+        start: what is done once when it begins: ``"choose"``, a budget closes gates (:func:`taps.budget.keep_within`), or
+            ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Phase:
     together: bool = True
     validates: bool = True
     competes: bool = False
+    start: str | None = None
 
 
 #: everything but the gates: decisions stand, the rest goes on learning
@@ -78,9 +81,14 @@ def warmup_penalty_settle(epochs: float, warmup: float, settle: float) -> tuple[
     return tuple(phase for phase in phases if phase.epochs > 0)
 
 
-def open_then_settle(epochs: float, warmup: float) -> tuple[Phase, ...]:
-    """``warmup`` epochs with every gate free and no penalty, then gates that stand still: the schedule of a budget."""
-    return (Phase("warm-up", warmup, penalty=0.0), Phase("settle", epochs - warmup, penalty=0.0, trains=SETTLED))
+def open_choose_round(epochs: float) -> tuple[Phase, ...]:
+    """The schedule of a budget: a third with every unit open, half with those it has bytes for, and a sixth in which deltas
+    are what files will hold and norms and head make up for the rounding."""
+    return (
+        Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
+        Phase("settle", epochs / 2, penalty=0.0, trains=SETTLED, start="choose"),
+        Phase("round", epochs / 6, penalty=0.0, trains=("norm", "head"), start="round"),
+    )
 
 
 def no_penalty(gates: Mapping[str, Sequence[Gate]], task: str, **options) -> Tensor:
@@ -129,6 +137,7 @@ class Method:
         trains_base: whether the base network learns too, unless :func:`taps.adapt` is told otherwise.
         fixed: for a method that first learns a policy and then trains under it, makes the gate of a unit from its
             description, whether the policy runs it (0.0 or 1.0), and the method's options.
+        budget: the size of task files unless another is asked for, as in :func:`taps.budget.parse_budget`; ``None``: any.
     """
 
     summary: str
@@ -141,6 +150,7 @@ class Method:
     norms: tuple[str, ...] = ("task", "follow", "frozen")
     trains_base: bool = False
     fixed: Callable[..., Gate] | None = None
+    budget: str | None = None
 
 
 _POLICY = {
@@ -159,6 +169,13 @@ METHODS: dict[str, Method] = {
         penalty=mean_absolute_score,
         phases=warmup_penalty_settle,
         options={"threshold": 0.1, "score_init": 0.15, "ste": "code"},
+    ),
+    "taps_budget": Method(
+        summary="every layer learns, then the file's bytes go to the layers and bits that keep most of it",
+        source="this library; bits by reverse water-filling",
+        gate=threshold_gate,
+        options={"threshold": 0.1, "score_init": 0.15, "ste": "code"},
+        budget="10%",
     ),
     "finetune": Method(
         summary="every weight is the task's own: the upper bound in size",

@@ -472,7 +472,12 @@ class TaskModel(nn.Module):
         return self._fingerprint[1]
 
     def save_task(
-        self, task: str, folder: str | Path, about: dict | None = None, max_error: float | None = None
+        self,
+        task: str,
+        folder: str | Path,
+        about: dict | None = None,
+        max_error: float | None = None,
+        compact: bool = False,
     ) -> Path:
         """Write ``folder/task.safetensors`` and ``folder/task.json``: all that has to be shipped to use the task.
 
@@ -484,6 +489,8 @@ class TaskModel(nn.Module):
             about: further entries for ``task.json``, such as class names.
             max_error: store each delta in as few bytes as keep ‖δ̂ − δ‖ / ‖δ‖ within this, 0..1
                 (:mod:`taps.encoding`); what no encoding does is stored exactly, with a warning. ``None``: everything exactly.
+            compact: store norms and head in float16 and fold batch statistics into weights and biases (rounded to a
+                thousandth or so); what a budget asks for.
 
         Returns:
             The folder.
@@ -492,7 +499,7 @@ class TaskModel(nn.Module):
             UserError: if a value is not finite, or ``max_error`` is out of range.
         """
         self.check_task(task)
-        return taskfile.save(self, task, Path(folder), about or {}, max_error)
+        return taskfile.save(self, task, Path(folder), about or {}, max_error, compact)
 
     def load_task(
         self, folder: str | Path, name: str | None = None, head: nn.Module | None = None, trainable: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from taps.errors import unknown
-from taps.methods import ROLES, Phase, open_then_settle
+from taps.methods import ROLES, Phase, open_choose_round
 from taps.model import TaskModel
 
 OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
@@ -25,8 +25,8 @@ class Recipe:
         warmup_epochs: epochs without the penalty, >= 0; may be a fraction.
         settle_epochs: the last epochs, in which gates stand still and nothing is penalised; may be a fraction.
         penalty_weight: λ, >= 0.
-        budget: bytes of the task file; instead of a penalty, the gates are decided once after the warm-up epochs so
-            that it is kept (:func:`taps.budget.keep_within`). ``None``: no budget.
+        budget: bytes of the task file; instead of a penalty, what it has bytes for is chosen once, after a third of the
+            epochs (:mod:`taps.budget`). ``None``: no budget.
         optimizer: ``"sgd"``, ``"nag"`` (SGD with Nesterov momentum), ``"adam"`` or ``"adamw"``.
         lr: learning rate of the first epoch, > 0.
         score_lr: that of the gates; ``None`` is ``lr``.
@@ -85,7 +85,7 @@ class Recipe:
         if self.plan is not None:
             return self.plan
         if self.budget is not None:
-            return open_then_settle(self.epochs, self.warmup_epochs)
+            return open_choose_round(self.epochs)
         return model.row.phases(self.epochs, self.warmup_epochs, self.settle_epochs)
 
     def learning_rate(self, epoch: int, epochs: int | None = None) -> float:

@@ -3,11 +3,14 @@
 Tensors of ``task.safetensors``:
 
 - ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; where it is stored in fewer bytes
-  (:mod:`taps.encoding`, ``encodings`` in ``task.json``) its parts, ``delta/<unit>/<parameter>/<part>``;
+  (:mod:`taps.encoding`, ``encodings`` in ``task.json``) those bytes;
 - ``gate/<name>``: the gates' tensors of that name (for TAPS ``score``), all units in network order, concatenated;
 - ``norm/<name>``: the task's norms' tensors of that name (``weight``, ``bias``, ``running_mean``, …), concatenated in
   the order that ``task.json`` lists the norms;
 - ``head/<name>``: the head.
+
+In a compact file (``compact`` in ``task.json``) norms and head are float16, and batch norms have the base's running
+statistics: the task's are folded into weight and bias, which gives the same outputs in evaluation mode.
 
 Few large tensors instead of many small ones keep the header small: the file is as long as what it holds.
 """
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from taps.cost import accounting, norm_tensors
-from taps.encoding import ENCODINGS, decode, encode
+from taps.encoding import ENCODINGS, encode
 from taps.errors import UserError
 from taps.files import read_json, read_tensors, write_json, write_tensors
 
@@ -44,24 +47,33 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(model: TaskModel, task: str, folder: Path, about: dict, max_error: float | None = None) -> Path:
+def save(
+    model: TaskModel, task: str, folder: Path, about: dict, max_error: float | None = None, compact: bool = False
+) -> Path:
     """Write one task; see :meth:`taps.model.TaskModel.save_task`."""
     if max_error is not None and not 0 <= max_error < 1:
         raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
     tensors: dict[str, Tensor] = {}
+    encodings: dict[str, str] = {}
     for unit in model.units:
         if task in unit.deltas and unit.gates[task].decide().uses_delta:
+            deltas = unit.deltas[task]
             for name in unit.parameter_names:
-                tensors[f"delta/{unit.name}/{name}"] = unit.deltas[task][name]
+                key, held = f"delta/{unit.name}/{name}", deltas.stored(name)
+                tensors[key] = deltas[name] if held is None else held[1]
+                encodings.update({} if held is None else {key: held[0]})
     tensors.update(_pack("gate", [unit.gates[task].state_dict() for unit in model.units]))
     norms = [norm for norm in model.task_norms if norm.own(task) is not None]
-    tensors.update(_pack("norm", [norm_tensors(norm.own(task)) for norm in norms]))
+    states = [compact_norm(norm.own(task), norm.base) if compact else norm_tensors(norm.own(task)) for norm in norms]
     head = model.heads[task]
-    tensors.update((f"head/{name}", tensor) for name, tensor in head.state_dict().items())
+    small = _pack("norm", states)
+    small.update((f"head/{name}", tensor) for name, tensor in head.state_dict().items())
+    tensors.update((key, tensor.half() if compact and _is_float(tensor) else tensor) for key, tensor in small.items())
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if _is_float(tensor) and not torch.isfinite(tensor).all():
             raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
-    encodings = {} if max_error is None else _encode(tensors, task, max_error)
+    if max_error is not None:
+        encodings.update(_encode(tensors, encodings, task, max_error))
     write_tensors(folder / "task.safetensors", tensors)
     linear = (
         {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None}
@@ -88,24 +100,47 @@ def save(model: TaskModel, task: str, folder: Path, about: dict, max_error: floa
             "norms": [norm.name for norm in norms],
             "policy": model.policies.get(task),
             "units": model.report(task),
-            **({"max_error": max_error, "encodings": encodings} if max_error is not None else {}),
+            **({"max_error": max_error} if max_error is not None else {}),
+            **({"encodings": encodings} if encodings else {}),
+            **({"compact": True} if compact else {}),
             **about,
         },
     )
     return folder
 
 
-def _encode(tensors: dict[str, Tensor], task: str, max_error: float) -> dict[str, str]:
-    """Replace deltas by the parts of their smallest encodings; the encodings' names by delta. Says which stay exact."""
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def compact_norm(norm: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """A norm's tensors without running statistics: of a batch norm the weight and bias that with ``base``'s statistics do
+    what its own do, y = w·√((v₀ + ε)/(v + ε))·(x − m₀)/√(v₀ + ε) + b + w·(m₀ − m)/√(v + ε)."""
+    tensors = norm_tensors(norm)
+    if not is_foldable(norm, base):
+        return tensors
+    spread, before = (norm.running_var + norm.eps).sqrt(), (base.running_var + base.eps).sqrt()
+    return {
+        "weight": norm.weight * (before / spread),
+        "bias": norm.bias + norm.weight * (base.running_mean - norm.running_mean) / spread,
+    }
+
+
+def is_foldable(norm: nn.Module, base: nn.Module) -> bool:
+    """Whether a norm is an affine batch norm with running statistics."""
+    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return batch and norm.affine and norm.running_mean is not None and base.running_mean is not None
+
+
+def _encode(tensors: dict[str, Tensor], held: dict[str, str], task: str, max_error: float) -> dict[str, str]:
+    """Replace deltas that no encoding holds by the bytes of their smallest one; encodings by key. Says which stay exact."""
     encodings, exact = {}, []
-    for key in [key for key in tensors if key.startswith("delta/")]:
+    for key in [key for key in tensors if key.startswith("delta/") and key not in held]:
         found = encode(tensors[key].detach().cpu(), max_error)
         if found is None:
             exact.append(key.removeprefix("delta/"))
             continue
-        encodings[key], parts = found
-        del tensors[key]
-        tensors.update((f"{key}/{name}", part) for name, part in parts.items())
+        encodings[key], tensors[key] = found
     if exact:
         warnings.warn(
             f"task {task!r}: {len(exact)} deltas are stored exactly, no smaller encoding is within max_error {max_error:g}, "
@@ -113,19 +148,6 @@ def _encode(tensors: dict[str, Tensor], task: str, max_error: float) -> dict[str
             stacklevel=4,
         )
     return encodings
-
-
-def _decode(tensors: dict[str, Tensor], model: TaskModel, encodings: dict[str, str], path: Path) -> None:
-    """Undo :func:`_encode`."""
-    like = {f"delta/{u.name}/{name}": value for u in model.units for name, value in u.base_parameters().items()}
-    for key, name in encodings.items():
-        if name not in ENCODINGS or key not in like:
-            raise UserError(f"{path}: {key} is stored as {name!r}, which this library or this base does not know")
-        parts = {own.rsplit("/", 1)[1]: tensors.pop(own) for own in list(tensors) if own.startswith(f"{key}/")}
-        try:
-            tensors[key] = decode(name, parts, like[key].shape, like[key].dtype)
-        except (KeyError, RuntimeError, IndexError, TypeError) as error:
-            raise UserError(f"{path}: {key} is damaged: {(str(error).splitlines() or [''])[0]}") from None
 
 
 def _pack(prefix: str, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -151,6 +173,16 @@ def _unpack(prefix: str, tensors: dict[str, Tensor], states: list[dict[str, Tens
             )
         for part, values in zip(parts, packed.split([part.numel() for part in parts]), strict=True):
             part.copy_(values.view_as(part))
+
+
+def _stored_norm(norm, task: str, compact: bool) -> dict[str, Tensor]:
+    """The tensors of a task's norm that files hold."""
+    tensors, own = norm_tensors(norm.norms[task]), norm.norms[task]
+    if compact and is_foldable(own, norm.base):
+        own.running_mean.copy_(norm.base.running_mean)
+        own.running_var.copy_(norm.base.running_var)
+        return {"weight": own.weight, "bias": own.bias}
+    return tensors
 
 
 def read_description(folder: Path) -> dict:
@@ -182,10 +214,13 @@ def load(model: TaskModel, folder: Path, task: str, head: nn.Module | None, trai
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, task.json says {description['bytes']}: the two do not belong together"
         )
-    _decode(tensors, model, description.get("encodings", {}), path)
+    encodings = description.get("encodings", {})
+    for key, name in encodings.items():
+        if name not in ENCODINGS or key not in tensors or tensors[key].dtype != torch.uint8:
+            raise UserError(f"{path}: {key} is stored as {name!r}, which this library or this file does not know")
     # Not the deltas: they were checked when they were written, and are read from disk when first used.
     for key, tensor in tensors.items():
-        if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not key.startswith("delta/") and _is_float(tensor) and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if head is None:
         linear = description["head"]["linear"]
@@ -224,19 +259,30 @@ def check_fits(model: TaskModel, description: dict, path: Path) -> None:
 def _fill(
     model: TaskModel, task: str, head: nn.Module, description: dict, tensors: dict, path: Path, trainable: bool
 ) -> None:
-    stored_norms = set(description["norms"])
+    stored_norms, encodings = set(description["norms"]), description.get("encodings", {})
+    compact = description.get("compact", False)
     like = next(model.backbone.parameters())
     gates = model.make_gates(description.get("policy"))
     for unit, unit_description, gate in zip(model.units, model._descriptions, gates, strict=True):
         used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
-        values = {}
+        values, held = {}, {}
         for parameter, shape in unit_description.shapes.items() if used else ():
             key = f"delta/{unit.name}/{parameter}"
-            value = values[parameter] = tensors.pop(key, None)
+            value = tensors.pop(key, None)
+            if key in encodings and value is not None:
+                held[parameter] = (encodings[key], value)
+                continue
+            values[parameter] = value
             if value is None or value.shape != shape:
                 found = "missing" if value is None else f"of shape {tuple(value.shape)}"
                 raise UserError(f"{path}: {key} is {found}, the base needs {tuple(shape)}")
-        unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values or None)
+        unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values)
+        for parameter, (encoding, stored) in held.items():
+            try:
+                unit.deltas[task].hold(parameter, encoding, stored)
+            except (RuntimeError, ValueError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
     if description.get("policy") is not None:
         model.policies[task] = tuple(description["policy"])
     norms = []
@@ -247,7 +293,7 @@ def _fill(
             norms.append(norm)
     model.heads[task] = head.to(like.device, like.dtype).train(model.training)
     _unpack("gate", tensors, [unit.gates[task].state_dict() for unit in model.units], path)
-    _unpack("norm", tensors, [norm_tensors(norm.norms[task]) for norm in norms], path)
+    _unpack("norm", tensors, [_stored_norm(norm, task, compact) for norm in norms], path)
     for unit in model.units:
         if task not in unit.deltas and unit.gates[task].decide().uses_delta:
             raise UserError(f"{path} lacks the delta of {unit.name}, whose gate is open")

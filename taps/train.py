@@ -52,14 +52,14 @@ class Progress:
         epoch: 0-based; ``batch``: batches of it that are done on each process.
         sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far.
         best: best of the numbers that validation gave so far, ``None`` before the first.
-        decided: whether a budget has settled the gates.
+        started: phases that have begun.
     """
 
     epoch: int = 0
     batch: int = 0
     sums: dict[str, dict[str, float]] = field(default_factory=dict)
     best: float | None = None
-    decided: bool = False
+    started: int = 0
 
 
 def fit(
@@ -124,7 +124,7 @@ def fit(
             run.progress.best = number if is_best else run.progress.best
         if on_epoch is not None and run.accelerator.is_main_process:
             on_epoch(rows, is_best)
-        run.progress = Progress(run.progress.epoch + 1, best=run.progress.best, decided=run.progress.decided)
+        run.progress = Progress(run.progress.epoch + 1, best=run.progress.best, started=run.progress.started)
         if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
             run.save()
         if not is_last and run.stop_requested():
@@ -190,6 +190,8 @@ class _Run:
 
     def resume(self) -> None:
         """Continue from the checkpoint."""
+        checkpoint.match(self.state_path, self.model, self.tasks)
+        self._forget_dropped()
         counters, self.random_state = checkpoint.restore(
             self.state_path, self.model, self.tasks, self.optimizers, self.accelerator
         )
@@ -256,6 +258,11 @@ class _Run:
         """The phase of the next step, with its roles learning and its gates decided."""
         epoch = self.progress.epoch
         phase = phase_at(self.phases, epoch + self.progress.batch / self.batches)
+        is_last_step = epoch + 1 == self.recipe.epochs and self.progress.batch + batches >= self.batches
+        if is_last_step and any(later.start for later in self.phases[self.phases.index(phase) :]):
+            phase = self.phases[-1]  # what a budget has to do is done in a short run too
+        for begins in self.phases[self.progress.started : self.phases.index(phase) + 1]:
+            self._begin(begins)
         if phase is not self.phase:
             self.phase = phase
             set_trainable(self.roles, phase.trains)
@@ -264,15 +271,35 @@ class _Run:
             self.model.state.temperature = phase.temperature
             for group in self.optimizers[phase.optimizer].param_groups:
                 group["lr"] = group["initial_lr"] * self._decay(phase)
-        is_last_step = epoch + 1 == self.recipe.epochs and self.progress.batch + batches >= self.batches
-        if self.recipe.budget is not None and not self.progress.decided and (phase is self.phases[-1] or is_last_step):
-            for task in self.tasks:
-                budget.keep_within(self.model, task, self.recipe.budget)
-            self.progress.decided = True
         for task in self.tasks if self.recipe.compile else ():
             for gate in self.model.gates(task):
                 gate.decide()  # read before the compiler looks
         return phase
+
+    def _begin(self, phase: Phase) -> None:
+        """What is done once when a phase begins; deltas that no gate can ask for any more are dropped."""
+        self.progress.started += 1
+        starts = {"choose": budget.keep_within, "round": budget.hold_within}
+        for task in self.tasks if phase.start else ():
+            starts[phase.start](self.model, task, self.recipe.budget)
+        if not any("gate" in later.trains for later in self.phases[self.phases.index(phase) :]):
+            for unit in self.model.units:
+                for task in self.tasks:
+                    unit.release(task)
+            self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        """Let go of parameters that the model has no more, and of the optimisers' states of them."""
+        held = {id(parameter) for parameter in self.model.parameters()}
+        self.roles = {
+            role: {name: parameter for name, parameter in parameters.items() if id(parameter) in held}
+            for role, parameters in self.roles.items()
+        }
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in held]
+            for parameter in [parameter for parameter in optimizer.state if id(parameter) not in held]:
+                del optimizer.state[parameter]
 
     def _set_modes(self, phase: Phase) -> None:
         """Training mode; norms whose roles stand still in this phase leave their running statistics as they are."""

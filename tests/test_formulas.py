@@ -151,7 +151,13 @@ def test_phases_count_epochs_exactly():
     settled = Recipe(epochs=5, warmup_epochs=1, settle_epochs=2.5).phases(model)
     assert [(p.name, p.epochs) for p in settled] == [("warm-up", 1), ("train", 1.5), ("settle", 2.5)]
     assert "gate" not in settled[-1].trains
-    assert [p.name for p in Recipe(epochs=4, warmup_epochs=1, budget=10).phases(model)] == ["warm-up", "settle"]
+    within = Recipe(epochs=6, budget=10).phases(model)
+    assert [(p.name, p.epochs, p.start) for p in within] == [
+        ("open", 2, None),
+        ("settle", 3, "choose"),
+        ("round", 1, "round"),
+    ]
+    assert not any("gate" in p.trains or p.penalty for p in within)
     assert METHODS["finetune"].phases(3, 2, 1) == (Phase("train", 3),)
 
 

@@ -12,7 +12,7 @@ from taps.methods import METHODS
 
 #: module of taps -> the modules of taps that it may import at its top
 LAYERS = {
-    "errors": (), "gates": ("errors",), "delta": (), "layer": ("delta", "gates"),
+    "errors": (), "gates": ("errors",), "delta": ("encoding",), "layer": ("delta", "gates"),
     "mixed": ("errors", "gates", "layer"), "branches": ("errors", "gates"),
     "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
     "blocks": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
@@ -20,7 +20,7 @@ LAYERS = {
     "methods": ("adapt", "adashare", "blocks", "dynashare", "gates"),
     "files": ("errors",), "backbones": ("errors", "files"), "cost": ("layer",),
     "encoding": (), "taskfile": ("cost", "encoding", "errors", "files"), "library": ("cost", "errors", "taskfile"),
-    "tasks": ("arguments", "commands", "library"), "arguments": (), "budget": ("cost", "errors"),
+    "tasks": ("arguments", "commands", "library"), "arguments": (), "budget": ("encoding", "errors", "layer", "model", "taskfile"),
     "model": ("adapt", "backbones", "cost", "errors", "gates", "layer", "library", "methods", "mixed", "taskfile",
               "together"),
     "checkpoint": ("errors", "files"),
