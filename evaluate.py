@@ -2,6 +2,7 @@
 
 python evaluate.py results/demo
 python evaluate.py results/demo --export exported
+python evaluate.py results/demo --verify
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 
 import taps
 from options import parse_evaluate
-from taps import commands, cost, files, results
+from taps import certificate, commands, cost, files, results
 from taps.data import TaskData, without_bad_images
 from taps.data.images import Preprocessing
 from taps.errors import UserError, unknown
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str]) -> None:
         if name not in descriptions:
             raise unknown("task", name, descriptions)
     names = given.tasks or list(descriptions)
+    if given.verify:
+        verify(folder, descriptions, names)
+        return
     options = Namespace(**{**files.read_json(folder / "settings.json"), "device": given.device, "amp": "none"})
     accelerator = commands.make_accelerator(options)
     model, prepare = commands.load_run(folder, names, accelerator.device)
@@ -59,6 +63,29 @@ def main(arguments: Sequence[str]) -> None:
         if given.export:
             export(model, names, Path(given.export), options, given.onnx)
     accelerator.end_training()
+
+
+def verify(folder: Path, descriptions: dict[str, dict], names: list[str]) -> None:
+    """Print whether base and tasks are what they were, bit for bit; ends the program with status 1 if anything is not."""
+    path = results.RunFolder(folder).fingerprints_path
+    stored = files.read_json(path)
+    net, _ = commands.load_base(folder)
+    moved = certificate.check_base(net, stored)
+    for name in moved:
+        print(f"base: {name} is not what it was")
+    if moved:
+        raise SystemExit(1)
+    print(f"base: {len(stored)} tensors, bit for bit")
+    model, _ = commands.load_run(folder, names)
+    wrong = 0
+    for name in names:
+        if "probe" not in descriptions[name]:
+            raise UserError(f"{folder / name}: the task has no certificate; its run did not end")
+        problem = certificate.check_task(model, name, descriptions[name]["probe"])
+        wrong += problem is not None
+        print(f"{name}: {'answers bit for bit as after its training' if problem is None else problem}")
+    if wrong:
+        raise SystemExit(1)
 
 
 def test(

@@ -851,6 +851,11 @@ def evaluate_parser() -> Parser:
     )
     parser.add_argument("--onnx", action="store_true", help="with --export: write every program as .onnx too")
     parser.add_argument("--no_test", action="store_true", help="do not test; print the stored table or export only")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="instead of testing: is every tensor of the base, and every task's answer to a known input, what it was when the task had been trained, bit for bit? Ends with status 1 if not",
+    )
     parser.add_argument("--batch_size", type=number(int, 1), metavar="N", help="(default: that of the run)")
     parser.add_argument("--workers", type=number(int, 0), metavar="N", help="(default: that of the run)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
@@ -865,4 +870,6 @@ def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.onnx and not given.export:
         parser.error("--onnx says how to export: give --export DIR too")
+    if given.verify and (given.export or given.dataset):
+        parser.error("--verify looks at the stored files alone: leave out --export and --dataset")
     return given

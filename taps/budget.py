@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from taps.encoding import BITS, decode, encode_as
+from taps.encoding import BITS, encode_as, size_of, squared_error
 from taps.errors import UserError
 from taps.taskfile import compact_norm
 
@@ -104,9 +104,8 @@ def _choices(model: TaskModel, unit: GatedUnit, task: str) -> list[_Choice]:
             if level == "exact":
                 size += delta.nbytes
                 continue
-            stored = encode_as(_encoding(level, delta), delta)
-            size += len(stored)
-            error += float((decode(_encoding(level, delta), stored, delta.shape, delta.dtype) - delta).square().sum())
+            size += size_of(_encoding(level, delta), delta.shape)
+            error += squared_error(_encoding(level, delta), delta)
         new = _Choice(size, error / scale, level)
         if not new.error < hull[-1].error:
             continue

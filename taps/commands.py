@@ -131,6 +131,17 @@ def make_preprocessing(options: Namespace, net: torch.nn.Module) -> Preprocessin
     return Preprocessing(input_size=options.input_size, resize=options.resize, **preprocessing(net))
 
 
+def load_base(folder: Path) -> tuple[torch.nn.Module, Namespace]:
+    """The base of a run, not yet adapted, and the run's options.
+
+    Raises:
+        UserError: if the folder holds no run, or its base cannot be had.
+    """
+    options = Namespace(**read_json(folder / "settings.json"))
+    base = RunFolder(folder).base_path
+    return make_base(options, base if base.is_file() else None), options
+
+
 def load_run(
     folder: Path, names: Sequence[str] | None = None, device: torch.device | str = "cpu"
 ) -> tuple[TaskModel, Preprocessing]:
@@ -145,9 +156,7 @@ def load_run(
         UserError: if the folder holds no run, or its base cannot be had.
     """
     names = list(read_tasks(folder)) if names is None else names
-    options = Namespace(**read_json(folder / "settings.json"))
-    base = RunFolder(folder).base_path
-    net = make_base(options, base if base.is_file() else None)
+    net, options = load_base(folder)
     prepare = make_preprocessing(options, net)
     model = adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False).to(device)
     for name in names:

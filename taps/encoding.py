@@ -55,30 +55,47 @@ def _groups(delta: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 0, 0, -rows % together)).reshape(-1, together * columns)
 
 
-def _integers(bits: int) -> Callable[[Tensor], Tensor]:
-    """Codes k of ``bits`` bits for v = scale · (k − (2^bits − 1)/2), the scale of each group fitted by least squares."""
+def _fit(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """bfloat16 scales of groups and codes k of ``bits`` bits for v = scale · (k − (2^bits − 1)/2), by least squares: from what
+    suits a normal distribution, or with many bits from what clips nothing, scale and codes are found in turns."""
     middle = (2**bits - 1) / 2
+    scale = groups.square().mean(1).sqrt() * BITS[bits] if bits < 5 else groups.abs().amax(1) / middle
 
+    def codes() -> Tensor:
+        return (groups / scale[:, None]).add_(middle).round_().clamp_(0, 2 * middle)
+
+    for _ in range(3):
+        scale = scale.clamp(min=1e-30)
+        found = codes().sub_(middle)
+        scale = (groups * found).sum(1) / found.square().sum(1).clamp(min=1e-30)
+    half = scale.clamp(min=1e-30).bfloat16()
+    scale = half.float()
+    return half, codes()
+
+
+def squared_error(name: str, delta: Tensor) -> float:
+    """‖δ̂ − δ‖² of an encoding whose size does not depend on the error."""
+    if not name.startswith("int"):
+        return float((decode(name, encode_as(name, delta), delta.shape, delta.dtype) - delta).double().square().sum())
+    groups, bits = _groups(delta), int(name[3:])
+    scale, code = _fit(groups, bits)
+    left = code.sub_((2**bits - 1) / 2).mul_(scale.float()[:, None]).sub_(groups).square_().flatten()
+    return float(left[: delta.numel()].sum(dtype=torch.float64))
+
+
+def size_of(name: str, shape: torch.Size) -> int:
+    """Bytes of such an encoding."""
+    if not name.startswith("int"):
+        return 2 * math.prod(shape)
+    return 2 * math.ceil(_matrix(shape)[0] / _rows_a_group(shape)) + math.ceil(math.prod(shape) * int(name[3:]) / 8)
+
+
+def _integers(bits: int) -> Callable[[Tensor], Tensor]:
     def encode(delta: Tensor) -> Tensor:
-        groups = _groups(delta)
-        largest, spread = groups.abs().amax(1), groups.square().mean(1).sqrt()
-        best = code = lowest = None
-        # Alternate between codes and scale from two starts: no value clipped, and what suits a normal distribution.
-        for scale in (largest / middle, spread * BITS[bits]):
-            for _ in range(6):
-                found = ((groups / scale.clamp(min=1e-30)[:, None] + middle).round().clamp(0, 2 * middle)) - middle
-                scale = ((groups * found).sum(1) / found.square().sum(1).clamp(min=1e-30)).abs()
-            scale = scale.clamp(min=1e-30).bfloat16()
-            found = (groups / scale.float()[:, None] + middle).round().clamp(0, 2 * middle)
-            error = ((found - middle) * scale.float()[:, None] - groups).square().sum(1)
-            if lowest is None:
-                best, code, lowest = scale, found, error
-            else:
-                better = error < lowest
-                best, code = torch.where(better, scale, best), torch.where(better[:, None], found, code)
+        scale, code = _fit(_groups(delta), bits)
         flat = code.flatten()[: delta.numel()].to(torch.uint8).numpy()
         planes = np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :]
-        return _bytes(best, torch.from_numpy(np.packbits(planes)))
+        return _bytes(scale, torch.from_numpy(np.packbits(planes)))
 
     return encode
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from taps import checkpoint, commands, plots, results, taskfile
+from taps import certificate, checkpoint, commands, plots, results, taskfile
 from taps.budget import check_size, parse_budget
 from taps.data import Preprocessing, TaskData, make_loader, split_validation, without_bad_images
 from taps.data.images import Sample
 from taps.data.tasks import make_task_loader
 from taps.errors import UserError
-from taps.files import read_tensors, write_tensors
+from taps.files import read_tensors, write_json, write_tensors
 from taps.layer import evaluating
 from taps.metrics import accuracy
 from taps.model import TaskModel
@@ -292,7 +292,11 @@ class Experiment:
             if self.accelerator.is_main_process:
                 stored = taskfile.read_description(path)
                 about = {key: stored[key] for key in ("classes", "epoch", "val_error")}
+                side = self.prepare.input_size
+                about["probe"] = certificate.probe(model, task.name, (2, 3, side, side))
                 model.save_task(task.name, path, {**about, "accuracy": tested}, compact=self.compact)
+                if not self.folder.fingerprints_path.is_file():
+                    write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
             self.accelerator.wait_for_everyone()
 
     def _score(self, model: TaskModel, task: TaskData, split: str) -> float:

@@ -63,6 +63,7 @@ class RunFolder:
         self.path = path
         self.state_path = path / "checkpoint" / "state.safetensors"
         self.base_path = path / "base.safetensors"
+        self.fingerprints_path = path / "fingerprints.json"
         self.rows: list[dict] = []
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def test_a_run_leaves_a_complete_results_folder(finished):
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert names - events == {
-        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "checkpoint", "ink-2", "paint",
+        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json", "checkpoint", "ink-2", "paint",
         "layers.png", "sizes.png", "scores.png", "overlap.png",
     }  # fmt: skip
     assert os.listdir(folder) == ["results"], "nothing is left anywhere else"
@@ -437,3 +438,34 @@ def test_a_vision_transformer_at_another_size(tree, here, tmp_path):
     arguments = trained_arguments(tree / "paint", "--model_type", "vit_tiny_patch16_224", "--limit_batches", 1)
     here("train_sequential.py", *arguments, cwd=tmp_path)
     here("evaluate.py", "results/run", "--device", "cpu", cwd=tmp_path)
+
+
+def test_verify_says_whether_anything_has_moved(finished, here, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0] / "results" / "run", folder)
+    done = here("evaluate.py", folder, "--verify", cwd=tmp_path)
+    assert re.fullmatch(
+        r"base: \d+ tensors, bit for bit\nink-2: answers bit for bit as after its training\npaint: answers .*\n",
+        done.stdout,
+    )
+    path = folder / "paint/task.safetensors"
+    tensors = load_file(path)
+    tensors["head/weight"][0, 0] += 1e-3
+    save_file(tensors, path, {"format": "pt"})
+    description = json.loads((folder / "paint/task.json").read_text())
+    (folder / "paint/task.json").write_text(json.dumps({**description, "bytes": path.stat().st_size}))
+    done = here("evaluate.py", folder, "--verify", cwd=tmp_path, check=1)
+    assert "ink-2: answers bit for bit" in done.stdout
+    assert re.search(r"paint: its answers differ, by [\d.e-]+ in the first \d+ numbers", done.stdout)
+    fingerprints = json.loads((folder / "fingerprints.json").read_text())
+    moved = sorted(fingerprints)[3]
+    (folder / "fingerprints.json").write_text(json.dumps({**fingerprints, moved: "0" * 64}))
+    done = here("evaluate.py", folder, "--verify", cwd=tmp_path, check=1)
+    assert done.stdout == f"base: {moved} is not what it was\n"
+    (folder / "fingerprints.json").unlink()
+    assert "fingerprints.json" in here("evaluate.py", folder, "--verify", cwd=tmp_path, check=2).stderr
+    assert (
+        "leave out --export" in here("evaluate.py", folder, "--verify", "--export", "x", cwd=tmp_path, check=2).stderr
+    )

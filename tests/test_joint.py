@@ -199,7 +199,7 @@ def test_joint_leaves_a_base_and_a_file_a_task(joint, here, tree):
     run = folder / "results/run"
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
     assert names == {
-        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "checkpoint", "ink-2", "paint",
+        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json", "checkpoint", "ink-2", "paint",
         "base.safetensors", "layers.png", "sizes.png", "scores.png", "overlap.png",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())

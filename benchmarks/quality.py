@@ -1,0 +1,420 @@
+"""Accuracy against bytes a task, beside what one would use instead: same images, seeds, epochs and base weights for all.
+
+    python benchmarks/quality.py                        # the demo's six tasks, three seeds, two processes: under forty minutes
+    python benchmarks/quality.py --quick                # two tasks, one seed, half the epochs: a few minutes
+    python benchmarks/quality.py --dataset A B --model_type resnet34 --input_size 224 --epochs 30 --images 0
+    python benchmarks/quality.py --tune                 # which learning rate suits each row, on validation images
+
+Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets; LoRA
+by ``peft`` (Hu et al., 2022) on every convolution and linear layer that is not grouped; a mask of the base's weights (Piggyback,
+Mallya et al., 2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024). Norms and head are each
+task's own in all but the linear probe. What rivals store is counted as float16 with batch norms folded (``save_task``'s compact
+files), positions at their entropy, masks at a bit a weight; ``taps_budget`` is the length of its file.
+
+Everything trains on all training images and is tested once, after the last epoch. Learning rates in ``ROWS`` were chosen
+by ``--tune``, which holds a quarter of the training images back and never reads the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import taps  # noqa: E402
+from taps import files  # noqa: E402
+from taps.adapt import find_layers, is_norm  # noqa: E402
+from taps.backbones import preprocessing  # noqa: E402
+from taps.budget import parse_budget, smallest  # noqa: E402
+from taps.cost import accounting  # noqa: E402
+from taps.data import Preprocessing, TaskData, find_tasks, make_loader, split_validation  # noqa: E402
+from taps.data.demo import make_demo, read_demo  # noqa: E402
+from taps.errors import UserError  # noqa: E402
+from taps.layer import evaluating  # noqa: E402
+from taps.metrics import accuracy  # noqa: E402
+from taps.recipe import Recipe  # noqa: E402
+from taps.train import fit  # noqa: E402
+
+TASK = "task"  # what a rival's only task is called
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        method: of :func:`taps.adapt`, or a rival's name.
+        setting: rank, share of the weights, λ or budget, as in the table.
+        lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
+    """
+
+    method: str
+    setting: str = ""
+    lr: float = 0.02
+    optimizer: str = "sgd"
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.setting}".strip()
+
+
+ROWS = (
+    Row("finetune"),
+    Row("linear_probe"),
+    Row("norm_only"),
+    Row("taps", "λ 0.5"),
+    Row("lora", "rank 1"),
+    Row("lora", "rank 8"),
+    Row("lora", "rank 32"),
+    Row("mask", "1 bit", lr=1e-3, optimizer="adam"),
+    Row("gradients", "1 %"),
+    Row("gradients", "10 %"),
+    Row("taps_budget", "1%"),
+    Row("taps_budget", "2%"),
+    Row("taps_budget", "5%"),
+    Row("taps_budget", "10%"),
+    Row("taps_budget", "35%"),
+)
+TUNED = {"sgd": (0.01, 0.02, 0.05, 0.15), "adam": (3e-4, 1e-3, 3e-3)}
+
+
+class _Kept(torch.autograd.Function):
+    """1[m ≥ τ], straight-through."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor) -> Tensor:
+        return (scores >= 0.05).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Mask(nn.Module):
+    """W ⊙ 1[m ≥ τ]: Piggyback's mask, with m₀ = 2τ as published."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(torch.full_like(weight, 0.1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * _Kept.apply(self.learned)
+
+
+class Chosen(nn.Module):
+    """W + δ where ``where`` says so."""
+
+    def __init__(self, where: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("where", where)
+        self.learned = nn.Parameter(torch.zeros(where.shape))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.learned * self.where
+
+
+def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed: int) -> dict[str, Tensor]:
+    """By layer, the weights of each output whose gradients over all training images are the largest."""
+    net = copy.deepcopy(net).requires_grad_(True).eval()
+    torch.manual_seed(seed)
+    head = nn.Linear(net.num_features, len(task.classes))
+    for x, y in loader:
+        nn.functional.cross_entropy(head(net(x)), y).backward()
+    found = {}
+    for layer in find_layers(net):
+        size = layer.module.weight.grad.flatten(1).abs()
+        kept = size.topk(max(round(share * size.shape[1]), 1), dim=1).indices
+        found[layer.name] = torch.zeros_like(size).scatter_(1, kept, 1.0).view_as(layer.module.weight)
+    return found
+
+
+def rival(row: Row, net: nn.Module, task: TaskData, loader, seed: int) -> tuple[taps.TaskModel, int]:
+    """A rival as a model with one task, and the bytes that its own numbers take besides norms and head.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+    net.requires_grad_(False)
+    layers = find_layers(net)
+    number = float(row.setting.split()[-1 if row.method == "lora" else 0])
+    if row.method == "lora":
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise UserError("rows of LoRA need peft: pip install peft") from None
+        names = [layer.name for layer in layers if getattr(layer.module, "groups", 1) == 1]
+        config = LoraConfig(r=int(number), lora_alpha=int(number), target_modules=names)
+        features = net.num_features
+        net = inject_adapter_in_model(config, net)
+        net.num_features = features
+        size = sum(2 * parameter.numel() for name, parameter in net.named_parameters() if "lora_" in name)
+    elif row.method == "mask":
+        for layer in layers:
+            parametrize.register_parametrization(layer.module, "weight", Mask(layer.module.weight))
+        size = sum(layer.module.weight.numel() for layer in layers) // 8
+    else:
+        chosen = largest_gradients(net, task, loader, number / 100, seed)
+        size = 0
+        for layer in layers:
+            where = chosen[layer.name]
+            parametrize.register_parametrization(layer.module, "weight", Chosen(where))
+            size += 2 * int(where.sum()) + math.ceil(entropy(where.numel(), int(where.sum())) / 8)
+    learned = [parameter for name, parameter in net.named_parameters() if "lora_" in name or name.endswith("learned")]
+    learned += [parameter for module in net.modules() if is_norm(module) for parameter in module.parameters()]
+    model = taps.adapt(net, "hard_sharing", train_base=True)
+    model.backbone.requires_grad_(False)
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    model.num_features = features if row.method == "lora" else model.num_features
+    return model, size
+
+
+def entropy(count: int, kept: int) -> float:
+    """Bits that say which ``kept`` of ``count`` weights: log₂ of the number of ways to choose them."""
+    return (math.lgamma(count + 1) - math.lgamma(kept + 1) - math.lgamma(count - kept + 1)) / math.log(2)
+
+
+def bytes_of(row: Row, model: taps.TaskModel, task: str, base: taps.TaskModel) -> int:
+    """What a task of this library's methods takes: its file with a budget, else float16 and folded norms."""
+    if row.method == "taps_budget":
+        with tempfile.TemporaryDirectory() as folder:
+            return (model.save_task(task, folder, compact=True) / "task.safetensors").stat().st_size
+    account = accounting(model, task)
+    norms = account["norm_parameters"] // 2  # weight and bias, statistics folded in
+    return 2 * (account["delta_parameters"] + norms + account["head_parameters"])
+
+
+def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
+    """All tasks of one row and seed: accuracies, bytes, seconds and drift."""
+    torch.set_num_threads(given.threads)
+    accelerator = Accelerator(cpu=True, rng_types=[])
+    base = taps.create_backbone(given.model_type, pretrained=True)
+    prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **preprocessing(base))
+    own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
+    blank = taps.adapt(copy.deepcopy(base), "norm_only")
+    result = {"row": row.name, "seed": seed, "lr": row.lr, "base_bytes": 4 * blank.base_parameters, "tasks": {}}
+    probe, answers = torch.randn(4, 3, given.input_size, given.input_size, generator=torch.manual_seed(0)), {}
+    for task in tasks_of(given, seed):
+        tested = task.val if given.tune else task.test
+        quiet = {"workers": 0, "seed": seed}
+        loader, sampler = make_loader(
+            task.train, prepare.transform(True, task.squash, task.flip), 16, train=True, **quiet
+        )
+        tests, _ = make_loader(tested, prepare.transform(False, task.squash), 64, train=False)
+        torch.manual_seed(seed)
+        name, extra = (task.name, 0) if own is not None else (TASK, 0)
+        model = own
+        if own is None:
+            plain, _ = make_loader(task.train, prepare.transform(False, task.squash), 64, train=False)
+            model, extra = rival(row, copy.deepcopy(base), task, plain, seed)
+            torch.manual_seed(seed)
+        model.add_task(name, num_classes=len(task.classes))
+        budget = parse_budget(row.setting, model) if row.method == "taps_budget" else None
+        lam = float(row.setting.split()[1]) if row.method == "taps" else 0.0
+        recipe = Recipe(
+            epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, penalty_weight=lam,
+            budget=budget, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
+        )  # fmt: skip
+        started = time.perf_counter()
+        fit(model, name, loader, sampler, recipe, accelerator)
+        trained = time.perf_counter()
+        with evaluating(model):
+            score = accuracy(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
+            evaluated = time.perf_counter()
+            answers[task.name] = (model, name, model(probe, name))
+        if own is None:
+            blank.add_task(TASK, num_classes=len(task.classes))
+            size = smallest(blank, TASK) + extra
+            blank.remove_task(TASK)
+        else:
+            size = bytes_of(row, model, name, blank)
+        result["tasks"][task.name] = {
+            "accuracy": score, "bytes": size, "train_seconds": trained - started, "test_seconds": evaluated - trained,
+        }  # fmt: skip
+    with torch.no_grad():
+        moved = []
+        for model, name, before in answers.values():
+            with evaluating(model):
+                moved.append(float((model(probe, name) - before).abs().max()))
+    result["drift"] = max(moved)
+    return result
+
+
+def tasks_of(given: argparse.Namespace, seed: int) -> list[TaskData]:
+    """The tasks with so many training images as were asked for; validation images are held back to tune."""
+    tasks = find_tasks(given.dataset, cropped=None) if given.dataset else read_demo(given.demo)
+    if given.tune:
+        tasks = [split_validation(replace(task, val=None), 0.25, seed) for task in tasks]
+    if given.images:
+        kept = {}
+        for task in tasks:
+            order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed)).tolist()
+            kept[task.name] = tuple(task.train[index] for index in order[: given.images])
+        tasks = [replace(task, train=kept[task.name]) for task in tasks]
+    return tasks[:: max(len(tasks) // given.tasks, 1)][: given.tasks] if given.tasks else tasks
+
+
+def summarise(results: list[dict]) -> list[dict]:
+    """One line a row: means over tasks, then mean and spread over seeds; times as ratios to full fine-tuning's."""
+
+    def mean(result: dict, key: str) -> float:
+        return statistics.mean(task[key] for task in result["tasks"].values())
+
+    def middle(own: list[dict], key: str) -> float:
+        return statistics.median(task[key] for result in own for task in result["tasks"].values())
+
+    by_row: dict[str, list[dict]] = {}
+    for result in results:
+        by_row.setdefault(result["row"], []).append(result)
+    reference = by_row.get("finetune")
+    lines = []
+    for name, own in by_row.items():
+        scores = [mean(result, "accuracy") for result in own]
+        size = statistics.mean(mean(result, "bytes") for result in own)
+        line = {
+            "row": name, "lr": own[0]["lr"], "accuracy": statistics.mean(scores), "seeds": len(scores),
+            "spread": statistics.stdev(scores) if len(scores) > 1 else None, "bytes": round(size),
+            "percent_of_base": 100 * size / own[0]["base_bytes"], "drift": max(result["drift"] for result in own),
+            "tasks": {task: statistics.mean(r["tasks"][task]["accuracy"] for r in own) for task in own[0]["tasks"]},
+        }  # fmt: skip
+        for key in ("train_seconds", "test_seconds"):
+            ratio = middle(own, key) / middle(reference, key) if reference else None
+            line[key.replace("seconds", "time_x_finetune")] = ratio
+        lines.append(line)
+    return lines
+
+
+def table(lines: list[dict]) -> str:
+    """The lines as Markdown."""
+    head = "| method | bytes a task | % of the base | accuracy % | ± over seeds | training time | evaluation time | drift |"
+    rows = [head, "|---|---|---|---|---|---|---|---|"]
+    for line in lines:
+        times = [
+            "–" if line[f"{k}_time_x_finetune"] is None else f"{line[f'{k}_time_x_finetune']:.2f} ×"
+            for k in ("train", "test")
+        ]
+        spread = "–" if line["spread"] is None else f"{line['spread']:.1f}"
+        rows.append(
+            f"| {line['row']} | {line['bytes']:,} | {line['percent_of_base']:.2f} | {line['accuracy']:.1f} | {spread} "
+            f"| {times[0]} | {times[1]} | {line['drift']:g} |"
+        )
+    return "\n".join(rows)
+
+
+def picture(lines: list[dict], path: Path) -> None:
+    """Accuracy against bytes, on a logarithmic axis; what has several settings is a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    families: dict[str, list[dict]] = {}
+    for line in lines:
+        families.setdefault(line["row"].split()[0], []).append(line)
+    for index, (family, own) in enumerate(families.items()):
+        own = sorted(own, key=lambda line: line["percent_of_base"])
+        ours = family == "taps_budget"
+        axes.errorbar(
+            [line["percent_of_base"] for line in own], [line["accuracy"] for line in own],
+            [line["spread"] or 0 for line in own], marker="o" if ours else "sD^v<>P*X"[index % 9], capsize=3,
+            linewidth=2.5 if ours else 1, color="black" if ours else f"C{index}", label=family, zorder=3 if ours else 2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50]
+    axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="bytes a task, of the base network's", ylabel="mean test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _job(job: tuple[Row, int, argparse.Namespace]) -> dict | str:
+    try:
+        return run(*job)
+    except UserError as error:
+        return f"{job[0].name}: {error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--dataset", nargs="+", help="folders of images, as for train_sequential.py (default: the demo)"
+    )
+    parser.add_argument("--model_type", default="tf_efficientnet_lite0")
+    parser.add_argument("--input_size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--images", type=int, default=240, help="training images a task; 0: all (default: 240)")
+    parser.add_argument("--tasks", type=int, default=0, help="how many of the tasks (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", help="only rows whose name begins so")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a process (default: 1)")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "quality")
+    given = parser.parse_args()
+    given.demo = ROOT / "datasets" / "demo"
+    if given.quick:
+        given.tasks, given.seeds, given.epochs = given.tasks or 2, [0], 3
+    if not given.dataset:
+        make_demo(given.demo)
+    rows = [row for row in ROWS if not given.rows or any(row.name.startswith(own) for own in given.rows)]
+    if given.tune:
+        given.seeds = [100]  # a split that no reported run has
+        rows = [replace(row, lr=lr) for row in rows for lr in TUNED[row.optimizer]]
+    results, missing = [], []
+    started = time.perf_counter()
+    jobs = [(row, seed, given) for seed in given.seeds for row in rows]
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+        for result in pool.imap(_job, jobs):
+            if isinstance(result, str):
+                missing.append(result)
+                continue
+            if given.tune:
+                result["row"] += f" (lr {result['lr']:g})"
+            results.append(result)
+            score = statistics.mean(task["accuracy"] for task in result["tasks"].values())
+            print(f"{result['row']}, seed {result['seed']}: {score:.2f} %", flush=True)
+    for line in sorted(set(missing)):
+        print(f"left out: {line}")
+    if not results:
+        raise SystemExit(2)
+    lines = summarise(results)
+    print(table(lines))
+    if given.tune:
+        return
+    given.output.mkdir(parents=True, exist_ok=True)
+    files.write_json(
+        given.output / "quality.json", {"lines": lines, "runs": results, "epochs": given.epochs, "images": given.images}
+    )
+    picture(lines, given.output / "quality.png")
+    minutes = (time.perf_counter() - started) / 60
+    files.write_text(
+        given.output / "README.md",
+        f"# Accuracy against bytes a task\n\n{given.model_type}, {given.input_size} px, {len(results[0]['tasks'])} tasks, "
+        f"{given.images or 'all'} training images each, {given.epochs} epochs, seeds {', '.join(map(str, given.seeds))}; "
+        f"{minutes:.0f} minutes with {given.jobs} processes of {given.threads} thread.\n\n{table(lines)}\n\n"
+        "![Accuracy against bytes](quality.png)\n\nMade by `benchmarks/quality.py`, which says what each row is and how bytes are "
+        "counted. `quality.json` has every run. Times are ratios of medians to full fine-tuning's; drift is the largest change of "
+        "any task's output after the other tasks were trained, where they are trained on one model.\n",
+    )
+    print(f"{minutes:.1f} minutes; {given.output}/README.md, quality.png, quality.json")
+
+
+if __name__ == "__main__":
+    main()
