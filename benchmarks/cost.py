@@ -122,16 +122,23 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=("one", "many"), help="only one task, or only many tasks")
+    parser.add_argument(
+        "--only",
+        choices=("one", "settled", "many"),
+        help="only one task, one with gates that stand still, or many tasks",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(
         f"{options.model}, batch {options.batch}, {options.pixels} px, {options.threads} CPU threads, {options.rounds} rounds"
     )
 
-    if options.only != "many":
+    if options.only in (None, "one"):
         one_task(options)
-    if options.only != "one":
+    if options.only in (None, "settled"):
+        for name, pixels, batch in (("resnet34", 128, 32), ("vit_small_patch16_224", 224, 8)):
+            settled(name, pixels, batch, options.rounds)
+    if options.only in (None, "many"):
         many_tasks(options)
 
 
@@ -170,6 +177,35 @@ def one_task(options) -> None:
             print(
                 f"task file, {name}: {path.stat().st_size:,} bytes = {path.stat().st_size / content:.4f} × its content"
             )
+
+
+def settled(name: str, pixels: int, batch: int, rounds: int) -> None:
+    """Training with gates that stand still and a third of the layers open, norm="follow", beside full fine-tuning."""
+    options = argparse.Namespace(model=name, pixels=pixels, batch=batch, classes=100)
+    net = plain_network(options)
+    steps = {"fine-tuning": training_step(net, options, net)}
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    layouts: dict[str, Callable[[int, int, str], bool]] = {
+        "last third": lambda index, count, unit: index >= count - count // 3,
+        "every third": lambda index, count, unit: index % 3 == 2,
+    }
+    if name.startswith("resnet"):
+        layouts["third stage"] = lambda index, count, unit: "layer3" in unit
+    facts = {}
+    for layout, is_open in layouts.items():
+        model = task_model(options, norm="follow")
+        for index, unit in enumerate(model.units):
+            unit.gates["task"].set(is_open(index, len(model.units), unit.name))
+            unit.gates["task"].requires_grad_(False)
+            unit.release("task")
+        opened = sum("task" in unit.deltas for unit in model.units)
+        own = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        facts[layout] = f"{opened} of {len(model.units)} layers, optimiser's memory {own / weights:.3f} ×"
+        steps[layout] = training_step(model, options, lambda x, model=model: model(x, task="task"))
+    times = alternately(steps, rounds)
+    for layout, text in facts.items():
+        ratio = times[layout] / times["fine-tuning"]
+        print(f"settled, {name} {pixels} px, {layout} open ({text}): {ratio:.3f} of fine-tuning's time")
 
 
 TASKS = ("a", "b", "c", "d", "e", "f")

@@ -61,12 +61,14 @@ class Row:
         method: of :func:`taps.adapt`, or a rival's name.
         setting: rank, share of the weights, λ or budget, as in the table.
         lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
+        scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
     """
 
     method: str
     setting: str = ""
     lr: float = 0.02
     optimizer: str = "sgd"
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -90,7 +92,8 @@ ROWS = (
     Row("taps_budget", "10%"),
     Row("taps_budget", "35%"),
 )
-TUNED = {"sgd": (0.01, 0.02, 0.05, 0.15), "adam": (3e-4, 1e-3, 3e-3)}
+TUNED = {"sgd": (0.01, 0.02, 0.05), "adam": (1e-3, 3e-3, 1e-2)}
+SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
 
 
 class _Kept(torch.autograd.Function):
@@ -117,15 +120,16 @@ class Mask(nn.Module):
 
 
 class Chosen(nn.Module):
-    """W + δ where ``where`` says so."""
+    """W + scale · δ where ``where`` says so: the step of δ counts scale² times."""
 
-    def __init__(self, where: Tensor) -> None:
+    def __init__(self, where: Tensor, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         self.register_buffer("where", where)
         self.learned = nn.Parameter(torch.zeros(where.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.learned * self.where
+        return weight + self.scale * self.learned * self.where
 
 
 def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed: int) -> dict[str, Tensor]:
@@ -158,7 +162,7 @@ def rival(row: Row, net: nn.Module, task: TaskData, loader, seed: int) -> tuple[
         except ImportError:
             raise UserError("rows of LoRA need peft: pip install peft") from None
         names = [layer.name for layer in layers if getattr(layer.module, "groups", 1) == 1]
-        config = LoraConfig(r=int(number), lora_alpha=int(number), target_modules=names)
+        config = LoraConfig(r=int(number), lora_alpha=int(number * row.scale), target_modules=names)
         features = net.num_features
         net = inject_adapter_in_model(config, net)
         net.num_features = features
@@ -172,7 +176,7 @@ def rival(row: Row, net: nn.Module, task: TaskData, loader, seed: int) -> tuple[
         size = 0
         for layer in layers:
             where = chosen[layer.name]
-            parametrize.register_parametrization(layer.module, "weight", Chosen(where))
+            parametrize.register_parametrization(layer.module, "weight", Chosen(where, row.scale))
             size += 2 * int(where.sum()) + math.ceil(entropy(where.numel(), int(where.sum())) / 8)
     learned = [parameter for name, parameter in net.named_parameters() if "lora_" in name or name.endswith("learned")]
     learned += [parameter for module in net.modules() if is_norm(module) for parameter in module.parameters()]
@@ -207,7 +211,14 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **preprocessing(base))
     own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
     blank = taps.adapt(copy.deepcopy(base), "norm_only")
-    result = {"row": row.name, "seed": seed, "lr": row.lr, "base_bytes": 4 * blank.base_parameters, "tasks": {}}
+    result = {
+        "row": row.name,
+        "seed": seed,
+        "lr": row.lr,
+        "scale": row.scale,
+        "base_bytes": 4 * blank.base_parameters,
+        "tasks": {},
+    }
     probe, answers = torch.randn(4, 3, given.input_size, given.input_size, generator=torch.manual_seed(0)), {}
     for task in tasks_of(given, seed):
         tested = task.val if given.tune else task.test
@@ -287,7 +298,7 @@ def summarise(results: list[dict]) -> list[dict]:
         scores = [mean(result, "accuracy") for result in own]
         size = statistics.mean(mean(result, "bytes") for result in own)
         line = {
-            "row": name, "lr": own[0]["lr"], "accuracy": statistics.mean(scores), "seeds": len(scores),
+            "row": name, "lr": own[0]["lr"], "scale": own[0]["scale"], "accuracy": statistics.mean(scores), "seeds": len(scores),
             "spread": statistics.stdev(scores) if len(scores) > 1 else None, "bytes": round(size),
             "percent_of_base": 100 * size / own[0]["base_bytes"], "drift": max(result["drift"] for result in own),
             "tasks": {task: statistics.mean(r["tasks"][task]["accuracy"] for r in own) for task in own[0]["tasks"]},
@@ -376,7 +387,12 @@ def main() -> None:
     rows = [row for row in ROWS if not given.rows or any(row.name.startswith(own) for own in given.rows)]
     if given.tune:
         given.seeds = [100]  # a split that no reported run has
-        rows = [replace(row, lr=lr) for row in rows for lr in TUNED[row.optimizer]]
+        rows = [
+            replace(row, lr=lr, scale=scale)
+            for row in rows
+            for lr in TUNED[row.optimizer]
+            for scale in SCALED.get(row.method, (1.0,))
+        ]
     results, missing = [], []
     started = time.perf_counter()
     jobs = [(row, seed, given) for seed in given.seeds for row in rows]
@@ -386,7 +402,7 @@ def main() -> None:
                 missing.append(result)
                 continue
             if given.tune:
-                result["row"] += f" (lr {result['lr']:g})"
+                result["row"] += f" (lr {result['lr']:g}, scale {result['scale']:g})"
             results.append(result)
             score = statistics.mean(task["accuracy"] for task in result["tasks"].values())
             print(f"{result['row']}, seed {result['seed']}: {score:.2f} %", flush=True)

@@ -288,13 +288,13 @@ class Experiment:
         """Score the kept epoch on the test splits and note it in the task files."""
         for task in tasks:
             tested = self._score(model, task, "test")
-            path = self.folder.task_path(task.name)
+            path, side = self.folder.task_path(task.name), self.prepare.input_size
+            answer = certificate.probe(model, task.name, (2, 3, side, side))  # by all processes: it moves weights in memory
             if self.accelerator.is_main_process:
                 stored = taskfile.read_description(path)
                 about = {key: stored[key] for key in ("classes", "epoch", "val_error")}
-                side = self.prepare.input_size
-                about["probe"] = certificate.probe(model, task.name, (2, 3, side, side))
-                model.save_task(task.name, path, {**about, "accuracy": tested}, compact=self.compact)
+                about.update(accuracy=tested, probe=answer)
+                model.save_task(task.name, path, about, compact=self.compact)
                 if not self.folder.fingerprints_path.is_file():
                     write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
             self.accelerator.wait_for_everyone()

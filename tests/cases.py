@@ -88,6 +88,7 @@ METHODS = {
     "taps_paper": ("taps", {"ste": "paper"}),
     "taps_follow": ("taps", {"norm": "follow"}),
     "taps_frozen": ("taps", {"norm": "frozen"}),
+    "taps_budget": ("taps_budget", {}),
     "finetune": ("finetune", {}),
     "norm_only": ("norm_only", {}),
     "linear_probe": ("linear_probe", {}),

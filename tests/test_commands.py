@@ -117,9 +117,12 @@ def test_baselines(tree, here, tmp_path, method):
 
 def test_budget(tree, here, tmp_path):
     here("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "3MB"), cwd=tmp_path)
-    row = json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"]["paint"]
-    assert 0 < row["tuned_layers"] < 1
-    assert 2_000_000 < row["bytes"] <= 3_000_000
+    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
+    row = summary["tasks"]["paint"]
+    assert summary["method"] == "taps_budget"
+    assert 0.98 * 3_000_000 < row["bytes"] <= 3_000_000
+    assert row["bytes"] == (tmp_path / "results/run/paint/task.safetensors").stat().st_size
+    assert "bit for bit" in here("evaluate.py", "results/run", "--verify", cwd=tmp_path).stdout
     done = here(
         "train_sequential.py",
         *trained_arguments(tree / "paint", "--budget", "1KB", "--overwrite"),
@@ -253,8 +256,15 @@ def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree,
     assert ours == theirs
 
 
-@pytest.mark.parametrize("program", ["train_sequential", "train_joint"])
-def test_two_processes_reach_the_same_decisions(tree, tmp_path, program):
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        ("train_sequential", ("--settle_epochs", "0.5")),
+        ("train_joint", ("--settle_epochs", "0.5")),
+        ("train_joint", ("--budget", "3MB")),
+    ],
+)
+def test_two_processes_reach_the_same_decisions(tree, tmp_path, program, options):
     """torchrun with gloo on the CPU: both ranks hold bit-identical gates, and the run is complete."""
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -274,7 +284,7 @@ def test_two_processes_reach_the_same_decisions(tree, tmp_path, program):
     arguments = [
         str(argument)
         for argument in trained_arguments(
-            tree / "paint" if program == "train_sequential" else tree, "--norm", "follow", "--settle_epochs", "0.5"
+            tree / "paint" if program == "train_sequential" else tree, "--norm", "follow", *options
         )
     ]
     line = [
@@ -293,7 +303,8 @@ def test_two_processes_reach_the_same_decisions(tree, tmp_path, program):
     first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
     assert first == second
     assert len(first.splitlines()) == (3 if program == "train_sequential" else 6)
-    assert (tmp_path / "results/run/summary.json").is_file()
+    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
+    assert "--budget" not in options or all(row["bytes"] <= 3_000_000 for row in summary["tasks"].values())
     assert "2 × cpu" in done.stdout
 
 

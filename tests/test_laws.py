@@ -172,9 +172,10 @@ def test_task_parameters_are_named_after_the_task(case):
     model = make(*case, tasks=("a", "x-1_Y"))
     names = [name for name, _ in model.named_parameters() if "x-1_Y" in name.split(".")]
     assert set(names) == {name for name in model.task_state("x-1_Y") if name in dict(model.named_parameters())}
-    assert sum(name.endswith(".score") for name in names) == (len(model.units) if model.method == "taps" else 0)
+    gated = "threshold" in model.options
+    assert sum(name.endswith(".score") for name in names) == len(model.units) * gated
     holding = sum(name.endswith(".delta") for name in names)
-    assert holding == sum(len(u.parameter_names) for u in model.units) * (model.method in ("taps", "finetune"))
+    assert holding == sum(len(u.parameter_names) for u in model.units) * (gated or model.method == "finetune")
 
 
 def test_a_closed_unit_calls_its_base_directly(case):
