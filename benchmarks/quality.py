@@ -76,21 +76,19 @@ class Row:
 
 
 ROWS = (
-    Row("finetune"),
+    Row("finetune", lr=3e-3, optimizer="adam"),
     Row("linear_probe"),
-    Row("norm_only"),
-    Row("taps", "λ 0.5"),
-    Row("lora", "rank 1"),
-    Row("lora", "rank 8"),
-    Row("lora", "rank 32"),
-    Row("mask", "1 bit", lr=1e-3, optimizer="adam"),
-    Row("gradients", "1 %"),
-    Row("gradients", "10 %"),
+    Row("norm_only", lr=1e-2, optimizer="adam"),
+    Row("taps", "λ 0.5", lr=3e-3, optimizer="adam"),
+    Row("lora", "rank 1", lr=1e-2, optimizer="adam"),
+    Row("lora", "rank 8", lr=1e-2, optimizer="adam"),
+    Row("lora", "rank 32", lr=1e-2, optimizer="adam"),
+    Row("mask", "1 bit", lr=3e-3, optimizer="adam"),
+    Row("gradients", "1 %", lr=1e-2, optimizer="adam"),
     Row("taps_budget", "1%"),
-    Row("taps_budget", "2%"),
-    Row("taps_budget", "5%"),
-    Row("taps_budget", "10%"),
-    Row("taps_budget", "35%"),
+    Row("taps_budget", "3%"),
+    Row("taps_budget", "10%", lr=3e-3, optimizer="adam"),
+    Row("taps_budget", "35%", lr=3e-3, optimizer="adam"),
 )
 TUNED = {"sgd": (0.01, 0.02, 0.05), "adam": (1e-3, 3e-3, 1e-2)}
 SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
@@ -298,7 +296,8 @@ def summarise(results: list[dict]) -> list[dict]:
         scores = [mean(result, "accuracy") for result in own]
         size = statistics.mean(mean(result, "bytes") for result in own)
         line = {
-            "row": name, "lr": own[0]["lr"], "scale": own[0]["scale"], "accuracy": statistics.mean(scores), "seeds": len(scores),
+            "row": name, **{key: own[0][key] for key in ("optimizer", "lr", "scale")},
+            "accuracy": statistics.mean(scores), "seeds": len(scores),
             "spread": statistics.stdev(scores) if len(scores) > 1 else None, "bytes": round(size),
             "percent_of_base": 100 * size / own[0]["base_bytes"], "drift": max(result["drift"] for result in own),
             "tasks": {task: statistics.mean(r["tasks"][task]["accuracy"] for r in own) for task in own[0]["tasks"]},
@@ -388,9 +387,10 @@ def main() -> None:
     if given.tune:
         given.seeds = [100]  # a split that no reported run has
         rows = [
-            replace(row, lr=lr, scale=scale)
+            replace(row, optimizer=optimizer, lr=lr, scale=scale)
             for row in rows
-            for lr in TUNED[row.optimizer]
+            for optimizer, rates in TUNED.items()
+            for lr in rates
             for scale in SCALED.get(row.method, (1.0,))
         ]
     results, missing = [], []
@@ -402,7 +402,7 @@ def main() -> None:
                 missing.append(result)
                 continue
             if given.tune:
-                result["row"] += f" (lr {result['lr']:g}, scale {result['scale']:g})"
+                result["row"] += f" ({result['optimizer']}, lr {result['lr']:g}, scale {result['scale']:g})"
             results.append(result)
             score = statistics.mean(task["accuracy"] for task in result["tasks"].values())
             print(f"{result['row']}, seed {result['seed']}: {score:.2f} %", flush=True)

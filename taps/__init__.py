@@ -16,7 +16,7 @@ from taps.gates import ConstantGate, Decision, Gate, State, ThresholdGate
 from taps.methods import METHODS, Method, Phase
 from taps.model import TaskModel, adapt
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "METHODS",
     "ConstantGate",

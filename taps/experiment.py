@@ -289,7 +289,9 @@ class Experiment:
         for task in tasks:
             tested = self._score(model, task, "test")
             path, side = self.folder.task_path(task.name), self.prepare.input_size
-            answer = certificate.probe(model, task.name, (2, 3, side, side))  # by all processes: it moves weights in memory
+            answer = certificate.probe(
+                model, task.name, (2, 3, side, side)
+            )  # by all processes: it moves weights in memory
             if self.accelerator.is_main_process:
                 stored = taskfile.read_description(path)
                 about = {key: stored[key] for key in ("classes", "epoch", "val_error")}

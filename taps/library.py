@@ -177,10 +177,14 @@ def show_table(description: dict) -> str:
         f"{account['norm_parameters']:,}, head {account['head_parameters']:,} parameters",
         "tuned": f"{account['tuned_units']} of {account['units']} layers",
     }
+    stored_as: dict[str, set[str]] = {}
+    for key, encoding in description.get("encodings", {}).items():
+        stored_as.setdefault(key.split("/")[1], set()).add(encoding)
     rows = [("layer", "kind", "parameters", "score", "tuned")]
     for unit in description["units"]:
         score = "–" if unit["score"] is None else f"{unit['score']:.4f}"
-        rows.append((unit["name"], unit["kind"], f"{unit['parameters']:,}", score, "yes" if is_tuned(unit) else ""))
+        tuned = ", ".join(["yes", *sorted(stored_as.get(unit["name"], ()))]) if is_tuned(unit) else ""
+        rows.append((unit["name"], unit["kind"], f"{unit['parameters']:,}", score, tuned))
     lines = [f"{key:9} {value}" for key, value in about.items()]
     return "\n".join([*lines, "", align(rows, left=(0, 1, 4))])
 

@@ -225,6 +225,7 @@ def summarise(descriptions: Mapping[str, dict]) -> dict:
         "mean_accuracy": sum(description["accuracy"] for description in descriptions.values()) / len(descriptions),
         "parameters_x_base": cost.parameters_x_base(accounts),
         "parameters_x_base_with_heads": cost.parameters_x_base(accounts, heads=True),
+        "bytes_x_base": 1.0 + sum(d["bytes"] for d in descriptions.values()) / (4 * accounts[0]["base_parameters"]),
         "tasks": {
             task: {
                 "accuracy": description["accuracy"],
@@ -274,7 +275,7 @@ def table(summary: dict) -> str:
     lines.append(f"{'mean':{width}}  {summary['mean_accuracy']:10.2f}  {100 * sum(tuned) / len(tuned):14.1f}")
     lines.append(
         f"parameters × base: {summary['parameters_x_base']:.3f} "
-        f"({summary['parameters_x_base_with_heads']:.3f} with heads), {len(tuned)} "
+        f"({summary['parameters_x_base_with_heads']:.3f} with heads), bytes × base: {summary['bytes_x_base']:.3f}, {len(tuned)} "
         f"{'task' if len(tuned) == 1 else 'tasks'}, method {summary['method']}"
     )
     return "\n".join(lines)

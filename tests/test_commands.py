@@ -40,7 +40,7 @@ def test_a_run_leaves_a_complete_results_folder(finished):
     assert [(row["task"], row["epoch"]) for row in rows] == [("ink-2", 1), ("ink-2", 2), ("paint", 1), ("paint", 2)]
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary) == {
-        "method", "seed", "seconds", "mean_accuracy", "parameters_x_base", "parameters_x_base_with_heads", "tasks"
+        "method", "seed", "seconds", "mean_accuracy", "parameters_x_base", "parameters_x_base_with_heads", "bytes_x_base", "tasks"
     }  # fmt: skip
     for task, row in summary["tasks"].items():
         assert set(row) == {"accuracy", "tuned_layers", "parameters", "bytes"}

@@ -1,12 +1,16 @@
 """Deltas in fewer bytes: the error that was asked for, the fewest bytes, and task files that load as others do."""
 
+import re
+
 import pytest
 import torch
 from cases import NETWORKS
 from safetensors.torch import load_file
 
 import taps
+from taps import taskfile
 from taps.encoding import ENCODINGS, decode, encode, encode_as, error_of
+from taps.library import show_table
 
 
 def dense() -> torch.Tensor:
@@ -106,6 +110,8 @@ def test_task_files_load_transparently_and_are_smaller(model, tmp_path, max_erro
             for name in unit.parameter_names:
                 assert 0 < error_of(unit.deltas["b"][name], unit.deltas["a"][name]) <= max_error
     assert torch.equal(base(x, "b"), model(x, "a"))
+    shown = show_table(taskfile.read_description(tmp_path / "small"))
+    assert re.search(r"^layer1\.0\.conv1 .* yes, (int8|float16)$", shown, re.MULTILINE)
     torch.testing.assert_close(base(x, "a"), model(x, "a"), rtol=0.1, atol=0.1 * float(model(x, "a").abs().max()))
     torch.testing.assert_close(base.merge("a")(x), base(x, "a"), rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,71 @@
+"""What fewer bits a weight cost: every task of a run tested again with its deltas in each encoding.
+
+    python train_sequential.py --method finetune --lr 0.02 --experiment_name finetune
+    python benchmarks/encodings.py results/finetune
+
+Nothing is trained again; norms and head stay exact. A row: the encoding, bytes of the deltas ÷ those of float32, the mean of the
+errors ‖δ̂ − δ‖ / ‖δ‖, mean test accuracy in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from taps import commands, files, results  # noqa: E402
+from taps.encoding import decode, encode, encode_as, error_of  # noqa: E402
+from taps.experiment import score  # noqa: E402
+
+CASES = ("exact", "float16", "int8", "int6", "int4", "int3", "int2", "max_error 0.02", "max_error 0.2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    options = Namespace(**files.read_json(given.folder / "settings.json"))
+    data = {task.name: task for task in commands.read_data(options.dataset, options)}
+    how = Namespace(batch_size=64, workers=0, limit_batches=None)
+    accelerator = Accelerator(cpu=True, rng_types=[])
+    names = list(results.read_tasks(given.folder))
+    model, prepare = commands.load_run(given.folder, names)
+    exact = {
+        (unit.name, task, name): unit.deltas[task][name].detach().clone()
+        for unit in model.units
+        for task in names
+        if task in unit.deltas
+        for name in unit.parameter_names
+    }
+    for case in CASES:
+        stored_bytes, errors = 0, []
+        for unit in model.units:
+            for task in (task for task in names if task in unit.deltas):
+                for name in unit.parameter_names:
+                    delta = exact[unit.name, task, name]
+                    found = None
+                    if case.startswith("max_error"):
+                        found = encode(delta, float(case.split()[1]))
+                    elif case != "exact":
+                        found = (case, encode_as(case, delta))
+                    value = delta if found is None else decode(*found, delta.shape, delta.dtype)
+                    unit.deltas[task][name].data.copy_(value)
+                    stored_bytes += delta.nbytes if found is None else len(found[1])
+                    errors.append(error_of(delta, value))
+        scores = [score(model, data[task], data[task].test, prepare, accelerator, how, task) for task in names]
+        share = stored_bytes / sum(delta.nbytes for delta in exact.values())
+        print(
+            f"{case:16} {share:.3f}  error {statistics.mean(errors):.4f}  accuracy {statistics.mean(scores):.2f} %",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
