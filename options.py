@@ -33,6 +33,8 @@ DEMO = {
     "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
 }  # fmt: skip
+#: the demo's learning rate with a budget, where all layers learn at first
+DEMO_BUDGET_LR = 0.02
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
@@ -200,7 +202,7 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
         "--learning_rate",
         type=number(float, 0, above=True),
         metavar="X",
-        help=f"learning rate of the first epoch; falls with a cosine {default('lr')}",
+        help=f"learning rate of the first epoch; falls with a cosine {default('lr')[:-1]}, with --budget {DEMO_BUDGET_LR})",
     )
     training.add_argument(
         "--score_lr",
@@ -380,6 +382,8 @@ def _complete(
 ) -> argparse.Namespace:
     """Fill in defaults and refuse what contradicts itself."""
     defaults = dict(published) if options.dataset else {**published, **demo}
+    if not options.dataset and options.budget is not None:
+        defaults["lr"] = DEMO_BUDGET_LR
     if not options.dataset and options.epochs is not None:  # the phases keep their shares of the demo
         for name in ("warmup_epochs", "settle_epochs"):
             defaults[name] = demo[name] * options.epochs / demo["epochs"]

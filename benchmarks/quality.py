@@ -61,6 +61,7 @@ class Row:
         method: of :func:`taps.adapt`, or a rival's name.
         setting: rank, share of the weights, λ or budget, as in the table.
         lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
+        norm: norm policy of this library's methods; ``None``: the method's own.
         scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
     """
 
@@ -68,6 +69,7 @@ class Row:
     setting: str = ""
     lr: float = 0.02
     optimizer: str = "sgd"
+    norm: str | None = None
     scale: float = 1.0
 
     @property
@@ -207,7 +209,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     accelerator = Accelerator(cpu=True, rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **preprocessing(base))
-    own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
+    own = taps.adapt(copy.deepcopy(base), row.method, norm=row.norm) if row.method in taps.METHODS else None
     blank = taps.adapt(copy.deepcopy(base), "norm_only")
     result = {
         "row": row.name,
@@ -338,6 +340,10 @@ def picture(lines: list[dict], path: Path) -> None:
     for index, (family, own) in enumerate(families.items()):
         own = sorted(own, key=lambda line: line["percent_of_base"])
         ours = family == "taps_budget"
+        for line in own:
+            setting = line["row"].removeprefix(family).strip()
+            place = (line["percent_of_base"], line["accuracy"])
+            axes.annotate(setting, place, xytext=(4, -11), textcoords="offset points", fontsize=7, color="dimgray")
         axes.errorbar(
             [line["percent_of_base"] for line in own], [line["accuracy"] for line in own],
             [line["spread"] or 0 for line in own], marker="o" if ours else "sD^v<>P*X"[index % 9], capsize=3,
@@ -349,7 +355,7 @@ def picture(lines: list[dict], path: Path) -> None:
     axes.minorticks_off()
     axes.set(xlabel="bytes a task, of the base network's", ylabel="mean test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 

@@ -102,9 +102,10 @@ def match(path: Path, model, tasks: Sequence[str]) -> None:
     encodings = read_record(path).get("encodings", {})
     with safe_open(path, "pt", device="cpu") as file:
         names = set(file.keys())
+        places = {id(module): name for name, module in model.named_modules()}  # a unit may be inside another
         for unit in model.units:
             for task in tasks:
-                prefix = f"task/backbone.{unit.name}.deltas.{task}." if unit.name else f"task/backbone.deltas.{task}."
+                prefix = f"task/{places[id(unit)]}.deltas.{task}."
                 if task in unit.deltas and not any(name.startswith(prefix) for name in names):
                     del unit.deltas[task]
                 for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():

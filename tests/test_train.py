@@ -317,6 +317,41 @@ def test_budget_training_resumes_with_its_decisions(accelerator, tmp_path):
         assert files[0] == files[1]
 
 
+class Scaled(nn.Module):
+    """A network with a parameter of its own: with finetune it is a unit that has units inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.inner = nn.Linear(5, 8)
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+def test_units_inside_a_unit_resume(accelerator, tmp_path):
+    def network():
+        torch.manual_seed(0)
+        model = taps.adapt(Scaled(), "finetune")
+        model.add_task("a", num_classes=2)
+        return model
+
+    recipe, state = Recipe(epochs=3, lr=0.1), tmp_path / "state.safetensors"
+    whole, _ = run(accelerator, recipe, network())
+    stop, steps = StopSignals(), []
+
+    def criterion(output, labels):
+        steps.append(1)
+        stop.received = signal.SIGINT if len(steps) == 9 else None
+        return nn.functional.cross_entropy(output, labels)
+
+    with pytest.raises(Interrupted):
+        run(accelerator, recipe, network(), criterion=criterion, state_path=state, stop=stop)
+    resumed, _ = run(accelerator, recipe, network(), state_path=state, resume=True)
+    assert len(whole.task_state("a")) == len(resumed.task_state("a")) == 5
+    assert same(whole, resumed, atol=0, rtol=0)
+
+
 @torch.no_grad()
 def test_compact_files_compute_the_same_to_rounding(tmp_path):
     torch.manual_seed(0)
