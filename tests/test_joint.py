@@ -212,6 +212,7 @@ def test_joint_leaves_a_base_and_a_file_a_task(joint, here, tree):
     assert model.load_library(run) == ["ink-2", "paint"]
     first = json.loads((run / "paint/task.json").read_text())
     assert first["base"]["fingerprint"] == model.fingerprint()
+    assert here("evaluate.py", run, "--verify", cwd=folder).stdout.count("bit for bit") == 3
     table = here("evaluate.py", run, cwd=folder).stdout
     for row in summary["tasks"].values():
         assert f"{row['accuracy']:.2f}" in table
@@ -231,6 +232,7 @@ def test_lite_shares_first_and_adapts_then(tree, here, tmp_path):
         stored = json.loads((folder / "summary.json").read_text())
         table = here("evaluate.py", folder, cwd=tmp_path).stdout
         assert all(f"{row['accuracy']:.2f}" in table for row in stored["tasks"].values())
+        assert here("evaluate.py", folder, "--verify", cwd=tmp_path).stdout.count("bit for bit") == 3
     here("train_joint.py", *arguments(tree, "--variant", "lite", "--shared_epochs", 1, "--overwrite"))
     assert json.loads((run / "summary.json").read_text())["tasks"] == summary["tasks"], "the same seed, the same run"
 
