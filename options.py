@@ -146,9 +146,8 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
     )
     method.add_argument(
         "--norm",
-        default="task",
         choices=("task", "follow", "frozen"),
-        help="norm layers: each task's own everywhere (task), only behind tuned layers (follow), or the base's (frozen) (default: task)",
+        help="norm layers: each task's own everywhere (task), only behind tuned layers (follow), or the base's (frozen) (default: task, of taps_budget follow)",
     )
     method.add_argument(
         "--lam",
@@ -365,6 +364,7 @@ def _with_method(parser: Parser, options: argparse.Namespace) -> argparse.Namesp
     if options.method is None:
         options.method = "taps" if options.budget is None else "taps_budget"
     row = METHODS[options.method]
+    options.norm = row.norms[0] if options.norm is None else options.norm
     if options.budget is None:
         options.budget = row.budget
     elif "threshold" not in row.options:

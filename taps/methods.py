@@ -175,6 +175,7 @@ METHODS: dict[str, Method] = {
         source="this library; bits by reverse water-filling",
         gate=threshold_gate,
         options={"threshold": 0.1, "score_init": 0.15, "ste": "code"},
+        norms=("follow", "task", "frozen"),
         budget="10%",
     ),
     "finetune": Method(
