@@ -84,13 +84,13 @@ ROWS = (
     Row("taps", "λ 0.5", lr=3e-3, optimizer="adam"),
     Row("lora", "rank 1", lr=1e-2, optimizer="adam"),
     Row("lora", "rank 8", lr=1e-2, optimizer="adam"),
-    Row("lora", "rank 32", lr=1e-2, optimizer="adam"),
+    Row("lora", "rank 32", lr=3e-3, optimizer="adam"),
     Row("mask", "1 bit", lr=3e-3, optimizer="adam"),
     Row("gradients", "1 %", lr=1e-2, optimizer="adam"),
     Row("taps_budget", "1%"),
     Row("taps_budget", "3%"),
-    Row("taps_budget", "10%"),
-    Row("taps_budget", "35%", lr=3e-3, optimizer="adam"),
+    Row("taps_budget", "10%", lr=3e-3, optimizer="adam"),
+    Row("taps_budget", "35%", lr=3e-3, optimizer="adam", norm="task"),
 )
 TUNED = {"sgd": (0.01, 0.02, 0.05), "adam": (1e-3, 3e-3, 1e-2)}
 SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
