@@ -127,7 +127,7 @@ def test_readme_names_what_exists():
     parsers = (sequential_parser(), joint_parser(), evaluate_parser(), mtl_parser())
     known = {option for parser in parsers for option in parser._option_string_actions}
     for script in (ROOT / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text()))
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("http") or (ROOT / path).exists(), path
