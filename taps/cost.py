@@ -66,6 +66,11 @@ def parameters_x_base(accounts: Iterable[dict], heads: bool = False) -> float:
     return 1.0 + stored / accounts[0]["base_parameters"]
 
 
+def bytes_x_base(accounts: Iterable[dict], sizes: Iterable[int]) -> float:
+    """Size of the base in float32 and all task files together as a multiple of the base; ``sizes``: of the files, in bytes."""
+    return 1.0 + sum(sizes) / (4 * next(iter(accounts))["base_parameters"])
+
+
 def macs(function: Callable, *args) -> int:
     """Multiply-accumulate operations of ``function(*args)`` in convolutions, matrix products and attention."""
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -144,7 +144,7 @@ class Deltas(nn.Module):
         """
         delta = self[name]
         delta.copy_(decode(encoding, stored, delta.shape, delta.dtype))
-        self.get_submodule(name).register_buffer("stored", stored)
+        self.get_submodule(name).register_buffer("stored", stored.to(delta.device))
         self.encodings[name] = encoding
 
     def stored(self, name: str) -> tuple[str, Tensor] | None:

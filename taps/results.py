@@ -225,7 +225,7 @@ def summarise(descriptions: Mapping[str, dict]) -> dict:
         "mean_accuracy": sum(description["accuracy"] for description in descriptions.values()) / len(descriptions),
         "parameters_x_base": cost.parameters_x_base(accounts),
         "parameters_x_base_with_heads": cost.parameters_x_base(accounts, heads=True),
-        "bytes_x_base": 1.0 + sum(d["bytes"] for d in descriptions.values()) / (4 * accounts[0]["base_parameters"]),
+        "bytes_x_base": cost.bytes_x_base(accounts, [description["bytes"] for description in descriptions.values()]),
         "tasks": {
             task: {
                 "accuracy": description["accuracy"],

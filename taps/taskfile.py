@@ -68,9 +68,11 @@ def save(
     head = model.heads[task]
     small = _pack("norm", states)
     small.update((f"head/{name}", tensor) for name, tensor in head.state_dict().items())
-    tensors.update((key, tensor.half() if compact and _is_float(tensor) else tensor) for key, tensor in small.items())
+    tensors.update(
+        (key, tensor.half() if compact and tensor.is_floating_point() else tensor) for key, tensor in small.items()
+    )
     for name, tensor in tensors.items():
-        if _is_float(tensor) and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
     if max_error is not None:
         encodings.update(_encode(tensors, encodings, task, max_error))
@@ -107,10 +109,6 @@ def save(
         },
     )
     return folder
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
 
 
 def compact_norm(norm: nn.Module, base: nn.Module) -> dict[str, Tensor]:
@@ -220,7 +218,7 @@ def load(model: TaskModel, folder: Path, task: str, head: nn.Module | None, trai
             raise UserError(f"{path}: {key} is stored as {name!r}, which this library or this file does not know")
     # Not the deltas: they were checked when they were written, and are read from disk when first used.
     for key, tensor in tensors.items():
-        if not key.startswith("delta/") and _is_float(tensor) and not torch.isfinite(tensor).all():
+        if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if head is None:
         linear = description["head"]["linear"]

@@ -120,6 +120,8 @@ def test_budget(tree, here, tmp_path):
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     row = summary["tasks"]["paint"]
     assert summary["method"] == "taps_budget"
+    base = json.loads((tmp_path / "results/run/paint/task.json").read_text())["base"]["parameters"]
+    assert summary["bytes_x_base"] == pytest.approx(1 + row["bytes"] / (4 * base))
     assert 0.98 * 3_000_000 < row["bytes"] <= 3_000_000
     assert row["bytes"] == (tmp_path / "results/run/paint/task.safetensors").stat().st_size
     assert "bit for bit" in here("evaluate.py", "results/run", "--verify", cwd=tmp_path).stdout
