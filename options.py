@@ -11,6 +11,7 @@ from pathlib import Path
 from taps.adashare import SAMPLINGS as GATE_SAMPLINGS
 from taps.adashare import VARIANTS
 from taps.arguments import Parser
+from taps.automtl import COSTS
 from taps.benchmarks import BENCHMARKS
 from taps.data.formatted import ALIASES
 from taps.data.mimic3 import ALIASES as STAY_ALIASES
@@ -28,7 +29,7 @@ PUBLISHED = {
     "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 JOINT = {**PUBLISHED, "batch_size": 12, "epochs": 60}
-MULTI_TASK_METHODS = ("adashare", "dynashare", "taps", "hard_sharing", "single_task")
+MULTI_TASK_METHODS = ("adashare", "dynashare", "automtl", "taps", "hard_sharing", "single_task")
 DEMO = {
     "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
@@ -571,9 +572,33 @@ def mtl_parser() -> Parser:
     )
     method.add_argument(
         "--curriculum_speed",
-        type=number(int, 1),
+        type=number(int, 0),
         metavar="N",
-        help="cycles until one more block, from the last, is opened",
+        help="cycles until one more block, from the last, is opened; 0: all are open from the start, and warm-up mixes all choices in equal parts",
+    )
+    method.add_argument(
+        "--preference_weight",
+        type=number(float, 0),
+        metavar="X",
+        help="automtl: weight of the published loss that prefers shared layers, more so in shallow ones",
+    )
+    method.add_argument(
+        "--policy_scale",
+        type=number(float, 0),
+        metavar="C",
+        help="automtl: factor inside that loss: 1 in the paper, 6 in the published program",
+    )
+    method.add_argument(
+        "--cost_weight", type=number(float, 0), metavar="X", help="automtl: weight of the loss that keeps the cost"
+    )
+    method.add_argument(
+        "--cost", choices=COSTS, default="parameters", help="automtl: the cost that is kept (default: parameters)"
+    )
+    method.add_argument(
+        "--cost_target",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help="automtl: what it is kept to, × one network a task",
     )
     method.add_argument(
         "--target_rates",
@@ -614,7 +639,7 @@ def mtl_parser() -> Parser:
         "--sample",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="draw policies from the learned probabilities (default), or round these",
+        help="draw policies from the learned probabilities (default); --no-sample: take the most probable one, with --exp_ids N the N-th after it",
     )
     phases.add_argument("--policy", metavar="FILE", help="train under this policy.json instead of the run's own")
     phases.add_argument(
@@ -812,6 +837,7 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     chosen = options.tasks or [*(options.cat_target or ()), *(options.num_target or ())]
     generated = not options.dataset and not options.images and not options.labels
     published = preset(options.benchmark, len(chosen) or None, options.method, generated)
+    given_channels = options.channels is not None
     for name in ("task_weights", "positive_weights"):
         if getattr(options, name) is not None:
             setattr(options, name, {**published[name], **dict(getattr(options, name))})
@@ -823,6 +849,12 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
         options.task_weights = {name: value for name, value in options.task_weights.items() if name not in others}
     if options.experiment_name is None:
         options.experiment_name = f"{options.benchmark}_{options.method}"
+    if (
+        options.model_type != published["model_type"]
+        and not given_channels
+        and not options.model_type.startswith("resnet")
+    ):
+        options.channels = None
     for name in ("model_path", "policy", "images", "labels", "normalizer"):
         setattr(options, name, os.path.abspath(getattr(options, name)) if getattr(options, name) else None)
     options.dataset = [os.path.abspath(path) for path in options.dataset] if options.dataset else None

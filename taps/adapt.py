@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ class Unit:
         count: number of units of the network.
         channels: of the unit's input, ``None`` where unknown.
         channel_dim: where they lie: 1, or -1 for tokens.
+        depth: l, units on the longest way from the input through this one, and ``depths`` L, the largest.
+        skip: parameters of what takes its place where it is not run; ``None`` where it always has to be.
+        stride: positions of the input by one of the output.
     """
 
     name: str
@@ -38,12 +41,22 @@ class Unit:
     count: int = 1
     channels: int | None = None
     channel_dim: int = 1
+    depth: int = 1
+    depths: int = 1
+    skip: int | None = 0
+    stride: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of parameters that can have a delta."""
+        return sum(shape.numel() for shape in self.shapes.values())
 
 
 @dataclass(frozen=True)
 class Found:
-    """One module to wrap: its name, the module, the parameters that get deltas, its shortcut (``None``: identity), and
-    the channels of its input and where they lie."""
+    """One module to wrap: its name, the module, the parameters that get deltas, its shortcut (``None``: identity), the
+    channels of its input and where they lie, and for layers that can be skipped, as in :class:`Unit`, its depth, stride and
+    ``kept``: why it cannot be skipped, if so."""
 
     name: str
     module: nn.Module
@@ -51,6 +64,27 @@ class Found:
     shortcut: Callable | None = None
     channels: int | None = None
     channel_dim: int = 1
+    depth: int | None = None
+    stride: int = 1
+    kept: str | None = None
+
+    def describe(self, index: int, found: Sequence[Found]) -> Unit:
+        """What a method may know of it as the unit ``index`` of those found."""
+        outside = {id(p) for p in self.module.parameters()}
+        adapter = self.shortcut.parameters() if isinstance(self.shortcut, nn.Module) else ()
+        return Unit(
+            self.name,
+            type(self.module).__name__,
+            {name: self.module.get_parameter(name).shape for name in self.parameter_names},
+            index,
+            len(found),
+            self.channels,
+            self.channel_dim,
+            self.depth or index + 1,
+            max(one.depth or place + 1 for place, one in enumerate(found)),
+            None if self.kept else sum(p.numel() for p in adapter if id(p) not in outside),
+            self.stride,
+        )
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -23,6 +23,12 @@ VARIANTS = ("code", "paper")
 SAMPLINGS = ("soft", "hard")
 
 
+def gumbel_noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel draws in float64, made on the CPU so that every device sees the same ones."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
+    return -(-uniform.log()).log()
+
+
 def gumbel(logits: Tensor, temperature: float, hard: bool, generator: torch.Generator | None = None) -> Tensor:
     """The first of two classes in a draw of the Gumbel-softmax (arXiv 1611.01144, arXiv 1611.00712).
 
@@ -30,14 +36,13 @@ def gumbel(logits: Tensor, temperature: float, hard: bool, generator: torch.Gene
         logits: (..., 2).
         temperature: τ > 0.
         hard: exactly 0 or 1, with the soft draw's gradient; else in 0..1.
-        generator: of the uniform draws, which are made on the CPU so that every device sees the same ones.
+        generator: of the draws.
 
     Returns:
         (...).
     """
-    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
-    noise = -(-uniform.log()).log()
-    soft = ((logits + noise.to(logits)) / temperature).softmax(-1)[..., 0]
+    noise = gumbel_noise(logits.shape, generator).to(logits)
+    soft = ((logits + noise) / temperature).softmax(-1)[..., 0]
     return HardThreshold.apply(soft, 0.5) if hard else soft
 
 

@@ -97,7 +97,7 @@ def beside_single(model: TaskModel, x: Tensor) -> dict:
     """What all tasks of a model cost, and that divided by the cost of one network a task that runs everything.
 
     Args:
-        model: blocks that its policies use for no task are not counted as stored.
+        model: units that its policies share between no tasks are not counted as stored, stand-ins of skipped ones are.
         x: a batch, (B, ...).
 
     Returns:
@@ -114,8 +114,13 @@ def beside_single(model: TaskModel, x: Tensor) -> dict:
         for index, unit in enumerate(model.units):
             gates = [gate for task in tasks for gate in unit.gates[task].parameters()]
             used += sum(parameter.numel() for parameter in gates)
-            if not any(model.policies[task][index] for task in tasks):  # its shortcut stays
-                used -= unit.size - sum(parameter.numel() for parameter in unit.shortcut.parameters())
+            stand_in = sum(parameter.numel() for parameter in unit.stand_in().values())
+            inside = sum(parameter.numel() for parameter in unit.shortcut.parameters()) - stand_in
+            decisions = [model.policies[task][index] for task in tasks]
+            if (1.0, 0.0) not in decisions:  # nobody shares it; the shortcut that is a part of it stays
+                used -= unit.size - inside
+            if any(run == 0.0 for run, _ in decisions):
+                used += stand_in
     heads = sum(parameter.numel() for task in tasks for parameter in model.heads[task].parameters())
     single = len(tasks) * model.base_parameters
     return {
@@ -132,7 +137,10 @@ def beside_single(model: TaskModel, x: Tensor) -> dict:
 
 
 def _time_beside_single(model: TaskModel, x: Tensor, rounds: int = 5) -> dict[str, float]:
-    """Medians over several rounds of the time of one pass for all tasks ÷ that of one full pass a task, run in turn."""
+    """Medians over several rounds of the time of one pass for all tasks ÷ that of one full pass a task, run in turn.
+
+    Where the gates are decided it is that of the predictor, which has none.
+    """
     ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
     tasks = model.tasks
 
@@ -149,11 +157,18 @@ def _time_beside_single(model: TaskModel, x: Tensor, rounds: int = 5) -> dict[st
                 model.backbone(x)
 
     with evaluating(model):
-        model(x, tasks=tasks)
+        try:
+            together = model.predictor(tasks)
+        except ValueError:  # gates that look at every sample
+
+            def together(x: Tensor) -> dict[str, Tensor]:
+                return model(x, tasks=tasks)
+
+        together(x)
         with model.state.running(None):
             features = model.backbone(x)
         for _ in range(rounds):
-            everything = seconds(lambda: model(x, tasks=tasks))
+            everything = seconds(lambda: together(x))
             single, heads = seconds(full), seconds(lambda: [model.heads[task](features) for task in tasks])
             ratios["time_x_single"].append((everything - heads) / single)
             ratios["time_x_single_with_heads"].append(everything / (single + heads))

@@ -111,11 +111,11 @@ def rates(target_rates: float | Sequence[float], count: int) -> list[float]:
     return values
 
 
-def instance_gate(unit: Unit, run: float, target_rates: float | Sequence[float] = 0.55, **options) -> Gate:
+def instance_gate(unit: Unit, decision: Decision, target_rates: float | Sequence[float] = 0.55, **options) -> Gate:
     """The gate of a block under a given policy: for each sample where the policy runs the block and its target is below 1."""
     target = rates(target_rates, unit.count)[unit.index]
-    if run == 0.0 or target == 1.0:
-        return ConstantGate(run=run)
+    if decision.run == 0.0 or target == 1.0:
+        return ConstantGate(run=decision.run)
     if unit.channels is None:
         raise UserError(f"block {unit.name!r} does not say how many channels its input has, which instance gates need")
     return InstanceGate(unit.channels, target, unit.channel_dim)

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from taps.delta import Deltas, TeachGates, add_delta, any_nonzero, is_linear_in_parameters
+from taps.errors import UserError
 from taps.gates import Decision, Gate, State, first_input
 
 
@@ -140,6 +141,11 @@ class GatedUnit(TaskModule):
         parameters = self.base_parameters().values() if names else plain_state(self.base, parameters_only=True).values()
         return sum(parameter.numel() for parameter in parameters)
 
+    def stand_in(self) -> dict[str, Tensor]:
+        """The shortcut's own parameters: those that are none of the base module's."""
+        own = {id(parameter) for parameter in self.base.parameters()}
+        return {name: parameter for name, parameter in self.shortcut.named_parameters() if id(parameter) not in own}
+
     def add_task(
         self, task: str, gate: Gate, with_deltas: bool | None = None, values: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -152,6 +158,12 @@ class GatedUnit(TaskModule):
         self.gates[task] = gate.train(self.training)
         if gate.needs_delta if with_deltas is None else with_deltas:
             self.deltas[task] = Deltas(self.base_parameters(), values).train(self.training)
+
+    def change_gate(self, task: str, gate: Gate) -> None:
+        """Give the task another gate; its deltas stay where that can ask for them, and start at zero where there were none."""
+        held = self.deltas.get(task)
+        self.remove_task(task)
+        self.add_task(task, gate, values=held and {name: held[name].detach() for name in self.parameter_names})
 
     def release(self, task: str) -> None:
         """Drop the task's deltas if its gate, which has been decided, leaves them unused."""
@@ -275,13 +287,23 @@ class GatedUnit(TaskModule):
         return getattr(self.base, name)
 
     def _parameter(self, name: str) -> Tensor:
-        """One parameter as the current task sees it."""
+        """One parameter as the current task sees it.
+
+        Raises:
+            UserError: where the gate may skip the unit, which nobody can do who reads weights instead of calling it.
+        """
 
         def value(task: str | None) -> Tensor:
             base = self.base.get_parameter(name)
             if task not in self.gates:
                 return base
-            return self.effective_parameters(task, self.gates[task](None, self.state)).get(name, base)
+            decision = self.gates[task](None, self.state)
+            if isinstance(decision.run, Tensor) or decision.run != 1.0:
+                raise UserError(
+                    f"unit {self.name!r} ({type(self.base).__name__}) cannot be skipped: the module around it reads its "
+                    f"{name} instead of calling it; leave it out with layers="
+                )
+            return self.effective_parameters(task, decision).get(name, base)
 
         return self.for_current_task(value)
 
@@ -480,10 +502,14 @@ def run_head(head: nn.Module, features):
 
 
 def plain_state(module: nn.Module, prefix: str = "", parameters_only: bool = False) -> dict[str, Tensor]:
-    """A wrapped network's base tensors under the names they had before it was wrapped."""
+    """A wrapped network's base tensors under the names they had before it was wrapped, and its units' stand-ins."""
+    added: dict[str, Tensor] = {}
     while isinstance(module, (GatedUnit, TaskNorm)):
+        if isinstance(module, GatedUnit):
+            added.update((f"{prefix}shortcut.{name}", p.detach()) for name, p in module.stand_in().items())
         module = module.base
     state = {prefix + name: tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
+    state.update(added)
     for name, tensor in module._buffers.items() if not parameters_only else ():
         if tensor is not None and name not in module._non_persistent_buffers_set:
             state[prefix + name] = tensor.detach()

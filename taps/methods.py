@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from taps.adapt import Found, Unit, find_everything, find_layers
 from taps.adashare import policy_penalty, select_gate
+from taps.automtl import choice_gate, choice_penalty
 from taps.blocks import find_blocks
 from taps.dynashare import instance_gate, policy_and_rate_penalty
-from taps.gates import ConstantGate, Gate, ThresholdGate
+from taps.gates import ConstantGate, Decision, Gate, ThresholdGate
+from taps.skips import find_choices
 
 #: what can be trained, by role; every trainable tensor of a model has exactly one
 ROLES = ("base", "delta", "gate", "norm", "head")
@@ -116,9 +118,9 @@ def always_base(unit: Unit) -> Gate:
     return ConstantGate(specific=0.0)
 
 
-def fixed_gate(unit: Unit, run: float, **options) -> Gate:
-    """The unit is run or skipped, whatever the input."""
-    return ConstantGate(run=run)
+def fixed_gate(unit: Unit, decision: Decision, **options) -> Gate:
+    """What a policy decided, whatever the input."""
+    return ConstantGate(run=decision.run, specific=decision.specific)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Method:
         norms: the norm policies that make sense, the default one first.
         trains_base: whether the base network learns too, unless :func:`taps.adapt` is told otherwise.
         fixed: for a method that first learns a policy and then trains under it, makes the gate of a unit from its
-            description, whether the policy runs it (0.0 or 1.0), and the method's options.
+            description, what the policy decided (run and specific are 0.0 or 1.0), and the method's options.
         budget: the size of task files unless another is asked for, as in :func:`taps.budget.parse_budget`; ``None``: any.
     """
 
@@ -210,6 +212,23 @@ METHODS: dict[str, Method] = {
         select=find_blocks,
         penalty=policy_penalty,
         options=_POLICY,
+        norms=("follow", "frozen", "task"),
+        trains_base=True,
+        fixed=fixed_gate,
+    ),
+    "automtl": Method(
+        summary="each task shares, owns or skips every single layer",
+        source="AutoMTL, NeurIPS 2022, arXiv 2204.04090",
+        gate=choice_gate,
+        select=find_choices,
+        penalty=choice_penalty,
+        options={
+            "preference_weight": 5e-4,
+            "policy_scale": 1.0,
+            "cost_weight": 0.0,
+            "cost": "parameters",
+            "cost_target": 0.5,
+        },
         norms=("follow", "frozen", "task"),
         trains_base=True,
         fixed=fixed_gate,

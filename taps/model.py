@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from taps import cost, mixed, taskfile, together
-from taps.adapt import Unit, choose, out_features, wrap
+from taps.adapt import choose, out_features, wrap
 from taps.backbones import attach_head
 from taps.errors import UserError, unknown
-from taps.gates import Gate, State
+from taps.gates import Decision, Gate, State
 from taps.layer import GatedUnit, TaskDict, TaskNorm, evaluating, inner_first, plain_state
 from taps.library import Library, Shelf
 from taps.methods import METHODS, Method
@@ -109,24 +109,15 @@ class TaskModel(nn.Module):
         self._shelf: Shelf | None = None
         self.mixable: dict[torch.Size, str | None] = {}
         self._fingerprint: tuple[tuple, str] | None = None
-        self._descriptions = [
-            Unit(
-                unit.name,
-                type(unit.base).__name__,
-                {name: parameter.shape for name, parameter in unit.base_parameters().items()},
-                index,
-                len(units),
-                one.channels,
-                one.channel_dim,
-            )
-            for index, (unit, one) in enumerate(zip(units, found, strict=True))
-        ]
-        self.policies: dict[str, tuple[float, ...]] = {}
+        self._descriptions = [one.describe(index, found) for index, one in enumerate(found)]
+        #: units that always have to be run, and why
+        self.kept = {one.name: one.kept for one in found if one.kept}
+        self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
         for one in options and self._descriptions[:1]:  # a wrong value is refused here, not at the first task
             gate = row.gate(one, **options)
             row.penalty({"": [gate]}, "", **options)
             if row.fixed is not None:
-                row.fixed(one, 1.0, **options)
+                row.fixed(one, Decision(), **options)
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -202,11 +193,12 @@ class TaskModel(nn.Module):
         self.heads[task] = head.to(like.device, like.dtype) if like is not None else head
         head.train(self.training)
 
-    def make_gates(self, policy: Sequence[float] | None = None) -> list[Gate]:
+    def make_gates(self, policy: Sequence[float | Sequence[float]] | None = None) -> list[Gate]:
         """Fresh gates for one task in network order; under a given policy those that follow it.
 
         Args:
-            policy: 1.0 or 0.0 for each unit, run or skip it; only for methods that learn policies.
+            policy: for each unit (run, specific), each 1.0 or 0.0, or ``run`` alone where no task has weights of its own;
+                only for methods that learn policies.
 
         Raises:
             UserError: if the method learns no policies, or the policy has another number of units.
@@ -217,16 +209,21 @@ class TaskModel(nn.Module):
             raise UserError(f"method {self.method!r} learns no policies")
         if len(policy) != len(self._units):
             raise UserError(f"a policy of {len(policy)} units was given, the network has {len(self._units)}")
+        decisions = [_decision(entry) for entry in policy]
+        for unit, decision in zip(self._descriptions, decisions, strict=True):
+            if decision.run == 0.0 and unit.skip is None:
+                raise UserError(f"a policy skips {unit.name!r}, for which nothing can stand in")
         return [
-            self.row.fixed(description, float(run), **self.options)
-            for description, run in zip(self._descriptions, policy, strict=True)
+            self.row.fixed(unit, decision, **self.options)
+            for unit, decision in zip(self._descriptions, decisions, strict=True)
         ]
 
-    def follow(self, policies: Mapping[str, Sequence[float]]) -> None:
-        """From now on tasks run and skip units as policies say; their gates are replaced.
+    def follow(self, policies: Mapping[str, Sequence[float | Sequence[float]]]) -> None:
+        """From now on tasks run and skip units, and use weights of their own, as policies say; their gates are replaced.
 
-        With ``norm="follow"`` tasks get norms of their own, copies of the base's, from where they first skip different
-        units; tasks that have come the same way have them in common.
+        Deltas stay where a task uses its own weights; where it had none it starts from the shared ones. With
+        ``norm="follow"`` tasks get norms of their own, copies of the base's, from where they first do different things;
+        tasks that have come the same way have them in common.
 
         Args:
             policies: by task, as in :meth:`make_gates`.
@@ -234,12 +231,13 @@ class TaskModel(nn.Module):
         for task, policy in policies.items():
             self.check_task(task)
             for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
-                unit.add_task(task, gate)
-            self.policies[task] = tuple(float(run) for run in policy)
+                unit.change_gate(task, gate)
+            self.policies[task] = tuple(_decision(entry)[:2] for entry in policy)
         for norm in self._norms if self.norm == "follow" else ():
-            ways: dict[tuple[float, ...], list[str]] = {}
+            ways: dict[tuple, list[str]] = {}
             for task, policy in self.policies.items():
-                ways.setdefault(policy[: norm.position], []).append(task)
+                way = tuple((run, specific and task) for run, specific in policy[: norm.position])
+                ways.setdefault(way, []).append(task)
             norm.share(list(ways.values()))
 
     def remove_task(self, task: str) -> None:
@@ -576,6 +574,11 @@ class TaskModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, norm={self.norm!r}, units={len(self._units)}, tasks={self.tasks}"
+
+
+def _decision(entry: float | Sequence[float]) -> Decision:
+    """An entry of a policy: (run, specific), or ``run`` alone."""
+    return Decision(*map(float, entry)) if isinstance(entry, Sequence) else Decision(float(entry))
 
 
 def _mean(value) -> float:

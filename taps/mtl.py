@@ -148,7 +148,7 @@ class MultiTask:
             self._start_from(model, start)
         if policy is not None:
             # After the weights: tasks that part ways take copies of the base's norms with them.
-            model.follow({task: policy.run[task] for task in tasks})
+            model.follow({task: policy.entries(task) for task in tasks})
         return model.to(self.accelerator.device)
 
     def stored(self, stage: str, tasks: Sequence[str], method: str | None = None) -> TaskModel:
@@ -170,15 +170,16 @@ class MultiTask:
             model.remove_task(task)
             model.load_task(path / task, head=head, trainable=True)
             for unit, gate in zip(model.units, model.make_gates(), strict=True):
-                unit.add_task(task, gate)
+                unit.change_gate(task, gate)
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Every stage that the phases ask for and that is not finished."""
         options, tasks = self.options, self.benchmark.tasks
-        units = len(self.model((), options.method if options.method in METHODS else "hard_sharing").units)
-        self._announce(units)
+        model = self.model((), options.method if options.method in METHODS else "hard_sharing")
+        units = len(model.units)
+        self._announce(model)
         if options.single_task == "measure" and {"policy", "retrain"} & set(options.phases):
             self._train_single()
         if options.method == "single_task":
@@ -193,6 +194,9 @@ class MultiTask:
                 self._fit("retrain_000", self.model(tasks), weights_plan(options, self.sizes, options.seed), tasks)
             return
         learned = self.policy()
+        doubt = learned.doubt() if options.sample else None
+        if doubt is not None:
+            self.accelerator.print(f"warning: {doubt} (--no-sample)")
         for number in options.exp_ids:
             stage = f"retrain_{number:03d}"
             if self._is_trained(stage):
@@ -203,7 +207,7 @@ class MultiTask:
             elif options.sample:
                 policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
             else:
-                policy = learned
+                policy = learned.top(number + 1)[-1] if number else learned  # which may have been written by hand
             start = "policy" if options.retrain_from == "policy" else None
             model = self.model(tasks, policy=policy, start=start)
             if self.accelerator.is_main_process:
@@ -295,16 +299,20 @@ class MultiTask:
             write_json(folder.path / "trained.json", {"seconds": seconds, "validation_score": progress.best})
         self.accelerator.wait_for_everyone()
 
-    def _announce(self, units: int) -> None:
+    def _announce(self, model: TaskModel) -> None:
         say, options = self.accelerator.print, self.options
         say(
-            f"{options.benchmark}: {', '.join(self.benchmark.tasks)}; method {options.method}, {options.model_type}, "
-            f"{units} blocks, {self.accelerator.num_processes} × {self.accelerator.device.type}, results in {self.folder.path}"
+            f"{options.benchmark}: {', '.join(self.benchmark.tasks)}; method {options.method}, {options.model_type} with "
+            f"{len(model.units)} units, {self.accelerator.num_processes} × {self.accelerator.device.type}, "
+            f"results in {self.folder.path}"
         )
         sizes = ", ".join(
             f"{self.benchmark.size(split)} {split}" for split in ("train", "weights", "policy", "val", "test")
         )
         say(f"  samples: {sizes}")
+        if model.kept and self.learns_policy:
+            name, why = next(iter(model.kept.items()))
+            say(f"  {len(model.kept)} of the units cannot be skipped, e.g. {name}: {why}")
         for note in self.benchmark.notes:
             say(f"  {note}")
         if not options.val_fraction:
@@ -319,7 +327,7 @@ class MultiTask:
         executed = sum(row["executed"] for row in rows) / len(rows)
         loss = sum(row["train_loss"] for row in rows)
         self.accelerator.print(
-            f"{stage} {first['epoch']}/{epochs} {first['phase']}: loss {loss:.3f}  {values}  blocks {100 * executed:.0f} %"
+            f"{stage} {first['epoch']}/{epochs} {first['phase']}: loss {loss:.3f}  {values}  run {100 * executed:.0f} %"
             f"{'  *' if is_best else ''}",
             flush=True,
         )
@@ -349,7 +357,8 @@ class MultiTask:
             example = self.benchmark.example().to(self.accelerator.device)
             validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
             return {
-                "tasks": metrics, "executed": rates, **cost.beside_single(model, example), "validation_score": validated,
+                "tasks": metrics, "executed": rates, "own": own_units(model), **cost.beside_single(model, example),
+                "validation_score": validated,
             }  # fmt: skip
 
         tested = {stage: self._once(stage, measure) for stage in stages}
@@ -423,6 +432,11 @@ class MultiTask:
             if self.writer is not None:
                 self.writer.add_figure(name, figure)
         self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
+
+
+def own_units(model: TaskModel) -> dict[str, list[float]]:
+    """For each task 1.0 where a unit runs with weights of its own, else 0.0."""
+    return {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
 
 
 def _first(metrics: Mapping[str, float]) -> str:

@@ -102,22 +102,25 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     weight_steps, policy_steps = cycle_steps(options, sizes)
     each = weight_steps + policy_steps
     cycles = (options.iterations - options.warmup_iterations) // each
-    needed = options.curriculum_speed * (units - 1) + 1
+    speed = options.curriculum_speed
+    needed = speed * (units - 1) + 1
     if cycles < needed:
         raise UserError(
             f"--iterations {options.iterations} leave {max(cycles, 0)} cycles of {weight_steps} + {policy_steps} steps after "
-            f"{options.warmup_iterations} of warm-up; to open {units} blocks at --curriculum_speed "
-            f"{options.curriculum_speed} takes {needed}: give at least {options.warmup_iterations + needed * each} iterations"
+            f"{options.warmup_iterations} of warm-up; to open {units} blocks at --curriculum_speed {speed} "
+            f"takes {needed}: give at least {options.warmup_iterations + needed * each} iterations"
         )
     batches = {"weights": weight_steps, "policy": policy_steps}
     phases: list[Phase] = []
     epochs = 0
     if options.warmup_iterations:
         epochs, batches["train"] = _segments(options.warmup_iterations, options.eval_iterations)
-        phases.append(Phase("warm-up", epochs, penalty=0.0, trains=SETTLED, opened=0))
+        # Without a curriculum every choice takes part from the start, all of them alike: the limit of high temperatures.
+        start = {"opened": 0} if speed else {"temperature": math.inf}
+        phases.append(Phase("warm-up" if speed else "pre-train", epochs, penalty=0.0, trains=SETTLED, **start))
     every = max(round(options.eval_iterations / each), 1)
     for cycle in range(cycles):
-        opened = min(cycle // options.curriculum_speed + 1, units)
+        opened = min(cycle // speed + 1, units) if speed else None
         state = {"temperature": options.init_temperature * options.temperature_decay**cycle, "opened": opened}
         last = cycle == cycles - 1
         phases.append(
@@ -129,7 +132,7 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
         phases.append(
             Phase(
                 "policy", 1, trains=("gate",), data="policy", optimizer="policy", together=False,
-                validates=last or (cycle + 1) % every == 0, competes=opened == units, **state,
+                validates=last or (cycle + 1) % every == 0, competes=opened in (units, None), **state,
             )
         )  # fmt: skip
     steps = batches.get("train", 1)

@@ -258,38 +258,54 @@ def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]
     return figure
 
 
-def policy(learned, executed: Mapping[str, Mapping[str, Sequence[float]]] | None = None) -> Figure:
-    """Tasks × blocks: the learned probability of running each block, and below it the share of samples that ran it in each
-    network trained under a policy.
+def policy(
+    learned,
+    executed: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    own: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> Figure:
+    """Tasks × units: the learned probability of running each unit, and below it the share of samples that ran it in each
+    network trained under a policy. Where tasks may have weights of their own, units are marked by what is done with them:
+    skipped white, shared light, the task's own dark.
 
     Args:
         learned: a :class:`taps.policy.Policy`.
         executed: for each trained network, by task, shares of samples 0..1.
+        own: for each trained network, by task, 1.0 where the task has weights of its own.
     """
-    panels = {"learned probability": learned.probability, **(executed or {})}
+    panels = {"learned probability of running": learned.probability}
+    if learned.own:
+        panels["learned probability of own weights"] = learned.own
     names, count = list(learned.run), len(learned.units)
+    for title, shares in (executed or {}).items():
+        mine = (own or {}).get(title)
+        if mine:
+            shares = {name: [r * (1 + o) / 2 for r, o in zip(shares[name], mine[name], strict=True)] for name in names}
+        panels[title] = shares
     figure = new_figure(min(max(0.34 * count + 3.0, 7), 26), len(panels) * (0.28 * len(names) + 0.5) + 1.2)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, shares) in zip(grid, panels.items(), strict=True):
         axes.imshow([shares[name] for name in names], aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_title(
-            f"{title}: {100 * sum(sum(shares[n]) for n in names) / (count * len(names)):.0f} % of the blocks",
-            fontsize=9,
-            loc="left",
-        )
+        decided = bool((own or {}).get(title))
+        values = [value for name in names for value in shares[name]]
+        what = f"{title}: {100 * sum(values) / len(values):.0f} %"
+        if decided:
+            parts = [100 * sum(value == level for value in values) / len(values) for level in (0.5, 1.0, 0.0)]
+            what = f"{title}: {parts[0]:.0f} % shared, {parts[1]:.0f} % the task's own, {parts[2]:.0f} % skipped"
+        axes.set_title(what, fontsize=9, loc="left")
         axes.set_xticks([index - 0.5 for index in range(1, count)], minor=True)
         axes.set_yticks([index - 0.5 for index in range(1, len(names))], minor=True)
         axes.grid(which="minor", color="white", linewidth=1.2)
-        for row, name in enumerate(names):
+        for row, name in enumerate(names if count <= 40 else ()):
             for column, value in enumerate(shares[name]):
                 text = f"{value:.2f}".lstrip("0") if 0 < value < 1 else f"{value:.0f}"
-                if count <= 40:
-                    color = "white" if value > 0.7 else "black"
-                    axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+                if decided:
+                    text = {0.0: "", 0.5: "·", 1.0: "own"}.get(value, text)
+                color = "white" if value > 0.7 else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
         bare(axes)
     grid[-1].set_xticks(range(count), learned.units, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
-    grid[-1].set_xlabel(f"residual blocks of {learned.backbone} in network order")
+    grid[-1].set_xlabel(f"units of {learned.backbone} in network order")
     return figure
 
 
@@ -311,7 +327,7 @@ def similarity(learned) -> Figure:
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     bare(axes)
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("policies alike, %", fontsize=8)
-    axes.set_title("which tasks run the same blocks", fontsize=9, loc="left")
+    axes.set_title("which tasks do the same", fontsize=9, loc="left")
     return figure
 
 

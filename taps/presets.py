@@ -84,6 +84,26 @@ _DYNASHARE: dict[str | tuple[str, bool], dict] = {
     ("volumes", True): {"target_rates": (0.75,), "target_weight": 1.0, "score_lr": 0.05, "settle_iterations": 60},
 }  # fmt: skip
 
+#: AutoMTL's own settings (§4.1 and the published program), on top of AdaShare's; iterations hold those of pre-training
+_AUTOMTL: dict[str | tuple[str, bool], dict] = {
+    "": {
+        "norm": "task", "curriculum_speed": 0, "weight_iterations": 400, "policy_iterations": 100, "weights_lr": 1e-4,
+        "iterations": 30_000, "warmup_iterations": 10_000, "retrain_iterations": 30_000, "preference_weight": 5e-4,
+        "policy_scale": 1.0, "cost_weight": 0.0, "cost_target": 0.5,
+    },
+    "nyuv2": {
+        "lr": 1e-3, "base_lr": 1e-3, "preference_weight": 1e-3, "task_weights": {"semseg": 5.0, "normals": 20.0, "depth": 5.0},
+    },
+    "cityscapes": {"lr": 1e-3, "base_lr": 1e-3, "task_weights": {"semseg": 1.0, "depth": 1.0}},
+    "taskonomy": {
+        "iterations": 50_000, "warmup_iterations": 20_000, "retrain_iterations": 50_000, "decay_iterations": 10_000,
+    },
+    "scenes": {
+        "norm": "follow", "iterations": 262, "warmup_iterations": 100, "retrain_iterations": 180, "weight_iterations": 12,
+        "policy_iterations": 6, "weights_lr": None, "preference_weight": 0.002,
+    },
+}  # fmt: skip
+
 #: settings of the generated data that is used where none is named, on top of those of the benchmark
 _GENERATED: dict[str, dict] = {
     "mimic3": {
@@ -114,8 +134,7 @@ def preset(benchmark: str, tasks: int | None, method: str, generated: bool = Fal
     values = {**_COMMON, **_OWN[benchmark, count], **(_GENERATED.get(benchmark, {}) if generated else {})}
     if method == "taps":
         values["norm"] = "task"
-    if method == "dynashare":
-        values.update(
-            _DYNASHARE[benchmark, generated] if (benchmark, generated) in _DYNASHARE else _DYNASHARE[benchmark]
-        )
+    own = {"dynashare": _DYNASHARE, "automtl": _AUTOMTL}.get(method, {})
+    for key in ("", (benchmark, generated) if (benchmark, generated) in own else benchmark):
+        values.update(own.get(key, {}))
     return values

@@ -110,6 +110,7 @@ def summarise(method: str, seed: int, seconds: float, found: dict, single: Metri
         values = [row[key] for row in rows.values()]
         return sum(values) / len(values) if values else None
 
+    own = [sum(sum(line) / len(line) for line in row["own"].values()) / len(row["own"]) for row in rows.values()]
     executed = [
         sum(sum(own) / len(own) for own in row["executed"].values()) / len(row["executed"]) for row in rows.values()
     ]
@@ -119,6 +120,7 @@ def summarise(method: str, seed: int, seconds: float, found: dict, single: Metri
         "seconds": round(seconds, 1),
         "delta_t": sum(gains.values()) / len(gains) if gains else (0.0 if method == "single_task" else None),
         "executed_blocks": sum(executed) / len(executed) if executed else 1.0,
+        "own_units": sum(own) / len(own) if own else 1.0,
         **{
             key: mean(key) if rows else 1.0
             for key in (
@@ -172,7 +174,8 @@ def table(summary: Mapping) -> str:
             )
         lines.append(text)
     lines.append(
-        f"blocks executed {100 * summary['executed_blocks']:.1f} %; × one network a task: MACs {summary['macs_x_single']:.3f} "
+        f"units run {100 * summary['executed_blocks']:.1f} %, with weights of a task's own "
+        f"{100 * summary['own_units']:.1f} %; × one network a task: MACs {summary['macs_x_single']:.3f} "
         f"({summary['macs_x_single_with_heads']:.3f} with heads), parameters {summary['parameters_x_single']:.3f} "
         f"({summary['parameters_x_single_with_heads']:.3f}), time {summary['time_x_single']:.3f} "
         f"({summary['time_x_single_with_heads']:.3f})"
@@ -195,5 +198,7 @@ def policy_pictures(folder: Path) -> dict[str, Figure]:
     if not stages:
         return {}
     learned = read_policy(stages[0] / "policy.json")
-    executed = {stage.name: read_json(stage / "summary.json")["executed"] for stage in stages}
-    return {"policy": plots.policy(learned, executed), "similarity": plots.similarity(learned)}
+    tested = {stage.name: read_json(stage / "summary.json") for stage in stages}
+    executed = {name: row["executed"] for name, row in tested.items()}
+    own = {name: row["own"] for name, row in tested.items()} if learned.own else {}
+    return {"policy": plots.policy(learned, executed, own), "similarity": plots.similarity(learned)}

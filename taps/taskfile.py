@@ -282,7 +282,7 @@ def _fill(
                 reason = (str(error).splitlines() or [""])[0]
                 raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
     if description.get("policy") is not None:
-        model.policies[task] = tuple(description["policy"])
+        model.policies[task] = tuple(map(tuple, description["policy"]))
     norms = []
     for norm in model.task_norms:
         if norm.name in stored_norms or trainable:

@@ -316,14 +316,14 @@ def test_policy_files_are_readable_and_checked(tmp_path):
     assert draws[0] == draws[1] != draws[2]
     rate = torch.tensor([read.sample(torch.Generator().manual_seed(seed)).run["a"] for seed in range(400)]).mean(0)
     torch.testing.assert_close(rate, torch.tensor(read.probability["a"]), atol=0.1, rtol=0)
-    with pytest.raises(ValueError, match=r"policy p is for resnet18 with 8 blocks, this network is .* with 2"):
+    with pytest.raises(ValueError, match=r"policy p is for resnet18 with 8 units, this network is .* with 2"):
         read.check_fits(make("series", "adashare"), ["a"], "p")
     with pytest.raises(ValueError, match="has no task 'z'; it has a, b"):
         read.check_fits(model, ["z"], "p")
     text = (tmp_path / "policy.json").read_text()
     for old, new, message in (
         ('"format": 1', '"format": 7', "format version 7"),
-        ('"run": [', '"run": [0, ', "entries for 8 units"),
+        ('"run": [', '"run": [0, ', "entries of 'run' for 8 units"),
         ('"units"', '"parts"', "is damaged"),
         ("0,", "3,", "no 0 or 1"),
     ):

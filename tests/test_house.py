@@ -12,12 +12,13 @@ from taps.methods import METHODS
 
 #: module of taps -> the modules of taps that it may import at its top
 LAYERS = {
-    "errors": (), "gates": ("errors",), "delta": ("encoding",), "layer": ("delta", "gates"),
+    "errors": (), "gates": ("errors",), "delta": ("encoding",), "layer": ("delta", "errors", "gates"),
     "mixed": ("errors", "gates", "layer"), "branches": ("errors", "gates"),
     "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
-    "blocks": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
+    "blocks": ("adapt", "errors"), "skips": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
+    "automtl": ("adapt", "adashare", "errors", "gates"),
     "dynashare": ("adapt", "adashare", "errors", "gates", "layer"),
-    "methods": ("adapt", "adashare", "blocks", "dynashare", "gates"),
+    "methods": ("adapt", "adashare", "automtl", "blocks", "dynashare", "gates", "skips"),
     "files": ("errors",), "backbones": ("errors", "files"), "cost": ("layer",),
     "encoding": (), "taskfile": ("cost", "encoding", "errors", "files"), "library": ("cost", "errors", "taskfile"),
     "tasks": ("arguments", "commands", "library"), "arguments": (),
@@ -31,7 +32,7 @@ LAYERS = {
     "commands": ("backbones", "data", "errors", "files", "model", "results", "signals"),
     "experiment": ("budget", "certificate", "checkpoint", "commands", "data", "errors", "files", "layer", "metrics", "model",
                    "plots", "recipe", "results", "signals", "taskfile", "train"),
-    "policy": ("errors", "files", "model"), "plan": ("errors", "methods", "recipe"), "presets": (),
+    "policy": ("errors", "files", "gates", "model"), "plan": ("errors", "methods", "recipe"), "presets": (),
     "residual": ("errors",), "heads": ("backbones", "errors", "residual"), "losses": ("data",),
     "record_meters": ("data", "errors", "losses"), "meters": ("data", "losses", "record_meters"),
     "record_plots": ("losses", "plots"),

@@ -175,7 +175,7 @@ def test_classification_tasks_share_blocks_too(tree, here, tmp_path):
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert {task: list(own) for task, own in summary["tasks"].items()} == {"ink-2": ["accuracy"], "paint": ["accuracy"]}
     assert summary["delta_t"] is None
-    assert "blocks executed" in done.stdout
+    assert "units run" in done.stdout
 
 
 def test_other_programs_say_what_a_multi_task_run_is(complete, here, finished):
@@ -311,10 +311,10 @@ def test_another_backbones_policy_is_refused_and_nothing_overwritten(complete, s
     policy["units"][0] = "stem"
     (tmp_path / "other.json").write_text(json.dumps(policy))
     done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--policy", "other.json", "--resume", check=2)
-    assert "is for resnet10t with 4 blocks, this network is resnet10t with 4: their blocks differ" in done.stderr
+    assert "is for resnet10t with 4 units, this network is resnet10t with 4: their units differ" in done.stderr
     fresh = [value if value != "run" else "other" for value in SMALL]
     done = here("train_mtl.py", "--dataset", scenes, *fresh, "--policy", "other.json", check=2)
-    assert "is for resnet10t with 4 blocks, this network is resnet10t with 4: their blocks differ" in done.stderr
+    assert "is for resnet10t with 4 units, this network is resnet10t with 4: their units differ" in done.stderr
     assert before == {path: path.read_bytes() for path in before}
 
 

@@ -1,0 +1,168 @@
+r"""AutoMTL: every layer is shared, the task's own, or skipped (NeurIPS 2022, arXiv 2204.04090).
+
+Each task has three logits for each layer. With p = softmax((logits + Gumbel noise)/τ) over shared, own and skipped
+
+    y = p₀ · f(x; W) + p₁ · f(x; W + δ) + p₂ · stand-in(x)
+      = (p₀ + p₁) · f(x; W + p₁/(p₀ + p₁) · δ) + p₂ · stand-in(x)
+
+since convolutions and matrix products are linear in their weights: one run of the layer instead of two. The published
+program trains copies of W; here own weights are W + δ, which move with W while the task's δ says in what they differ.
+Pre-training, in which all choices count alike, is the limit τ → ∞.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from taps.adapt import Unit
+from taps.adashare import gumbel_noise
+from taps.errors import UserError
+from taps.gates import Decision, Gate, State
+
+COSTS = ("parameters", "macs")
+
+
+class ChoiceGate(Gate):
+    """One task's choice for one layer: shared, own or skipped.
+
+    Args:
+        unit: the layer; where nothing can stand in for it, skipping has probability 0.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(3))
+        self.size, self.skip, self.stride = unit.size, unit.skip, unit.stride
+        self.channel_dim = unit.channel_dim
+        self.weight = (unit.depths - unit.depth) / unit.depths
+        self.positions = 1.0
+        self._drawn: Tensor | None = None
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        """Probabilities of the choices that are offered, with a zero where skipping is not."""
+        if self.skip is not None:
+            return logits.softmax(0)
+        return torch.cat([logits[:2].softmax(0), logits.new_zeros(1)])
+
+    @property
+    def probabilities(self) -> Tensor:
+        """π: (3,), of shared, own and skipped."""
+        return self._softmax(self.logits)
+
+    def draw(self) -> Tensor:
+        """The draw that the last forward pass used, once; π where there was none."""
+        drawn, self._drawn = self._drawn, None
+        return self.probabilities if drawn is None else drawn
+
+    def relax(self, x: Tensor | None, state: State) -> Decision:
+        self._see(x)
+        noise = gumbel_noise(self.logits.shape, state.generator).to(self.logits)
+        p = self._drawn = self._softmax((self.logits + noise) / state.temperature)
+        run = p[0] + p[1]
+        specific = p[1] / run.clamp(min=torch.finfo(run.dtype).tiny)
+        return Decision(run=1.0 if self.skip is None else run, specific=specific)
+
+    def decide(self, x: Tensor | None = None) -> Decision:
+        self._see(x)
+        shared, own, skipped = self.logits.detach().tolist()
+        if self.skip is not None and skipped > max(shared, own):
+            return Decision(run=0.0)
+        return Decision(specific=float(own > shared))
+
+    def _see(self, x: Tensor | None) -> None:
+        if isinstance(x, Tensor):
+            positions = x.shape[2:] if self.channel_dim == 1 else x.shape[1:-1]
+            self.positions = math.prod(positions) / self.stride
+
+    def costs(self, kind: str) -> tuple[float, float]:
+        """What running and skipping the layer take: parameters, or multiplications for one sample as last seen."""
+        factor = self.positions if kind == "macs" else 1.0
+        return factor * self.size, factor * (self.skip or 0)
+
+    @property
+    def score(self) -> Tensor:
+        """The probability of running the layer, which reports and pictures show."""
+        return 1.0 - self.probabilities[2]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_drawn": None}  # part of a graph, which cannot be copied
+
+
+def choice_gate(unit: Unit, **options) -> Gate:
+    """One three-way gate a layer."""
+    return ChoiceGate(unit)
+
+
+def preference(gates: Sequence[ChoiceGate], scale: float = 1.0) -> Tensor:
+    r"""One task's share of the published regulariser (§3.3), more of it in shallow layers:
+
+    Σ_l (L − l)/L · [softplus(c · (p₁ − p₀)) + softplus(c · (p₂ − p₀))]
+
+    with the draw p that the forward pass used, depth l = 1..L of each layer and c = ``scale``: 1 in the paper, 6 in the
+    published program's policy steps. Where a layer cannot be skipped p₂ = 0 takes no part.
+    """
+    total = torch.zeros((), device=gates[0].logits.device)
+    for gate in gates:
+        shared, own, skipped = gate.draw()
+        term = softplus(scale * (own - shared))
+        if gate.skip is not None:
+            term = term + softplus(scale * (skipped - shared))
+        total = total + gate.weight * term
+    return total
+
+
+def expected_cost(gates: Mapping[str, Sequence[ChoiceGate]], kind: str) -> Tensor:
+    """What all tasks are expected to need, divided by one network a task.
+
+    Args:
+        gates: by task, in network order.
+        kind: ``"parameters"``: shared weights count once if any task uses them, own weights once a task, a stand-in once if
+            any task skips; ``"macs"``: multiplications of every task's own pass.
+    """
+    needed, single = [], 0.0
+    for column in zip(*gates.values(), strict=True):
+        p = torch.stack([gate.probabilities for gate in column])
+        size, stand_in = column[0].costs(kind)
+        single += size * len(column)
+        if kind == "macs":
+            needed.append((size * (1 - p[:, 2]) + stand_in * p[:, 2]).sum())
+        else:
+            used = 1 - (1 - p).prod(0)
+            needed.append(size * (used[0] + p[:, 1].sum()) + stand_in * used[2])
+    return torch.stack(needed).sum() / single
+
+
+def choice_penalty(
+    gates: Mapping[str, Sequence[Gate]],
+    task: str,
+    *,
+    preference_weight: float,
+    policy_scale: float,
+    cost_weight: float,
+    cost: str,
+    cost_target: float,
+    **options,
+) -> Tensor:
+    """One task's share of the penalty, whose sum over the K tasks is
+
+    preference_weight · Σ_k preference(k) + cost_weight · max(0, expected cost / cost_target − 1)².
+
+    Zero where policies are fixed.
+    """
+    if cost not in COSTS:
+        raise UserError(f"cost must be one of {', '.join(COSTS)}, not {cost!r}")
+    if not cost_target > 0:
+        raise UserError(f"cost_target must be above 0 (1: as much as one network a task), not {cost_target!r}")
+    learned = {name: list(own) for name, own in gates.items() if all(isinstance(gate, ChoiceGate) for gate in own)}
+    if task not in learned:
+        return torch.zeros(())
+    value = preference_weight * preference(learned[task], policy_scale)
+    if cost_weight:
+        over = (expected_cost(learned, cost) / cost_target - 1.0).clamp(min=0.0)
+        value = value + cost_weight / len(learned) * over**2
+    return value

@@ -1,0 +1,145 @@
+"""What can take the place of a single layer that a task skips, and how deep in the network each layer lies.
+
+AutoMTL (arXiv 2204.04090, §3.1) skips by the identity where the layer keeps the shape, else by a convolution of 1×1 with a
+norm. In networks made of 1×1 convolutions that costs more than the layer. Here the stand-in is average pooling where the
+layer strides, and where it changes the channels a 1×1 convolution in as many groups as both sides allow, which starts as the
+mean of each group. It is one for all tasks, and offered only where it has fewer parameters than the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from timm.layers import Conv2dSame
+from torch import fx, nn
+
+from taps.adapt import Found, find_layers, is_norm
+from taps.errors import UserError
+
+_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, Conv2dSame: 2}
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network down to the modules that must keep their training mode: torch's own, norms and stochastic depth."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        kind = type(module).__name__
+        return (
+            super().is_leaf_module(module, name)
+            or isinstance(module, Conv2dSame)
+            or is_norm(module)
+            or kind in ("DropPath", "StochasticDepth")
+        )
+
+
+def find_depths(net: nn.Module, names: list[str]) -> dict[str, int] | None:
+    """For each named module the number of named modules on the longest way from the input through it, itself included.
+
+    Modules that are never called are left out. ``None`` where the network's code depends on its data, so that its graph is
+    not known.
+    """
+    try:
+        graph = _Tracer().trace(net)
+    except Exception:  # a tracer meets any code, and fails in any way
+        return None
+    depth: dict[fx.Node, int] = {}
+    found: dict[str, int] = {}
+    wanted = set(names)
+    for node in graph.nodes:
+        depth[node] = max((depth[before] for before in node.all_input_nodes), default=0)
+        if node.op == "call_module" and node.target in wanted:
+            depth[node] += 1
+            found[node.target] = max(found.get(node.target, 0), depth[node])
+    return found
+
+
+def find_choices(net: nn.Module) -> list[Found]:
+    """Every convolution and linear layer with its stand-in, or with why it has none, in network order."""
+    layers = find_layers(net)
+    depths = find_depths(net, [layer.name for layer in layers])
+    found = []
+    for layer in layers:
+        kept = None
+        try:
+            shortcut, stride = stand_in(layer.module)
+        except UserError as error:
+            shortcut, stride, kept = None, 1, str(error)
+        if depths is not None and layer.name not in depths:
+            kept = "its weights are read instead of it being called"
+        depth = None if depths is None else depths.get(layer.name, 1)
+        inputs = getattr(layer.module, "in_channels", getattr(layer.module, "in_features", None))
+        tokens = 1 if isinstance(layer.module, nn.modules.conv._ConvNd) else -1
+        found.append(
+            replace(
+                layer, shortcut=shortcut, channels=inputs, channel_dim=tokens, depth=depth, stride=stride, kept=kept
+            )
+        )
+    return found
+
+
+def stand_in(layer: nn.Module) -> tuple[nn.Module | None, int]:
+    """What can take the layer's place (``None``: the identity), and positions of its input by one of its output.
+
+    Raises:
+        UserError: that says why there is nothing.
+    """
+    if type(layer) is nn.Linear:
+        inputs, outputs, groups = layer.in_features, layer.out_features, math.gcd(layer.in_features, layer.out_features)
+        if inputs == outputs:
+            return None, 1
+        _check_saves(layer, inputs * outputs // groups)
+        return grouped_linear(inputs, outputs, groups), 1
+    dimensions = _CONVOLUTIONS.get(type(layer))
+    if dimensions is None:
+        raise UserError(f"nothing is known to stand in for a {type(layer).__name__}")
+    inputs, outputs = layer.in_channels, layer.out_channels
+    parts = [*_pool(layer, dimensions)]
+    if inputs != outputs:
+        groups = math.gcd(inputs, outputs)
+        _check_saves(layer, inputs * outputs // groups)
+        adapter = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions](inputs, outputs, 1, groups=groups, bias=False)
+        nn.init.constant_(adapter.weight, groups / inputs)
+        parts.append(adapter)
+    stride = math.prod(layer.stride)
+    if len(parts) < 2:
+        return (parts[0] if parts else None), stride
+    return nn.Sequential(*parts), stride
+
+
+def _check_saves(layer: nn.Module, size: int) -> None:
+    own = sum(parameter.numel() for parameter in layer.parameters())
+    if size >= own:
+        raise UserError(f"what could stand in for it has {size} parameters, it has {own}")
+
+
+def _pool(layer: nn.Module, dimensions: int) -> list[nn.Module]:
+    """Pooling to the size of the layer's output; none where that is the input's."""
+    strides, kernels = layer.stride, layer.kernel_size
+    whole = layer.padding == "same" or type(layer) is Conv2dSame or all(
+        2 * padding == dilation * (kernel - 1)
+        for padding, dilation, kernel in zip(layer.padding, layer.dilation, kernels, strict=True)
+    )  # fmt: skip
+    patches = layer.padding != "same" and not any(layer.padding) and kernels == strides
+    if not whole and not patches:
+        raise UserError("its output has another size than what could stand in for it")
+    if all(stride == 1 for stride in strides):
+        return []
+    return [_POOLS[dimensions](strides, strides, ceil_mode=not patches)]
+
+
+def grouped_linear(inputs: int, outputs: int, groups: int) -> nn.Module:
+    """(…, inputs) to (…, outputs), each group of outputs from its group of inputs; starts as the mean of each group.
+
+    A graph of torch's own, so that merged networks need no class of this library.
+    """
+    root = nn.Module()
+    root.weight = nn.Parameter(torch.full((groups, inputs // groups, outputs // groups), groups / inputs))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    split = graph.call_method("unflatten", (x, -1, (groups, inputs // groups)))
+    product = graph.call_function(torch.einsum, ("...gi,gio->...go", split, graph.get_attr("weight")))
+    graph.output(graph.call_method("flatten", (product, -2)))
+    return fx.GraphModule(root, graph, "GroupedLinear")

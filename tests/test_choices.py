@@ -1,0 +1,396 @@
+"""AutoMTL: what layers can be skipped by, the three-way gate against its formulas, and policies of three choices."""
+
+import itertools
+import json
+import math
+
+import pytest
+import timm
+import torch
+from cases import NETWORKS
+from torch import nn
+from torch.nn.functional import conv2d
+
+import taps
+from taps.automtl import ChoiceGate, expected_cost, preference
+from taps.gates import State
+from taps.layer import evaluating
+from taps.policy import Policy, read_policy
+from taps.skips import find_choices, find_depths, stand_in
+
+MORE = {
+    "mobilenet": (lambda: timm.create_model("mobilenetv2_035", num_classes=0), (3, 64, 64), 52),
+    "mnasnet": (lambda: timm.create_model("mnasnet_050", num_classes=0), (3, 64, 64), 52),
+}
+ALL = {**{name: row for name, row in NETWORKS.items() if name != "torchvision_vit"}, **MORE}
+
+
+def model_of(network: str, **options) -> taps.TaskModel:
+    model = taps.adapt(ALL[network][0](), "automtl", **options)
+    for task in "ab":
+        model.add_task(task, num_classes=3)
+    return model
+
+
+def skipping(model, own=False) -> list[tuple[int, int]]:
+    """Skip every second unit that can be skipped; own the others or share them."""
+    return [
+        (0, 0) if index % 2 and unit.skip is not None else (1, int(own))
+        for index, unit in enumerate(model._descriptions)
+    ]
+
+
+def move(model, task: str) -> None:
+    for unit in model.units:
+        if task in unit.deltas:
+            for delta in unit.deltas[task].parameters():
+                nn.init.normal_(delta, std=0.05)
+
+
+@pytest.mark.parametrize("network", ALL)
+def test_all_shared_is_the_network_bit_for_bit(network):
+    net = ALL[network][0]().eval()
+    x = torch.randn(2, *ALL[network][1])
+    with torch.no_grad():
+        expected = net(x)
+    model = taps.adapt(net, "automtl").eval()
+    assert len(model.units) == ALL[network][2]
+    model.add_task("a", num_classes=3)
+    with torch.no_grad():
+        assert torch.equal(model.features(x, "a"), expected)
+        model.follow({"a": [(1, 0)] * len(model.units)})
+        assert torch.equal(model.features(x, "a"), expected)
+
+
+@pytest.mark.parametrize("network", ALL)
+def test_every_choice_runs_learns_and_can_be_merged(network):
+    model = model_of(network)
+    x = torch.randn(2, *ALL[network][1])
+    (model(x, "a").sum() + model(x, "b").sum() + model.penalty("a")).backward()
+    gradients = [unit.gates["a"].logits.grad for unit in model.units]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    model.follow({"a": skipping(model, own=True), "b": skipping(model)})
+    move(model, "a")
+    called = []
+    for unit, (run, _) in zip(model.units, model.policies["a"], strict=True):
+        if run == 0.0:
+            unit.base.register_forward_hook(lambda module, *rest: called.append(module))
+    with evaluating(model), torch.no_grad():
+        expected = {task: model(x, task) for task in "ab"}
+        assert not called
+        together = model.predict(x)
+        gone = model.predictor()
+        for task in "ab":
+            torch.testing.assert_close(together[task], expected[task])
+            torch.testing.assert_close(model.merge(task)(x), expected[task])
+            torch.testing.assert_close(gone(x)[task], expected[task])
+
+
+@pytest.mark.parametrize("network", ["resnet", "mobilenet", "vit"])
+def test_what_is_left_is_exported_and_holds_nothing_that_is_skipped(network):
+    model = model_of(network).eval()
+    model.follow({"a": skipping(model, own=True), "b": skipping(model)})
+    x = torch.randn(2, *ALL[network][1])
+    gone = model.predictor()
+    program = torch.export.export(gone, (x,))
+    with torch.no_grad():
+        for task, output in gone(x).items():
+            torch.testing.assert_close(program.module()(x)[task], output)
+    most = model.base_parameters * 2 + sum(unit.skip or 0 for unit in model._descriptions)
+    assert sum(parameter.numel() for parameter in gone.parameters()) < most
+
+
+def test_prefixes_that_tasks_share_run_once():
+    model = model_of("resnet")
+    count = len(model.units)
+    model.follow({"a": [(1, 0)] * count, "b": [(1, 0)] * (count - 4) + [(1, 1)] * 4})
+    calls = dict.fromkeys(range(count), 0)
+    for index, unit in enumerate(model.units):
+        unit.base.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    model.predict(torch.randn(2, 3, 40, 40))
+    assert list(calls.values()) == [1] * (count - 4) + [2] * 4
+    cost = model.predict_cost(torch.randn(2, 3, 40, 40))
+    assert cost["macs"] < 0.75 * cost["macs_separate"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "parameters"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1), (2, 8, 9, 9), 0),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1), (2, 8, 9, 9), 0),
+        (nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), (2, 8, 10, 10), 24),
+        (nn.Conv2d(3, 8, 7, stride=2, padding=3), (2, 3, 11, 12), 24),
+        (nn.Conv2d(3, 6, 4, stride=4), (2, 3, 9, 9), 6),
+        (nn.Conv2d(8, 8, 3, dilation=2, padding=2, groups=8), (2, 8, 9, 9), 0),
+        (nn.Conv1d(4, 4, 5, padding=2), (2, 4, 7), 0),
+        (nn.Conv3d(2, 4, 3, padding=1), (2, 2, 5, 5, 5), 4),
+        (nn.Linear(6, 9), (2, 5, 6), 18),
+        (nn.Linear(6, 6), (2, 6), 0),
+    ],
+)
+def test_a_stand_in_has_the_layers_shape_and_starts_as_a_mean(layer, shape, parameters):
+    found, stride = stand_in(layer)
+    found = nn.Identity() if found is None else found
+    x = torch.randn(shape)
+    assert found(x).shape == layer(x).shape
+    assert sum(p.numel() for p in found.parameters()) == parameters
+    assert stride == math.prod(getattr(layer, "stride", (1,)))
+    torch.testing.assert_close(found(torch.ones(shape)), torch.ones_like(layer(x)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(8, 8, 3), "another size"),
+        (nn.Conv2d(7, 8, 1), "has 56 parameters, it has 64"),
+        (nn.MultiheadAttention(8, 2), "nothing is known to stand in for a MultiheadAttention"),
+        (nn.ConvTranspose2d(8, 8, 2, stride=2), "nothing is known"),
+    ],
+)
+def test_what_cannot_be_skipped_says_why(layer, reason):
+    if "56" in reason:
+        layer = nn.Conv2d(7, 8, 1, bias=False)
+        reason = "has 56 parameters, it has 56"
+    with pytest.raises(ValueError, match=reason):
+        stand_in(layer)
+    model = taps.adapt(nn.Sequential(layer, nn.ReLU()), "automtl")
+    assert reason in model.kept["0"]
+    model.add_task("a", head=nn.Identity())
+    assert model.units[0].gates["a"].probabilities.tolist() == [0.5, 0.5, 0.0]
+    with pytest.raises(ValueError, match="policy skips '0'"):
+        model.follow({"a": [0.0]})
+
+
+def test_layers_whose_weights_are_read_are_not_skipped():
+    found = find_choices(NETWORKS["torchvision_swin"][0]())
+    kept = {one.name: one.kept for one in found if one.kept}
+    assert any(name.endswith("attn.qkv") for name in kept)
+    assert set(kept.values()) == {"its weights are read instead of it being called"}
+
+
+def test_a_network_that_cannot_be_followed_names_the_layer_that_it_reads():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.first.weight) if x.sum() > 0 else self.second(x)
+
+    assert find_depths(Reads(), ["first", "second"]) is None
+    model = taps.adapt(Reads(), "automtl")
+    model.add_task("a", num_classes=2)
+    with pytest.raises(
+        ValueError, match=r"unit 'first' \(Linear\) cannot be skipped: the module around it reads its weight"
+    ):
+        model(torch.ones(2, 4), "a")
+
+
+def test_depth_is_the_longest_way():
+    net = timm.create_model("resnet34", num_classes=0)
+    depths = find_depths(net, [layer.name for layer in find_choices(net)])
+    assert max(depths.values()) == 33
+    assert depths["conv1"] == 1
+    assert depths["layer2.0.downsample.0"] == depths["layer2.0.conv1"] == 8
+
+
+def test_three_branches_are_one_convolution():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, padding=1).double()
+    model = taps.adapt(nn.Sequential(layer), "automtl")
+    model.double().add_task("a", head=nn.Identity())
+    move(model, "a")
+    unit, state = model.units[0], model.state
+    gate = unit.gates["a"]
+    nn.init.normal_(gate.logits)
+    nn.init.normal_(unit.shortcut.weight)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    state.temperature, state.generator = 0.7, torch.Generator().manual_seed(3)
+    y = model(x, "a")
+    p = gate._drawn
+    uniform = torch.rand(3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    torch.testing.assert_close(p, ((gate.logits - (-uniform.log()).log()) / 0.7).softmax(0))
+    own = {name: layer.get_parameter(name) + unit.deltas["a"][name] for name in ("weight", "bias")}
+    branches = (
+        p[0] * layer(x)
+        + p[1] * conv2d(x, own["weight"], own["bias"], padding=1)
+        + p[2] * conv2d(x, unit.shortcut.weight, groups=2)
+    )
+    torch.testing.assert_close(y, branches, rtol=1e-12, atol=1e-12)
+    wanted = [gate.logits, layer.weight, unit.deltas["a"]["weight"], unit.shortcut.weight]
+    weight = torch.randn_like(y)
+    ours = torch.autograd.grad((y * weight).sum(), wanted, retain_graph=True)
+    theirs = torch.autograd.grad((branches * weight).sum(), wanted)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_high_temperature_is_the_mean_of_the_choices():
+    model = model_of("resnet")
+    model.state.temperature = math.inf
+    for unit in model.units:
+        nn.init.normal_(unit.gates["a"].logits)
+        decision = unit.gates["a"](None, model.state)
+        assert decision.run.item() == pytest.approx(2 / 3)
+        assert decision.specific.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_published_regulariser(scale):
+    model = model_of("resnet", preference_weight=1.0, policy_scale=scale).double()
+    model.state.generator = torch.Generator().manual_seed(1)
+    model.double()
+    model(torch.randn(2, 3, 40, 40, dtype=torch.float64), "a")
+    expected = 0.0
+    for unit, description in zip(model.units, model._descriptions, strict=True):
+        p = unit.gates["a"]._drawn.tolist()
+        soft = [math.log1p(math.exp(scale * (p[k] - p[0]))) for k in (1, 2)]
+        expected += (17 - description.depth) / 17 * sum(soft)
+    assert model.penalty("a").item() == pytest.approx(expected, rel=1e-6)
+    assert model.units[-1].gates["a"].weight == 0.0
+    pi = preference(model.gates("a"), scale)  # the draw is used once; without one, by the probabilities
+    assert pi.item() == pytest.approx(sum(u.gates["a"].weight * 2 * math.log(2) for u in model.units), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "macs"])
+def test_expected_cost_is_the_mean_over_draws(kind):
+    model = model_of("resnet")
+    torch.manual_seed(0)
+    for unit in model.units:
+        for task in "ab":
+            nn.init.normal_(unit.gates[task].logits)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 40, 40), "a"), model(torch.randn(1, 3, 40, 40), "b")
+    gates = {task: model.gates(task) for task in "ab"}
+    total = single = 0.0
+    for a, b in zip(*gates.values(), strict=True):
+        size, skip = a.costs(kind)
+        single += 2 * size
+        for i, j in itertools.product(range(3), repeat=2):
+            chance = float((a.probabilities[i] * b.probabilities[j]).detach())
+            if kind == "macs":
+                cost = sum(size if k < 2 else skip for k in (i, j))
+            else:
+                cost = size * ((0 in (i, j)) + (i == 1) + (j == 1)) + skip * (2 in (i, j))
+            total += chance * cost
+    assert float(expected_cost(gates, kind).detach()) == pytest.approx(total / single, rel=1e-5)
+
+
+def test_a_cost_target_is_reached_and_has_gradients():
+    model = model_of("resnet", preference_weight=0.0, cost_weight=1.0, cost_target=0.3)
+    optimizer = torch.optim.Adam([g.logits for t in "ab" for g in model.gates(t)], lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (model.penalty("a") + model.penalty("b")).backward()
+        optimizer.step()
+    assert float(expected_cost({task: model.gates(task) for task in "ab"}, "parameters").detach()) < 0.32
+
+
+def three_choices() -> Policy:
+    return Policy(
+        "net", ("x", "y"), {"a": (0.9, 1.0), "b": (0.5, 0.2)}, {"a": (1.0, 1.0), "b": (1.0, 0.0)},
+        {"a": (0.2, 0.6), "b": (0.3, 0.1)}, {"a": (0.0, 1.0), "b": (1.0, 0.0)},
+    )  # fmt: skip
+
+
+def test_the_most_probable_policies_are_those_of_brute_force():
+    policy = three_choices()
+    columns = [chances for task in "ab" for chances in policy.chances(task)]
+    every = [
+        (math.prod(column[i] for column, i in zip(columns, path, strict=True)), path)
+        for path in itertools.product(range(3), repeat=4)
+    ]
+    expected = sorted((chance for chance, _ in every if chance > 0), reverse=True)
+    found = policy.top(100)
+    assert len(found) == len(expected) == 3 * 2 * 3 * 3
+
+    def chance(drawn: Policy) -> float:
+        total = 1.0
+        for task in "ab":
+            for chances, entry in zip(policy.chances(task), drawn.entries(task), strict=True):
+                total *= chances[{(1.0, 0.0): 0, (1.0, 1.0): 1, (0.0, 0.0): 2}[entry]]
+        return total
+
+    assert [chance(one) for one in found] == pytest.approx(expected)
+    assert policy.argmax() == found[0]
+
+
+def test_draws_follow_the_probabilities_and_depend_on_the_seed():
+    policy = three_choices()
+    draws = [policy.sample(torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    assert policy.sample(torch.Generator().manual_seed(5)) == draws[5]
+    for task in "ab":
+        for unit in range(2):
+            for entry, chance in zip(((1, 0), (1, 1), (0, 0)), policy.chances(task)[unit], strict=True):
+                share = sum(draw.entries(task)[unit] == entry for draw in draws) / len(draws)
+                assert share == pytest.approx(chance, abs=0.04)
+
+
+def test_entropy_and_doubt():
+    policy = three_choices()
+    expected = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
+    expected += -(0.4 * math.log(0.4) + 0.6 * math.log(0.6)) / math.log(2)  # skipping is not offered
+    assert policy.entropy("a") == pytest.approx(expected / 2)
+    assert "nearly uniform (entropy, 1 is a coin toss: a" not in (policy.doubt() or "")
+    fresh = Policy.of(model_of("perceptron"))
+    assert fresh.entropy("a") == pytest.approx(1.0)
+    assert "nearly uniform" in fresh.doubt()
+
+
+def test_a_policy_of_three_choices_survives_its_file(tmp_path):
+    policy = three_choices()
+    policy.write(tmp_path / "policy.json")
+    assert read_policy(tmp_path / "policy.json") == policy
+    stored = json.loads((tmp_path / "policy.json").read_text())
+    assert stored["tasks"]["b"] == {"probability": [0.5, 0.2], "run": [1, 0], "own": [0.3, 0.1], "specific": [1, 0]}
+    stored["tasks"]["b"]["specific"] = [1, 1]
+    (tmp_path / "policy.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="task 'b' has weights of its own in a unit that it does not run"):
+        read_policy(tmp_path / "policy.json")
+
+
+def test_a_followed_policy_survives_a_task_file(tmp_path):
+    model = model_of("resnet").eval()
+    model.follow({"a": skipping(model, own=True), "b": skipping(model)})
+    move(model, "a")
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        expected = model(x, "a")
+    model.save_task("a", tmp_path / "a")
+    fresh = taps.adapt(NETWORKS["resnet"][0](), "automtl")
+    fresh.load_base(model.base_state())
+    fresh.load_task(tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(x, "a"), expected)
+    assert fresh.policies["a"] == model.policies["a"]
+
+
+def test_own_weights_stay_when_a_policy_is_followed():
+    model = model_of("resnet")
+    move(model, "a")
+    before = {unit.name: unit.deltas["a"]["weight"].detach().clone() for unit in model.units}
+    model.follow({"a": [(1, 1)] * len(model.units)})
+    assert all(torch.equal(unit.deltas["a"]["weight"], before[unit.name]) for unit in model.units)
+    model.follow({"a": [(1, 0)] * len(model.units)})
+    assert not any("a" in unit.deltas for unit in model.units)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cost": "bytes"}, "cost must be one of parameters, macs"),
+        ({"cost_target": 0.0}, "cost_target must be above 0"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        model_of("perceptron", **options)
+
+
+def test_a_gate_that_decides_gives_numbers():
+    model = model_of("perceptron")
+    gate: ChoiceGate = model.units[0].gates["a"]
+    for logits, decision in (((1, 0, 0), (1.0, 0.0)), ((0, 1, 0), (1.0, 1.0)), ((0, 0, 1), (0.0, 0.0))):
+        gate.logits.data = torch.tensor(logits, dtype=torch.float32)
+        gate.eval()
+        assert gate(torch.zeros(1, 5), State())[:2] == decision
