@@ -22,6 +22,7 @@ from taps.methods import METHODS
 from taps.mtl import PHASES
 from taps.presets import preset
 from taps.recipe import DECAYS, OPTIMIZERS
+from taps.sparse import STRUCTURES
 
 #: defaults of the published program, and those of the demo where they differ
 PUBLISHED = {
@@ -29,7 +30,7 @@ PUBLISHED = {
     "lam": 1.0, "score_lr": None, "input_size": 224, "workers": min(8, os.cpu_count() or 1), "val_fraction": 0.1,
 }  # fmt: skip
 JOINT = {**PUBLISHED, "batch_size": 12, "epochs": 60}
-MULTI_TASK_METHODS = ("adashare", "dynashare", "automtl", "taps", "hard_sharing", "single_task")
+MULTI_TASK_METHODS = ("adashare", "dynashare", "automtl", "sparse_delta", "taps", "hard_sharing", "single_task")
 DEMO = {
     "model_type": "tf_efficientnet_lite0", "epochs": 6, "batch_size": 16, "lr": 0.03, "lam": 0.5, "warmup_epochs": 0.5,
     "settle_epochs": 4.5, "input_size": 64, "workers": 0, "experiment_name": "demo",
@@ -66,6 +67,17 @@ def steps(low: int) -> Callable[[str], int | str]:
         return text
 
     return parse
+
+
+def share(text: str) -> float:
+    """A share such as ``2%`` or ``0.02``, above 0 and at most all."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 100%, such as 2%")
+    return value
 
 
 def boolean(group, name: str, text: str) -> None:
@@ -513,6 +525,9 @@ def mtl_parser() -> Parser:
     network.add_argument(
         "--channels", nargs=4, type=number(int, 1), metavar="N", help="of a ResNet's four stages, for small networks"
     )
+    network.add_argument(
+        "--patch_size", type=number(int, 1), metavar="PIXELS", help="of a vision transformer of a dense benchmark"
+    )
     network.add_argument("--head_width", type=number(int, 1), metavar="N", help="channels inside a dense head")
     network.add_argument(
         "--head_rates", nargs="+", type=number(int, 1), metavar="N", help="dilations of a dense head's branches"
@@ -533,7 +548,32 @@ def mtl_parser() -> Parser:
         choices=("task", "follow", "frozen"),
         help="norm layers: each task's own; its own only from where it first differs from other tasks; or shared",
     )
-    method.add_argument("--lam", type=number(float, 0), metavar="λ", help="taps: weight of the sparsity penalty")
+    method.add_argument(
+        "--lam", type=number(float, 0), metavar="λ", help="taps and sparse_delta: weight of the sparsity penalty"
+    )
+    method.add_argument(
+        "--base_task",
+        metavar="TASK",
+        help="sparse_delta: the task whose network the others change (default: the first)",
+    )
+    method.add_argument(
+        "--density",
+        type=share,
+        metavar="SHARE",
+        help="sparse_delta: weights that a sub-task may have of its own, e.g. 2%%, norms included; 100%%: as many as their gates leave open",
+    )
+    method.add_argument(
+        "--structure",
+        choices=STRUCTURES,
+        default="weight",
+        help="sparse_delta: a gate for each weight, or for each row of a matrix, which matrix products can leave out (default: weight)",
+    )
+    method.add_argument(
+        "--pull",
+        type=number(float, 0),
+        metavar="μ",
+        help="sparse_delta: weight of the distance between a sub-task's activations and the base's",
+    )
     method.add_argument(
         "--sparsity_weight", type=number(float, 0), metavar="X", help="weight of the loss that skips blocks"
     )
@@ -638,8 +678,8 @@ def mtl_parser() -> Parser:
     phases.add_argument(
         "--sample",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw policies from the learned probabilities (default); --no-sample: take the most probable one, with --exp_ids N the N-th after it",
+        default=None,
+        help="draw policies from the learned probabilities; --no-sample: take the most probable one, with --exp_ids N the N-th after it",
     )
     phases.add_argument("--policy", metavar="FILE", help="train under this policy.json instead of the run's own")
     phases.add_argument(
@@ -671,6 +711,12 @@ def mtl_parser() -> Parser:
         type=number(int, 0),
         metavar="N",
         help="dynashare: last steps of retraining, in which gates stand still and decide as in evaluation",
+    )
+    phases.add_argument(
+        "--pull_iterations",
+        type=steps(0),
+        metavar="N",
+        help="sparse_delta: steps with --pull, after those of gates (--iterations) and of the weights they leave (--retrain_iterations)",
     )
     phases.add_argument("--eval_iterations", type=steps(1), metavar="N", help="steps between validations, about")
 

@@ -2,6 +2,8 @@
 
 python train_mtl.py                                              # AdaShare on Scenes: all phases, offline
 python train_mtl.py --method dynashare                           # the same with gates for every sample
+python train_mtl.py --method automtl                             # every layer shared, owned or skipped
+python train_mtl.py --method sparse_delta --base_task semseg     # sub-tasks that change 2 % of a base task's weights
 python train_mtl.py --benchmark nyuv2 --tasks semseg normals depth --phases policy
 python train_mtl.py --benchmark nyuv2 --tasks semseg normals depth --phases retrain test --exp_ids 0 1 2
 """
@@ -15,6 +17,7 @@ from taps import commands
 from taps.benchmarks import open_benchmark
 from taps.mtl import MultiTask
 from taps.signals import StopSignals
+from taps.sub_tasks import SubTasks
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,7 +26,8 @@ def main(arguments: Sequence[str]) -> None:
         commands.launch_on_every_gpu(__file__, arguments)
     accelerator = commands.make_accelerator(options)
     benchmark = open_benchmark(options, accelerator)
-    with StopSignals() as stop, MultiTask.start(options, benchmark, accelerator, stop) as run:
+    kind = SubTasks if options.method == "sparse_delta" else MultiTask
+    with StopSignals() as stop, kind.start(options, benchmark, accelerator, stop) as run:
         if {"policy", "retrain"} & set(options.phases):
             run.train()
         if "test" in options.phases:

@@ -98,7 +98,8 @@ def read_record(path: Path) -> dict | None:
 
 
 def match(path: Path, model, tasks: Sequence[str]) -> None:
-    """Drop the deltas that a checkpoint does without, and hold those that it holds in an encoding (:mod:`taps.budget`)."""
+    """Drop the deltas that a checkpoint does without, hold those that it holds in an encoding (:mod:`taps.budget`), and bring
+    gates into the form that it holds."""
     encodings = read_record(path).get("encodings", {})
     with safe_open(path, "pt", device="cpu") as file:
         names = set(file.keys())
@@ -106,6 +107,8 @@ def match(path: Path, model, tasks: Sequence[str]) -> None:
         for unit in model.units:
             for task in tasks:
                 prefix = f"task/{places[id(unit)]}.deltas.{task}."
+                gate = f"task/{places[id(unit)]}.gates.{task}."
+                unit.gates[task].match({name.removeprefix(gate) for name in names if name.startswith(gate)})
                 if task in unit.deltas and not any(name.startswith(prefix) for name in names):
                     del unit.deltas[task]
                 for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():

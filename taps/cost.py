@@ -37,7 +37,7 @@ def accounting(model: TaskModel, task: str) -> dict:
     """
     rows = model.report(task)
     tuned = [row for row in rows if is_tuned(row)]
-    deltas = sum(row["parameters"] for row in tuned)
+    deltas = sum(row["own"] for row in tuned)
     owned = [norm.own(task) for norm in model.task_norms]
     norms = sum(tensor.numel() for norm in owned if norm is not None for tensor in norm_tensors(norm).values())
     return {
@@ -110,7 +110,7 @@ def beside_single(model: TaskModel, x: Tensor) -> dict:
     own = model.predict_cost(x)
     used = model.base_parameters + own_norm_parameters(model, tasks)
     used += sum(accounting(model, task)["delta_parameters"] for task in tasks)
-    if model.policies:
+    if model.policies and model.row.learns_policy:
         for index, unit in enumerate(model.units):
             gates = [gate for task in tasks for gate in unit.gates[task].parameters()]
             used += sum(parameter.numel() for parameter in gates)

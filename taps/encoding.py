@@ -7,7 +7,9 @@ The error of an encoded delta is ‖δ̂ − δ‖ / ‖δ‖ (Frobenius norms),
 ``bfloat16``           the same with float32's range                           2 bytes a weight
 ``int1`` … ``int8``    so many bits a weight, one scale a group of 64 or more  ⅛ to 1 byte a weight, 2 bytes a group
 ``low_rank``           two thin float16 matrices, the truncated SVD            2 · rank · (rows + columns)
-``sparse``             positions and float16 values of the largest weights     4 or 6 bytes a kept weight
+``sparse``             float16 values of the largest weights, and the gaps     2 bytes a kept weight, and the bits that say
+                       between them in a Rice code                             where: within 4 % of the least possible
+``sparse32``           the same of all that are not 0, in float32: exact       4 bytes a kept weight, and those bits
 =====================  ======================================================  ======================================
 """
 
@@ -146,21 +148,67 @@ def _sparse(delta: Tensor, max_error: float) -> Tensor:
     left = (flat[order] ** 2).flip(0).cumsum(0).flip(0)
     kept = max(int((left > (0.99 * max_error) ** 2 * float(left[0])).sum()), 1)
     positions = order[:kept].sort().values
-    return _bytes(positions.to(_position(delta.shape)), flat[positions].half())
+    return _bytes(_gaps(positions), flat[positions].half())
 
 
-def _position(shape: torch.Size) -> torch.dtype:
-    return torch.uint16 if math.prod(shape) <= 1 << 16 else torch.int32
+def _sparse32(delta: Tensor, max_error: float) -> Tensor:
+    flat = delta.float().flatten()
+    positions = flat.nonzero()[:, 0]
+    return _bytes(_gaps(positions), flat[positions])
 
 
-def _decode_sparse(stored: Tensor, shape: torch.Size) -> Tensor:
-    kind = _position(shape)
-    head = len(stored) // (kind.itemsize + 2) * kind.itemsize
-    if head // kind.itemsize * (kind.itemsize + 2) != len(stored):
-        raise ValueError(f"{len(stored)} bytes are no positions with values")
-    flat = torch.zeros(math.prod(shape))
-    flat[stored[:head].view(kind).long()] = stored[head:].view(torch.float16).float()
-    return flat.view(shape)
+def _gaps(positions: Tensor) -> Tensor:
+    """Rising positions as their gaps in a Rice code: a gap is q · 2^k + r, q ones and a zero, and the k bits of r.
+
+    Four bytes of their number, one of k, the remainders' bits, then the quotients'. Gaps between positions that lie anywhere
+    with equal chance have a geometric distribution, for which such a code is the best there is (Gallager and van Voorhis,
+    1975) but for k being whole.
+    """
+    count = len(positions)
+    gaps = np.diff(positions.numpy(), prepend=-1) - 1
+    bits = min(range(32), key=lambda k: count * (k + 1) + int((gaps >> k).sum()))
+    low = (gaps[:, None] >> np.arange(bits)[::-1]) & 1
+    high = gaps >> bits
+    ends = np.cumsum(high + 1) - 1
+    unary = np.ones(int(ends[-1]) + 1 if count else 0, dtype=np.uint8)
+    unary[ends] = 0
+    head = np.frombuffer(np.array([count], dtype="<u4").tobytes() + bytes([bits]), dtype=np.uint8)
+    parts = (head, np.packbits(low.astype(np.uint8)), np.packbits(unary))
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _read_gaps(stored: np.ndarray, width: int) -> tuple[np.ndarray, int]:
+    """Positions, and where their values of ``width`` bytes begin."""
+    if len(stored) < 5:
+        raise ValueError("too few bytes for positions with values")
+    count, bits = int(stored[:4].view("<u4")[0]), int(stored[4])
+    if bits > 31:
+        raise ValueError("the bytes are no positions with values")
+    middle, end = 5 + math.ceil(count * bits / 8), len(stored) - width * count
+    low = np.unpackbits(stored[5:middle], count=count * bits).reshape(count, bits)
+    ends = np.flatnonzero(np.unpackbits(stored[middle : max(end, middle)]) == 0)[:count]
+    if len(ends) != count or end < middle:
+        raise ValueError(f"the bytes are not {count} positions with values")
+    high = np.diff(ends, prepend=-1) - 1
+    gaps = (high << bits) + low @ (1 << np.arange(bits, dtype=np.int64)[::-1])
+    return np.cumsum(gaps + 1) - 1, end
+
+
+def _decode_sparse(kind: torch.dtype) -> Callable[[Tensor, torch.Size], Tensor]:
+    def decode(stored: Tensor, shape: torch.Size) -> Tensor:
+        positions, start = _read_gaps(stored.numpy(), kind.itemsize)
+        flat = torch.zeros(math.prod(shape))
+        if len(positions) and positions[-1] >= len(flat):
+            raise ValueError(f"position {positions[-1]} lies outside of {len(flat)} weights")
+        flat[torch.from_numpy(positions)] = stored[start:].clone().view(kind).float()
+        return flat.view(shape)
+
+    return decode
+
+
+def is_sparse(delta: Tensor) -> bool:
+    """Whether a delta is stored exactly in fewer bytes by where it is not zero."""
+    return 2 * int(delta.count_nonzero()) < delta.numel()
 
 
 #: name -> from a delta to bytes
@@ -170,13 +218,18 @@ _FIXED: dict[str, Callable[[Tensor], Tensor]] = {
     **{f"int{bits}": _integers(bits) for bits in BITS},
 }
 #: name -> from a delta and a bound on the error to bytes
-_BOUNDED: dict[str, Callable[[Tensor, float], Tensor]] = {"low_rank": _low_rank, "sparse": _sparse}
+_BOUNDED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "low_rank": _low_rank,
+    "sparse": _sparse,
+    "sparse32": _sparse32,
+}
 _DECODERS: dict[str, Callable[[Tensor, torch.Size], Tensor]] = {
     "float16": lambda stored, shape: stored.view(torch.float16).float().view(shape),
     "bfloat16": lambda stored, shape: stored.view(torch.bfloat16).float().view(shape),
     **{f"int{bits}": _decode_integers(bits) for bits in BITS},
     "low_rank": _decode_low_rank,
-    "sparse": _decode_sparse,
+    "sparse": _decode_sparse(torch.float16),
+    "sparse32": _decode_sparse(torch.float32),
 }
 ENCODINGS = tuple(_DECODERS)
 

@@ -95,6 +95,13 @@ class Gate(nn.Module):
         elementwise; without ``x`` an input-dependent gate answers for its average input."""
         raise NotImplementedError
 
+    def own(self, size: int) -> int:
+        """How many of the unit's ``size`` weights are the task's own, by the hard decision."""
+        return size if self.decide().uses_delta else 0
+
+    def match(self, names: set[str]) -> None:
+        """Take the form in which a checkpoint holds the gate, whose tensors have these names."""
+
 
 class ConstantGate(Gate):
     """The same answer for every input, with nothing to learn: baselines, frozen decisions, retrained policies.

@@ -122,6 +122,7 @@ def create_dense_backbone(
     output_stride: int = 8,
     channels: Sequence[int] | None = None,
     image_size: Sequence[int] | None = None,
+    patch_size: int | None = None,
 ) -> nn.Module:
     """A timm network that maps images (B, 3, H, W) to features (B, C, h, w); ``.num_features`` is C.
 
@@ -131,6 +132,7 @@ def create_dense_backbone(
         output_stride: H / h of a convolutional network: 8, 16 or 32; a transformer has that of its patches.
         channels: of a ResNet's four stages; for small networks with a random start.
         image_size: (H, W), for transformers, whose position embeddings are made for one size.
+        patch_size: of a transformer, in pixels, instead of its own.
 
     Raises:
         UserError: for an unknown name, or a network that cannot have this output stride or these channels.
@@ -138,11 +140,16 @@ def create_dense_backbone(
     config = timm.get_pretrained_cfg(name.split(".")[0], allow_unregistered=True)
     if config is not None and config.fixed_input_size:
         size = tuple(image_size) if image_size else config.input_size[1:]
-        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}  # test images are larger than training crops
+        patches = {"patch_size": patch_size} if patch_size else {}
+        any_size = {
+            **patches,
+            "dynamic_img_size": True,
+            "dynamic_img_pad": True,
+        }  # test images are larger than training crops
         try:
             net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **any_size)
         except TypeError:
-            net = create_backbone(name, pretrained, path, global_pool="", img_size=size)
+            net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **patches)
         return TokenMap(net)
     options = {"channels": tuple(channels)} if channels else {}
     stride = {"output_stride": output_stride} if output_stride != 32 else {}

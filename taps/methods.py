@@ -19,6 +19,7 @@ from taps.blocks import find_blocks
 from taps.dynashare import instance_gate, policy_and_rate_penalty
 from taps.gates import ConstantGate, Decision, Gate, ThresholdGate
 from taps.skips import find_choices
+from taps.sparse import expected_share, hard_concrete_gate
 
 #: what can be trained, by role; every trainable tensor of a model has exactly one
 ROLES = ("base", "delta", "gate", "norm", "head")
@@ -42,7 +43,9 @@ class Phase:
         validates: whether its epochs count when the loop validates every so many.
         competes: whether its epochs compete for the best one, as those of the last phase always do.
         start: what is done once when it begins: ``"choose"``, a budget closes gates (:func:`taps.budget.keep_within`), or
-            ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`).
+            ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`), or ``"fix"``, gates on single
+            weights decide (:func:`taps.support.fix_support`).
+        pull: weight of the distance between the task's activations and the base's (:mod:`taps.activations`).
     """
 
     name: str
@@ -57,6 +60,7 @@ class Phase:
     validates: bool = True
     competes: bool = False
     start: str | None = None
+    pull: float = 0.0
 
 
 #: everything but the gates: decisions stand, the rest goes on learning
@@ -90,6 +94,15 @@ def open_choose_round(epochs: float) -> tuple[Phase, ...]:
         Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
         Phase("settle", epochs / 2, penalty=0.0, trains=SETTLED, start="choose"),
         Phase("round", epochs / 6, penalty=0.0, trains=("norm", "head"), start="round"),
+    )
+
+
+def gates_then_support(epochs: float, warmup: float, settle: float) -> tuple[Phase, ...]:
+    """The first two steps of efficient computation sharing: half of the training learns gates on every weight, half the
+    weights inside of what they have left."""
+    return (
+        Phase("gates", epochs / 2),
+        Phase("support", epochs / 2, penalty=0.0, trains=SETTLED, start="fix"),
     )
 
 
@@ -153,6 +166,11 @@ class Method:
     trains_base: bool = False
     fixed: Callable[..., Gate] | None = None
     budget: str | None = None
+
+    @property
+    def learns_policy(self) -> bool:
+        """Whether one network learns for all tasks and a policy says what each does with it."""
+        return self.fixed is not None and self.trains_base
 
 
 _POLICY = {
@@ -231,6 +249,17 @@ METHODS: dict[str, Method] = {
         },
         norms=("follow", "frozen", "task"),
         trains_base=True,
+        fixed=fixed_gate,
+    ),
+    "sparse_delta": Method(
+        summary="each task changes single weights of a base task's network",
+        source="Efficient Computation Sharing for Multi-Task Visual Scene Understanding, ICCV 2023",
+        gate=hard_concrete_gate,
+        select=find_everything,
+        penalty=expected_share,
+        phases=gates_then_support,
+        options={"init": 5.0, "structure": "weight", "density": 1.0},
+        norms=("task", "follow", "frozen"),
         fixed=fixed_gate,
     ),
     "dynashare": Method(

@@ -233,7 +233,7 @@ class TaskModel(nn.Module):
             for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
                 unit.change_gate(task, gate)
             self.policies[task] = tuple(_decision(entry)[:2] for entry in policy)
-        for norm in self._norms if self.norm == "follow" else ():
+        for norm in self._norms if self.norm == "follow" and self.row.learns_policy else ():
             ways: dict[tuple, list[str]] = {}
             for task, policy in self.policies.items():
                 way = tuple((run, specific and task) for run, specific in policy[: norm.position])
@@ -378,7 +378,8 @@ class TaskModel(nn.Module):
         """One row a unit, in network order.
 
         Keys: ``name``, ``kind`` (class of the module), ``parameters`` (of the base unit), ``score`` (``None`` where the
-        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies).
+        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies),
+        and ``own``: how many of the parameters are the task's own.
         """
         rows = []
         for unit, gate in zip(self._units, self.gates(task), strict=True):
@@ -392,6 +393,7 @@ class TaskModel(nn.Module):
                     "score": float(score.detach()) if isinstance(score, Tensor) and score.numel() == 1 else None,
                     "run": _mean(decision.run),
                     "specific": _mean(decision.specific),
+                    "own": gate.own(unit.size) if unit.parameter_names else 0,
                 }
             )
         return rows

@@ -140,7 +140,9 @@ class MultiTask:
             if getattr(self.options, key, None) is not None
         }
         norm = self.options.norm if self.options.norm in METHODS[name].norms else None
-        model = adapt(self.benchmark.backbone(), name, norm=norm, train_base=True, **options)
+        row = METHODS[name]
+        learns = row.learns_policy or row.fixed is None  # else tasks are added to a base that stands
+        model = adapt(self.benchmark.backbone(), name, norm=norm, train_base=learns, **options)
         for index, task in enumerate(tasks):
             torch.manual_seed(self.options.seed + 1 + index)
             model.add_task(task, head=self.benchmark.head(task, model.num_features))
@@ -270,12 +272,12 @@ class MultiTask:
                 write_tensors(folder.base_path, model.base_state())
                 for task in tasks:
                     model.save_task(task, folder.task_path(task))
-            if any("score" in row for row in rows) and model.row.fixed is not None and not model.policies:
+            if any("score" in row for row in rows) and model.row.learns_policy and not model.policies:
                 Policy.of(model).write(folder.path / ("policy.json" if is_best else "latest.json"))
 
         def validate() -> tuple[dict[str, dict], float]:
             # While policies change, no running statistics are those of the way that a task goes.
-            with evaluating(model), batch_statistics(model, model.row.fixed is not None and not model.policies):
+            with evaluating(model), batch_statistics(model, model.row.learns_policy and not model.policies):
                 metrics = self.benchmark.evaluate(model, "val", self.accelerator, self.options.limit_batches)
             value = score(metrics)
             return {task: {"metrics": own, "score": value} for task, own in metrics.items()}, value
@@ -357,8 +359,8 @@ class MultiTask:
             example = self.benchmark.example().to(self.accelerator.device)
             validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
             return {
-                "tasks": metrics, "executed": rates, "own": own_units(model), **cost.beside_single(model, example),
-                "validation_score": validated,
+                "tasks": metrics, "executed": rates, "own": own_units(model), "own_weights": own_weights(model),
+                **cost.beside_single(model, example), "validation_score": validated,
             }  # fmt: skip
 
         tested = {stage: self._once(stage, measure) for stage in stages}
@@ -437,6 +439,11 @@ class MultiTask:
 def own_units(model: TaskModel) -> dict[str, list[float]]:
     """For each task 1.0 where a unit runs with weights of its own, else 0.0."""
     return {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
+
+
+def own_weights(model: TaskModel) -> dict[str, float]:
+    """For each task the number of weights of its own, norms included, ÷ that of the base."""
+    return {task: cost.accounting(model, task)["parameters"] / model.base_parameters for task in model.tasks}
 
 
 def _first(metrics: Mapping[str, float]) -> str:

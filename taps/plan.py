@@ -15,7 +15,7 @@ from taps.methods import METHODS, SETTLED, Phase
 from taps.recipe import Recipe
 
 #: the methods that first learn a policy and then train under it
-POLICY_METHODS = tuple(name for name, row in METHODS.items() if row.fixed is not None)
+POLICY_METHODS = tuple(name for name, row in METHODS.items() if row.learns_policy)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _recipe(options: Namespace, steps: int, seed: int, **changes) -> Recipe:
     """The optimiser of warm-up and retraining; its learning rate falls every ``decay_iterations`` steps."""
     weights = {} if options.task_weights is None else dict(options.task_weights)
     return Recipe(
-        penalty_weight=options.lam if options.method == "taps" else 1.0,
+        penalty_weight=options.lam if options.method in ("taps", "sparse_delta") else 1.0,
         optimizer=options.optimizer,
         lr=options.lr,
         base_lr=options.base_lr,
@@ -157,6 +157,33 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     return Plan(tuple(phases), batches, recipe)
 
 
+def delta_plan(options: Namespace, seed: int) -> Plan:
+    """The three steps of a sub-task of efficient computation sharing: gates on single weights, the weights that they leave, and
+    these again while activations are pulled to the base's."""
+    steps = min(options.eval_iterations, options.iterations)
+
+    def epochs(iterations: int) -> int:
+        return math.ceil(iterations / steps)
+
+    phases = (
+        Phase("gates", epochs(options.iterations)),
+        Phase(
+            "support", epochs(options.retrain_iterations), penalty=0.0, trains=SETTLED, optimizer="support", start="fix",
+            competes=not options.pull_iterations,
+        ),
+        Phase(
+            "activations", epochs(options.pull_iterations), penalty=0.0, trains=SETTLED, optimizer="support",
+            pull=options.pull,
+        ),
+    )  # fmt: skip
+    phases = tuple(phase for phase in phases if phase.epochs > 0)
+    total = int(sum(phase.epochs for phase in phases))
+    others = {"support": _recipe(options, steps, seed, epochs=total)}
+    # The penalty's gradient at a single gate is far below the term that Adam adds to its denominators.
+    recipe = _recipe(options, steps, seed, epochs=total, plan=phases, others=others, gate_epsilon=1e-15)
+    return Plan(phases, {"train": steps}, recipe)
+
+
 def weights_plan(options: Namespace, sizes: dict[str, int], seed: int) -> Plan:
     """Training under a given policy, or without one: one phase in which everything learns.
 
@@ -168,6 +195,8 @@ def weights_plan(options: Namespace, sizes: dict[str, int], seed: int) -> Plan:
         weight_steps, policy_steps = cycle_steps(options, sizes)
         cycles = max(options.iterations - options.warmup_iterations, 0) // (weight_steps + policy_steps)
         total += options.warmup_iterations + cycles * weight_steps
+    if options.method == "sparse_delta":
+        total += options.iterations + options.pull_iterations
     epochs, steps = _segments(total, options.eval_iterations)
     settle = 0
     row = METHODS.get(options.method)

@@ -11,13 +11,14 @@ from __future__ import annotations
 #: what all of the published configurations have in common
 _COMMON = {
     "pretrained": False, "output_stride": 8, "channels": None, "crop": None, "head_width": 1024, "head_rates": (6, 12, 18, 24),
-    "head_dropout": 0.5, "loss_at": "output", "norm": "follow", "batch_size": 16, "optimizer": "adam", "betas": (0.5, 0.999),
-    "wd": 1e-4, "decay": "step", "decay_iterations": 4000, "decay_rate": 0.5, "weights_optimizer": "sgd", "weights_lr": None,
+    "head_dropout": 0.5, "patch_size": None, "loss_at": "output", "norm": "follow", "batch_size": 16, "optimizer": "adam",
+    "betas": (0.5, 0.999), "wd": 1e-4, "decay": "step", "decay_iterations": 4000, "decay_rate": 0.5,
+    "weights_optimizer": "sgd", "weights_lr": None,
     "policy_lr": 0.01, "policy_wd": 5e-4, "iterations": 20000, "warmup_iterations": 4000, "retrain_iterations": 20000,
     "weight_iterations": None, "policy_iterations": None, "eval_iterations": 400, "init_temperature": 5.0,
     "temperature_decay": 0.965, "curriculum_speed": 3, "retrain_from": "scratch", "settle_iterations": 0,
     "exp_ids": tuple(range(8)), "target_weight": 25.0,
-    "policy_fraction": 0.2, "val_fraction": 0.1, "input_size": 224, "task_weights": {}, "lam": 1.0, "num_class": 19,
+    "sample": True, "policy_fraction": 0.2, "val_fraction": 0.1, "input_size": 224, "task_weights": {}, "lam": 1.0, "num_class": 19,
     "single_task": None, "hours": 170, "causal": True, "positive_weights": {},
 }  # fmt: skip
 
@@ -100,7 +101,21 @@ _AUTOMTL: dict[str | tuple[str, bool], dict] = {
     },
     "scenes": {
         "norm": "follow", "iterations": 262, "warmup_iterations": 100, "retrain_iterations": 180, "weight_iterations": 12,
-        "policy_iterations": 6, "weights_lr": None, "preference_weight": 0.002,
+        "policy_iterations": 6, "weights_lr": None, "preference_weight": 0.002, "sample": False,
+    },
+}  # fmt: skip
+
+#: efficient computation sharing (its program for PASCAL-Context); λ is its 5e-8 times the weights of a ViT-B, learning rates
+#: and steps are those that suit a network of the benchmark's size
+_SPARSE_DELTA: dict[str | tuple[str, bool], dict] = {
+    "": {
+        "norm": "task", "base_task": None, "density": 0.02, "lam": 4.3, "score_lr": 0.1, "pull": 0.1, "optimizer": "adamw",
+        "betas": (0.9, 0.999), "decay": "cosine", "iterations": 20_000, "retrain_iterations": 20_000, "pull_iterations": 5_000,
+        "warmup_iterations": 0, "retrain_from": "policy", "exp_ids": (0,), "single_task": "measure",
+    },
+    "scenes": {
+        "model_type": "vit_tiny_patch16_224", "patch_size": 8, "channels": None, "lr": 1e-3, "base_lr": 1e-3,
+        "iterations": 240, "retrain_iterations": 240, "pull_iterations": 60, "batch_size": 16,
     },
 }  # fmt: skip
 
@@ -134,7 +149,7 @@ def preset(benchmark: str, tasks: int | None, method: str, generated: bool = Fal
     values = {**_COMMON, **_OWN[benchmark, count], **(_GENERATED.get(benchmark, {}) if generated else {})}
     if method == "taps":
         values["norm"] = "task"
-    own = {"dynashare": _DYNASHARE, "automtl": _AUTOMTL}.get(method, {})
+    own = {"dynashare": _DYNASHARE, "automtl": _AUTOMTL, "sparse_delta": _SPARSE_DELTA}.get(method, {})
     for key in ("", (benchmark, generated) if (benchmark, generated) in own else benchmark):
         values.update(own.get(key, {}))
     return values

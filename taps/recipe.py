@@ -35,6 +35,7 @@ class Recipe:
         momentum: of sgd and nag.
         weight_decay: on deltas and heads (and the weights of a base that learns too); never on norms.
         gate_weight_decay: on gates.
+        gate_epsilon: ε of adam and adamw for gates.
         betas: of adam and adamw.
         decay: how the learning rate falls from epoch to epoch: with a ``"cosine"``, in a ``"step"`` every ``decay_epochs``
             by the factor ``decay_rate``, or it stays ``"constant"``.
@@ -64,6 +65,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     gate_weight_decay: float = 0.0
+    gate_epsilon: float = 1e-8
     betas: tuple[float, float] = (0.9, 0.999)
     decay: str = "cosine"
     decay_epochs: float = 1.0
@@ -141,4 +143,6 @@ def make_optimizer(
         nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    for group in groups:
+        group["eps"] = recipe.gate_epsilon if group["role"] == "gate" else 1e-8
     return kind(groups, lr=recipe.lr, betas=recipe.betas)

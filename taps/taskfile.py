@@ -2,7 +2,7 @@
 
 Tensors of ``task.safetensors``:
 
-- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; where it is stored in fewer bytes
+- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; where it is mostly zeros, or stored in fewer bytes
   (:mod:`taps.encoding`, ``encodings`` in ``task.json``) those bytes;
 - ``gate/<name>``: the gates' tensors of that name (for TAPS ``score``), all units in network order, concatenated;
 - ``norm/<name>``: the task's norms' tensors of that name (``weight``, ``bias``, ``running_mean``, …), concatenated in
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from taps.cost import accounting, norm_tensors
-from taps.encoding import ENCODINGS, encode
+from taps.encoding import ENCODINGS, encode, encode_as, is_sparse
 from taps.errors import UserError
 from taps.files import read_json, read_tensors, write_json, write_tensors
 
@@ -60,6 +60,8 @@ def save(
             deltas = unit.deltas[task]
             for name in unit.parameter_names:
                 key, held = f"delta/{unit.name}/{name}", deltas.stored(name)
+                if held is None and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32:
+                    held = ("sparse32", encode_as("sparse32", deltas[name]))  # exact
                 tensors[key] = deltas[name] if held is None else held[1]
                 encodings.update({} if held is None else {key: held[0]})
     tensors.update(_pack("gate", [unit.gates[task].state_dict() for unit in model.units]))

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from taps import budget, checkpoint
+from taps import budget, checkpoint, support
+from taps.activations import beside_base
 from taps.cost import is_tuned
 from taps.data.images import mix_seed
 from taps.errors import DivergedError
@@ -279,9 +280,12 @@ class _Run:
     def _begin(self, phase: Phase) -> None:
         """What is done once when a phase begins; deltas that no gate can ask for any more are dropped."""
         self.progress.started += 1
-        starts = {"choose": budget.keep_within, "round": budget.hold_within}
         for task in self.tasks if phase.start else ():
-            starts[phase.start](self.model, task, self.recipe.budget)
+            if phase.start == "fix":
+                support.fix_support(self.model, task)
+            else:
+                choose = {"choose": budget.keep_within, "round": budget.hold_within}[phase.start]
+                choose(self.model, task, self.recipe.budget)
         if not any("gate" in later.trains for later in self.phases[self.phases.index(phase) :]):
             for unit in self.model.units:
                 for task in self.tasks:
@@ -337,9 +341,10 @@ class _Run:
         for index, (x, call, labels) in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last or by_hand else self.accelerator.no_sync(self.parallel):
-                with self.accelerator.autocast() if by_hand else nullcontext():
+                precision = self.accelerator.autocast() if by_hand or phase.pull else nullcontext()
+                with precision, beside_base(self.model, x) if phase.pull else nullcontext() as gap:
                     output = forward(x, **call)
-                loss = torch.zeros((), device=x.device)
+                loss = phase.pull * gap.value() if phase.pull else torch.zeros((), device=x.device)
                 for task, own, targets in _by_task(output, call, labels):
                     loss = loss + self._task_loss(task, own, targets, weight) * (
                         len(self.tasks) * len(targets) / images

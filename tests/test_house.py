@@ -16,9 +16,12 @@ LAYERS = {
     "mixed": ("errors", "gates", "layer"), "branches": ("errors", "gates"),
     "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
     "blocks": ("adapt", "errors"), "skips": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
+    "sparse": ("adapt", "errors", "gates"), "support": ("model", "sparse"), "activations": ("gates", "layer", "model"),
+    "reuse": ("activations", "cost", "errors", "gates", "layer", "model"),
+    "sub_tasks": ("errors", "files", "model", "mtl", "plan"),
     "automtl": ("adapt", "adashare", "errors", "gates"),
     "dynashare": ("adapt", "adashare", "errors", "gates", "layer"),
-    "methods": ("adapt", "adashare", "automtl", "blocks", "dynashare", "gates", "skips"),
+    "methods": ("adapt", "adashare", "automtl", "blocks", "dynashare", "gates", "skips", "sparse"),
     "files": ("errors",), "backbones": ("errors", "files"), "cost": ("layer",),
     "encoding": (), "taskfile": ("cost", "encoding", "errors", "files"), "library": ("cost", "errors", "taskfile"),
     "tasks": ("arguments", "commands", "library"), "arguments": (),
@@ -27,7 +30,8 @@ LAYERS = {
               "together"),
     "checkpoint": ("errors", "files"),
     "recipe": ("errors", "methods", "model"), "signals": (), "metrics": ("layer", "model"),
-    "train": ("budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals"),
+    "train": ("activations", "budget", "checkpoint", "cost", "data", "errors", "methods", "model", "recipe", "signals",
+              "support"),
     "results": ("cost", "errors", "files", "library", "taskfile"), "plots": ("cost", "files"),
     "commands": ("backbones", "data", "errors", "files", "model", "results", "signals"),
     "experiment": ("budget", "certificate", "checkpoint", "commands", "data", "errors", "files", "layer", "metrics", "model",
@@ -112,6 +116,7 @@ def test_every_option_is_read():
         "taps/benchmarks/volumes.py",
         "taps/mtl.py",
         "taps/plan.py",
+        "taps/sub_tasks.py",
     )
     of_methods = {name for row in METHODS.values() for name in row.options}  # which are handed on by name
     source = "".join((ROOT / name).read_text() for name in names)

@@ -55,8 +55,9 @@ class DenseBenchmark(SharedBenchmark):
         options = self.options
         torch.manual_seed(options.seed)
         return create_dense_backbone(
-            options.model_type, options.pretrained, options.model_path, options.output_stride, options.channels, size
-        )
+            options.model_type, options.pretrained, options.model_path, options.output_stride, options.channels, size,
+            options.patch_size,
+        )  # fmt: skip
 
     def head(self, task: str, features: int) -> nn.Module:
         options = self.options

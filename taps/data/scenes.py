@@ -2,8 +2,8 @@
 
 A room has a floor, a ceiling and walls, and holds spheres, boxes, cylinders and cones of random colours, sizes and textures
 under a random light; the back wall may have an opening, behind which nothing is labelled. Shapes are classes, colours and
-textures say nothing. The camera stands in the origin; x points right, y up, z into the room. ``python -m taps.data.scenes
-FOLDER`` writes one, in the layout that :mod:`taps.data.formatted` reads:
+textures say nothing. The camera stands in the origin, or moves (:func:`clip`); x points right, y up, z into the room.
+``python -m taps.data.scenes FOLDER`` writes one, in the layout that :mod:`taps.data.formatted` reads:
 
     scenes.json                      train (train1 + train2), val, test: [img, seg, normal, depth, edge, keypoint]
     img/0001.png                     uint8 RGB
@@ -17,7 +17,7 @@ FOLDER`` writes one, in the layout that :mod:`taps.data.formatted` reads:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,7 +59,8 @@ class Recipe:
 class _View:
     """What the rays of a camera have hit so far."""
 
-    def __init__(self, height: int, width: int) -> None:
+    def __init__(self, height: int, width: int, camera: np.ndarray) -> None:
+        self.camera = camera
         across, down = np.meshgrid((np.arange(width) + 0.5) / width * 2 - 1, (np.arange(height) + 0.5) / height * 2 - 1)
         self.field = 0.75  # tangent of half the field of view
         self.rays = np.stack(
@@ -78,7 +79,7 @@ class _View:
         if nearer.any():
             self.depth[nearer], self.kind[nearer], self.instance[nearer] = depth[nearer], kind, instance
             self.normal[nearer] = np.broadcast_to(normal, self.normal.shape)[nearer]
-            self.colour[nearer] = colour(self.rays[nearer] * depth[nearer, None])
+            self.colour[nearer] = colour(self.rays[nearer] * depth[nearer, None] + self.camera)
 
 
 def _texture(random: np.random.Generator, strength: float):
@@ -163,19 +164,28 @@ def _round(view: _View, foot: np.ndarray, radius: float, height: float, slope: f
         _plane(view, (0, normal, 0), normal * (foot[1] + level), kind, instance, colour, inside)
 
 
-def render(random: np.random.Generator, size: tuple[int, int], difficulty: float) -> dict[str, np.ndarray]:
+def render(
+    random: np.random.Generator,
+    size: tuple[int, int],
+    difficulty: float,
+    camera: Sequence[float] = (0.0, 0.0, 0.0),
+    noise: np.random.Generator | None = None,
+) -> dict[str, np.ndarray]:
     """One scene.
 
     Args:
         random: chooses everything.
         size: (H, W).
         difficulty: 0..1.
+        camera: where it stands, in metres.
+        noise: chooses the noise of the sensor instead.
 
     Returns:
         ``image`` (H, W, 3) uint8; ``semseg`` (H, W) uint8; ``normals`` (H, W, 3), unit vectors or NaN; ``depth`` (H, W) in
         metres, 0 for nothing; ``edges`` and ``keypoints`` (H, W) in 0..1.
     """
-    view = _View(*size)
+    place = np.asarray(camera, float)
+    view = _View(*size, place)
     strength = 0.2 + 0.8 * difficulty
     floor, ceiling = -random.uniform(0.9, 1.6), random.uniform(0.8, 1.5)
     back, left, right = random.uniform(4.5, 8.0), -random.uniform(1.8, 3.5), random.uniform(1.8, 3.5)
@@ -186,28 +196,29 @@ def render(random: np.random.Generator, size: tuple[int, int], difficulty: float
     walls = _texture(random, strength)
 
     def within(points: np.ndarray) -> np.ndarray:
-        return points[:, 2] <= back
+        return points[:, 2] <= back - place[2]
 
-    _plane(view, (0, 1, 0), floor, _FLOOR, 0, _texture(random, strength), within)
-    _plane(view, (0, -1, 0), -ceiling, _CEILING, 1, _texture(random, 0.2 * strength), within)
+    _plane(view, (0, 1, 0), floor - place[1], _FLOOR, 0, _texture(random, strength), within)
+    _plane(view, (0, -1, 0), place[1] - ceiling, _CEILING, 1, _texture(random, 0.2 * strength), within)
 
     def closed(points: np.ndarray) -> np.ndarray:
         if opening is None:
             return np.ones(len(points), bool)
+        points = points + place
         through = (points[:, 0] > opening[0]) & (points[:, 0] < opening[1]) & (points[:, 1] < opening[2])
         return ~through
 
-    _plane(view, (0, 0, -1), -back, _WALL, 2, walls, closed)
-    _plane(view, (1, 0, 0), left, _WALL, 3, walls, within)
-    _plane(view, (-1, 0, 0), -right, _WALL, 4, walls, within)
-    corners = [np.array([x, y, back]) for x in (left, right) for y in (floor, ceiling)]
+    _plane(view, (0, 0, -1), place[2] - back, _WALL, 2, walls, closed)
+    _plane(view, (1, 0, 0), left - place[0], _WALL, 3, walls, within)
+    _plane(view, (-1, 0, 0), place[0] - right, _WALL, 4, walls, within)
+    corners = [np.array([x, y, back]) - place for x in (left, right) for y in (floor, ceiling)]
     count = 2 + int(random.integers(0, 2 + round(5 * difficulty)))
     for instance in range(10, 10 + count):
         kind = int(random.integers(_SPHERE, _CONE + 1))
         radius, height = random.uniform(0.2, 0.55), random.uniform(0.4, 1.3)
         z = random.uniform(1.8, back - 0.6)
         reach = min(z * view.field, right - 0.6, -left - 0.6)
-        foot = np.array([random.uniform(-reach, reach), floor, z])
+        foot = np.array([random.uniform(-reach, reach), floor, z]) - place
         colour = _texture(random, strength)
         if kind == _SPHERE:
             _sphere(view, foot + np.array([0, radius, 0]), radius, instance, colour)
@@ -229,7 +240,7 @@ def render(random: np.random.Generator, size: tuple[int, int], difficulty: float
     facing = np.where((view.normal * view.rays).sum(1, keepdims=True) > 0, -1.0, 1.0)
     normal = view.normal * facing
     return {
-        "image": _shade(view, normal, seen, random, difficulty),
+        "image": _shade(view, normal, seen, random, difficulty, noise or random),
         "semseg": view.kind.reshape(size).astype(np.uint8),
         "normals": np.where(seen[:, None], normal, np.nan).reshape(*size, 3).astype(np.float32),
         "depth": np.where(seen, view.depth, 0.0).reshape(size).astype(np.float32),
@@ -238,16 +249,23 @@ def render(random: np.random.Generator, size: tuple[int, int], difficulty: float
     }
 
 
-def _shade(view: _View, normal: np.ndarray, seen: np.ndarray, random: np.random.Generator, difficulty: float):
+def _shade(
+    view: _View,
+    normal: np.ndarray,
+    seen: np.ndarray,
+    random: np.random.Generator,
+    difficulty: float,
+    noise: np.random.Generator,
+):
     """Lambert's law for a point light, an ambient part, distance fog through the opening, and noise of the sensor."""
-    light = np.array([random.uniform(-1.5, 1.5), random.uniform(0.2, 0.9), random.uniform(0.0, 3.0)])
+    light = np.array([random.uniform(-1.5, 1.5), random.uniform(0.2, 0.9), random.uniform(0.0, 3.0)]) - view.camera
     towards = light - view.rays * np.where(seen, view.depth, 1.0)[:, None]
     towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-9)
     ambient = random.uniform(0.35, 0.6) - 0.2 * difficulty
     brightness = ambient + (1 - ambient) * np.clip((normal * towards).sum(1), 0, 1)
     sky = random.uniform(0.5, 1.0, 3)
     colours = np.where(seen[:, None], view.colour * brightness[:, None], sky)
-    colours = colours * random.uniform(0.7, 1.2) + random.normal(0, 0.01 + 0.05 * difficulty, colours.shape)
+    colours = colours * random.uniform(0.7, 1.2) + noise.normal(0, 0.01 + 0.05 * difficulty, colours.shape)
     return (np.clip(colours, 0, 1) * 255).round().astype(np.uint8).reshape(*view.shape, 3)
 
 
@@ -286,6 +304,24 @@ def _keypoints(view: _View, corners: Sequence[np.ndarray]) -> np.ndarray:
         if np.abs(around - corner[2]).min() < 0.04 * corner[2]:
             heat = np.maximum(heat, np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * sigma**2)))
     return heat.astype(np.float32)
+
+
+def clip(
+    seed: int, frames: int, size: tuple[int, int] = (64, 64), difficulty: float = 0.5, speed: float = 0.02
+) -> Iterator[dict[str, np.ndarray]]:
+    """The frames of a video: one scene, seen by a camera that moves evenly in a random direction.
+
+    Args:
+        seed: of the scene, the direction and the sensor.
+        frames: how many.
+        size, difficulty: as in :func:`render`.
+        speed: metres a frame.
+    """
+    random = np.random.default_rng((seed, 1))
+    direction = random.uniform(-1, 1, 3) * (1.0, 0.3, 1.0)
+    direction *= speed / np.linalg.norm(direction)
+    for number in range(frames):
+        yield render(np.random.default_rng(seed), size, difficulty, direction * number, random)
 
 
 def make_scenes(root: Path, recipe: Recipe | None = None) -> None:

@@ -1,0 +1,96 @@
+"""Sub-tasks of a base task (efficient computation sharing): a run of :mod:`taps.mtl` whose tasks are added one by one.
+
+single_task/<base task>/   the base task's network, on which the others are built
+single_task/<task>/        full fine-tuning of all of its weights, the reference of Δ_T where it is measured
+sub_task_000/<task>/       the sparse delta of one task, trained with seed 0
+retrain_000/               the base and all of its tasks, ready to be used and tested
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from taps.errors import UserError, unknown
+from taps.files import read_json, read_tensors, write_json, write_tensors
+from taps.model import TaskModel
+from taps.mtl import MultiTask
+from taps.plan import delta_plan, weights_plan
+
+
+class SubTasks(MultiTask):
+    """One run of efficient computation sharing."""
+
+    @property
+    def base_task(self) -> str:
+        return self.options.base_task or self.benchmark.tasks[0]
+
+    @property
+    def sub_tasks(self) -> list[str]:
+        return [task for task in self.benchmark.tasks if task != self.base_task]
+
+    def check(self) -> None:
+        tasks = self.benchmark.tasks
+        if self.base_task not in tasks:
+            raise unknown("task in --base_task", self.base_task, tasks, "it has to be among --tasks")
+        if not self.sub_tasks:
+            raise UserError(f"{self.base_task} is the only task; name others in --tasks that are built on it")
+        super().check()
+
+    def base(self) -> str:
+        """The stage of the base task's network."""
+        return f"single_task/{self.base_task}"
+
+    def train(self) -> None:
+        self._announce(self.model(()))
+        if "retrain" not in self.options.phases:
+            return
+        alone = Namespace(**{**vars(self.options), "method": "single_task"})
+        if not self._is_trained(self.base()):
+            plan = weights_plan(alone, self.sizes, self.options.seed)
+            self._fit(self.base(), self.model([self.base_task], "hard_sharing"), plan, [self.base_task])
+        for task in self.sub_tasks if self.options.single_task == "measure" else ():
+            stage = f"single_task/{task}"
+            if not self._is_trained(stage):
+                model = self._on_base(self.model([task], "hard_sharing"))
+                self._fit(stage, model, weights_plan(self.options, self.sizes, self.options.seed), [task])
+        for number in self.options.exp_ids:
+            for task in self.sub_tasks:
+                stage = f"sub_task_{number:03d}/{task}"
+                if not self._is_trained(stage):
+                    plan = delta_plan(self.options, self.options.seed + number)
+                    self._fit(stage, self._on_base(self.model([task])), plan, [task])
+            self._gather(number)
+            self.accelerator.wait_for_everyone()
+
+    def _on_base(self, model: TaskModel) -> TaskModel:
+        """A model with the base task's weights in it, and its tasks' norms as the base's."""
+        model.load_base(read_tensors(self.folder.path / self.base() / "base.safetensors"))
+        for norm in model.task_norms:
+            for task in list(norm.norms):
+                norm.add_task(task)
+        return model.to(self.accelerator.device)
+
+    def _gather(self, number: int) -> None:
+        """Put the base and what its sub-tasks have learned into one stage."""
+        stage = self.folder.path / f"retrain_{number:03d}"
+        if (stage / "trained.json").is_file() or not self.accelerator.is_main_process:
+            return
+        parts = {task: self.folder.path / f"sub_task_{number:03d}" / task for task in self.sub_tasks}
+        model = self._on_base(self.model([]))
+        self._add_base_task(model)
+        for task, part in parts.items():
+            model.load_task(part / task, head=self.benchmark.head(task, model.num_features))
+        write_tensors(stage / "base.safetensors", model.base_state())
+        for task in self.benchmark.tasks:
+            model.save_task(task, stage / task)
+        trained = [read_json(part / "trained.json") for part in parts.values()]
+        score = sum(row["validation_score"] for row in trained) / len(trained)
+        write_json(stage / "trained.json", {"seconds": 0.0, "validation_score": score})
+
+    def _add_base_task(self, model: TaskModel) -> None:
+        """The base task: the base itself, with the head that was trained with it."""
+        plain = self.stored(self.base(), [self.base_task], "hard_sharing")
+        model.add_task(self.base_task, head=plain.heads[self.base_task])
+        model.follow({self.base_task: [1.0] * len(model.units)})
+        for norm in model.task_norms:
+            norm.remove_task(self.base_task)

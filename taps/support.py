@@ -1,0 +1,64 @@
+"""Which weights of a network a task changes: decided once, from learned gates or from a number of weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taps.model import TaskModel
+from taps.sparse import HardConcreteGate
+
+
+@torch.no_grad()
+def fix_support(model: TaskModel, task: str, density: float | None = None) -> int:
+    """Fix a task's support and fold its gates into its deltas: δ ← z̄ · δ inside of it and 0 outside.
+
+    Weights whose gates are open stay the task's own; where these are more than the density allows, those with the largest
+    z̄ · abs(δ), whole rows by their root mean square where gates are rows'.
+
+    Args:
+        model: of a method with a gate for every weight.
+        task: its name.
+        density: share of the base's parameters that deltas and the task's own norms may have together, 0..1; ``None``: that
+            of the method's options, where 1 is as many as stay open.
+
+    Returns:
+        Number of weights in the support.
+    """
+    density = model.options["density"] if density is None else density
+    changes = []  # of every group of weights that share a gate: unit, parameter, size of the change of one, weights of one
+    for unit in model.units:
+        gate = unit.gates[task]
+        if not isinstance(gate, HardConcreteGate) or gate.is_fixed:
+            continue
+        middle = gate.middle()
+        for name in unit.parameter_names:
+            delta = unit.deltas[task][name]
+            delta.mul_(middle[name])
+            each = delta.numel() // middle[name].numel()
+            size = delta.square().reshape(middle[name].numel(), each).mean(1).sqrt()
+            changes.append((unit, name, size, each, middle[name]))
+    level = _level(model, task, density, changes)
+    total = 0
+    masks: dict[int, dict[str, Tensor]] = {}
+    for unit, name, size, _, middle in changes:
+        mask = (size > level).view(middle.shape).expand(unit.deltas[task][name].shape)
+        unit.deltas[task][name].mul_(mask)
+        masks.setdefault(id(unit), {})[name] = mask
+        total += int(mask.sum())
+    for unit in model.units:
+        if id(unit) in masks:
+            unit.gates[task].fix(masks[id(unit)])
+    model.policies[task] = tuple((1.0, unit.gates[task].decide().specific) for unit in model.units)
+    return total
+
+
+def _level(model: TaskModel, task: str, density: float, changes: list) -> float:
+    """The size of change above which weights are the task's own, so that they are no more than the density allows."""
+    norms = sum(p.numel() for norm in model.task_norms if task in norm.norms for p in norm.norms[task].parameters())
+    allowed = density * model.base_parameters - norms
+    size = torch.cat([size for _, _, size, _, _ in changes])
+    each = torch.cat([torch.full_like(size, count) for _, _, size, count, _ in changes])
+    order = size.argsort(descending=True)
+    kept = int((each[order].double().cumsum(0) <= allowed).sum())
+    return float(size[order[kept]]) if kept < len(order) else 0.0
