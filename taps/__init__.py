@@ -10,11 +10,29 @@ torch.Size([1, 345])
 20
 """
 
+from importlib import import_module
+
 from taps.backbones import create_backbone
 from taps.errors import UserError
 from taps.gates import ConstantGate, Decision, Gate, State, ThresholdGate
 from taps.methods import METHODS, Method, Phase
 from taps.model import TaskModel, adapt
+
+#: names whose modules need time to import, and are imported when they are first used
+_LATER = {
+    "Policy": "policy",
+    "PolicyTrainer": "trainer",
+    "Reuse": "reuse",
+    "VideoReuse": "reuse",
+    "fix_support": "support",
+}
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(import_module(f"taps.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'taps' has no attribute {name!r}")
+
 
 __version__ = "0.5.0"
 __all__ = [
@@ -24,10 +42,15 @@ __all__ = [
     "Gate",
     "Method",
     "Phase",
+    "Policy",
+    "PolicyTrainer",
+    "Reuse",
     "State",
     "TaskModel",
     "ThresholdGate",
     "UserError",
+    "VideoReuse",
     "adapt",
     "create_backbone",
+    "fix_support",
 ]

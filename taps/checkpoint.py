@@ -60,6 +60,7 @@ def save(
         "optimizer": numbers,
         "scaler": scaler,
         "processes": accelerator.num_processes,
+        "policies": {task: model.policies[task] for task in tasks if task in model.policies},
         "base": None if model.train_base else model.fingerprint(),
         "encodings": {
             f"{task}/{unit.name}": unit.deltas[task].encodings
@@ -151,6 +152,8 @@ def restore(
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+    for task, policy in record.get("policies", {}).items():
+        model.policies[task] = tuple(map(tuple, policy))
     states: dict[str, dict[int, dict]] = {key: {} for key in optimizers}
     stored = {
         name.removeprefix("optimizer/"): tensor for name, tensor in tensors.items() if name.startswith("optimizer/")

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from taps.encoding import decode
+from taps.encoding import decode, kept
 
 #: layers whose output is linear in their parameters; not their subclasses, which may standardise weights first
 _LINEAR_IN_PARAMETERS = frozenset(
@@ -134,6 +134,15 @@ class Deltas(nn.Module):
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self.get_submodule(name).delta
+
+    def count(self) -> int:
+        """Number of weights; of a delta that is held as positions and values, that of these."""
+        total = 0
+        for name, parameter in self.named_parameters():
+            name = name.removesuffix(".delta")
+            encoding = self.encodings.get(name, "")
+            total += kept(self.get_submodule(name).stored) if encoding.startswith("sparse") else parameter.numel()
+        return total
 
     @torch.no_grad()
     def hold(self, name: str, encoding: str, stored: Tensor) -> None:

@@ -206,6 +206,11 @@ def _decode_sparse(kind: torch.dtype) -> Callable[[Tensor, torch.Size], Tensor]:
     return decode
 
 
+def kept(stored: Tensor) -> int:
+    """Number of values of a sparse encoding."""
+    return int(stored[:4].cpu().numpy().view("<u4")[0])
+
+
 def is_sparse(delta: Tensor) -> bool:
     """Whether a delta is stored exactly in fewer bytes by where it is not zero."""
     return 2 * int(delta.count_nonzero()) < delta.numel()

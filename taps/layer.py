@@ -159,6 +159,13 @@ class GatedUnit(TaskModule):
         if gate.needs_delta if with_deltas is None else with_deltas:
             self.deltas[task] = Deltas(self.base_parameters(), values).train(self.training)
 
+    def own(self, task: str) -> int:
+        """How many of the unit's parameters are the task's own, by its gate and by what its deltas hold."""
+        if not self.parameter_names:
+            return 0
+        count = self.gates[task].own(self.size)
+        return min(count, self.deltas[task].count()) if count and task in self.deltas else count
+
     def change_gate(self, task: str, gate: Gate) -> None:
         """Give the task another gate; its deltas stay where that can ask for them, and start at zero where there were none."""
         held = self.deltas.get(task)

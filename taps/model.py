@@ -393,7 +393,7 @@ class TaskModel(nn.Module):
                     "score": float(score.detach()) if isinstance(score, Tensor) and score.numel() == 1 else None,
                     "run": _mean(decision.run),
                     "specific": _mean(decision.specific),
-                    "own": gate.own(unit.size) if unit.parameter_names else 0,
+                    "own": unit.own(task),
                 }
             )
         return rows

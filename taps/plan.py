@@ -88,6 +88,24 @@ def cycle_steps(options: Namespace, sizes: dict[str, int]) -> tuple[int, int]:
     return weights, options.policy_iterations or max(sizes["policy"] // options.batch_size, 1)
 
 
+def warm_up(options: Namespace) -> tuple[Phase, int]:
+    """The phase before policies are learned, and its steps an epoch.
+
+    With a curriculum every block runs. Without one every choice takes part, all of them alike: the limit of high temperatures.
+    """
+    epochs, steps = _segments(options.warmup_iterations, options.eval_iterations)
+    curriculum = options.curriculum_speed > 0
+    start = {"opened": 0} if curriculum else {"temperature": math.inf}
+    return Phase("warm-up" if curriculum else "pre-train", epochs, penalty=0.0, trains=SETTLED, **start), steps
+
+
+def pretrain_plan(options: Namespace) -> Plan:
+    """Warm-up alone."""
+    phase, steps = warm_up(options)
+    recipe = _recipe(options, steps, options.seed, epochs=int(phase.epochs), plan=(phase,))
+    return Plan((phase,), {"train": steps}, recipe)
+
+
 def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     """Warm-up and policy learning.
 
@@ -114,10 +132,9 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     phases: list[Phase] = []
     epochs = 0
     if options.warmup_iterations:
-        epochs, batches["train"] = _segments(options.warmup_iterations, options.eval_iterations)
-        # Without a curriculum every choice takes part from the start, all of them alike: the limit of high temperatures.
-        start = {"opened": 0} if speed else {"temperature": math.inf}
-        phases.append(Phase("warm-up" if speed else "pre-train", epochs, penalty=0.0, trains=SETTLED, **start))
+        phase, batches["train"] = warm_up(options)
+        phases.append(phase)
+        epochs = int(phase.epochs)
     every = max(round(options.eval_iterations / each), 1)
     for cycle in range(cycles):
         opened = min(cycle // speed + 1, units) if speed else None

@@ -282,15 +282,33 @@ class Reuse:
                     product, inputs_of = calls[name]
                     setting.dense = _slower(product, inputs_of, setting.threshold, rounds)
 
-    def dense_macs(self, x: Tensor) -> dict[str, float]:
-        """Multiplications a sample of each task's merged network, those of attention included, and of the last call's path."""
+    @torch.no_grad()
+    def beside_dense(self, x: Tensor, rounds: int = 5) -> dict[str, dict[str, float]]:
+        """What a sub-task takes, once the base has been computed, divided by what its merged network takes.
+
+        Returns:
+            By task ``macs``, multiplications with those of attention included, and ``time``, the median over ``rounds`` in
+            which both are run in turn on ``x``; heads are part of either.
+        """
         found = {}
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
+            kept: dict[str, Kept] = defaultdict(Kept)
+            self.run(self.base_task, x, record_into(kept))
             for task in self.tasks:
-                with self.model.state.running(task):
-                    whole = cost.macs(self.model.backbone, x) / len(x)
-                count = self.counts[task]
-                found[task] = {"dense": whole, "done": whole - (count.dense - count.done) / len(x)}
+                head, merged = self.model.heads[task], self.model.merge(task)
+
+                def reused(task=task, head=head) -> None:
+                    for one in kept.values():
+                        one.at = 0
+                    run_head(head, self.run(task, x, self._from_base(task, kept)))
+
+                reused()  # which prepares the products
+                count, whole = self.counts[task], cost.macs(merged, x)
+                ratios = [_seconds(reused, x) / _seconds(lambda merged=merged: merged(x), x) for _ in range(rounds)]
+                found[task] = {
+                    "macs": (whole - (count.dense - count.done)) / whole,
+                    "time": statistics.median(ratios),
+                }
         return found
 
 
@@ -318,18 +336,19 @@ def _threshold(distance: Tensor, base: Tensor, error: float) -> float:
 
 
 def _slower(product: Product, inputs: tuple[Tensor, Tensor, Tensor], threshold: float, rounds: int) -> bool:
-    """Whether reuse takes longer than the merged layer, in the median of measurements in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for list_of, function in zip(
-            times, (lambda: product.full(inputs[0]), lambda: product.reuse(*inputs, threshold)), strict=True
-        ):
-            started = time.perf_counter()
-            function()
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            list_of.append(time.perf_counter() - started)
-    return statistics.median(times[1]) > statistics.median(times[0])
+    """Whether reuse takes longer than the merged layer, in medians."""
+    whole = statistics.median(_seconds(lambda: product.full(inputs[0]), inputs[0]) for _ in range(rounds))
+    return (
+        statistics.median(_seconds(lambda: product.reuse(*inputs, threshold), inputs[0]) for _ in range(rounds)) > whole
+    )
+
+
+def _seconds(function: Callable, x: Tensor) -> float:
+    started = time.perf_counter()
+    function()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 class VideoReuse:

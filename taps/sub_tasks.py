@@ -8,13 +8,18 @@ retrain_000/               the base and all of its tasks, ready to be used and t
 
 from __future__ import annotations
 
-from argparse import Namespace
+from torch import Tensor
 
 from taps.errors import UserError, unknown
 from taps.files import read_json, read_tensors, write_json, write_tensors
 from taps.model import TaskModel
 from taps.mtl import MultiTask
 from taps.plan import delta_plan, weights_plan
+from taps.reuse import Reuse
+from taps.scores import relative_gain
+
+#: relative errors of the inputs of matrix products for which reuse is measured
+ERRORS = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
 class SubTasks(MultiTask):
@@ -44,9 +49,8 @@ class SubTasks(MultiTask):
         self._announce(self.model(()))
         if "retrain" not in self.options.phases:
             return
-        alone = Namespace(**{**vars(self.options), "method": "single_task"})
         if not self._is_trained(self.base()):
-            plan = weights_plan(alone, self.sizes, self.options.seed)
+            plan = weights_plan(self.options, self.sizes, self.options.seed)
             self._fit(self.base(), self.model([self.base_task], "hard_sharing"), plan, [self.base_task])
         for task in self.sub_tasks if self.options.single_task == "measure" else ():
             stage = f"single_task/{task}"
@@ -94,3 +98,46 @@ class SubTasks(MultiTask):
         model.follow({self.base_task: [1.0] * len(model.units)})
         for norm in model.task_norms:
             norm.remove_task(self.base_task)
+
+    # -- reuse ---------------------------------------------------------------------------------------------------
+
+    def test(self) -> None:
+        super().test()
+        if self.accelerator.is_main_process and not (self.folder.path / "reuse.json").is_file():
+            self._measure_reuse(read_json(self.folder.path / "summary.json")["best"])
+
+    def _measure_reuse(self, stage: str) -> None:
+        """``reuse.json`` and its table: thresholds calibrated on validation images, quality measured on others of them."""
+        reuse = Reuse(self.stored(stage, self.benchmark.tasks), self.base_task, self.sub_tasks)
+        images = self.benchmark.example("val")
+        size = max(len(images) // 2, 2)
+        rows = []
+        for error in ERRORS:
+            reuse.calibrate([images[:size]], error)
+            metrics = self.benchmark.evaluate(_Reusing(reuse), "val", self.accelerator, self.options.limit_batches)
+            own = {task: metrics[task] for task in self.sub_tasks}
+            rows.append({"error": error, "tasks": own, "beside_merged": reuse.beside_dense(images)})
+        gains = {
+            error: {task: relative_gain(row["tasks"][task], rows[0]["tasks"][task]) for task in self.sub_tasks}
+            for error, row in zip(ERRORS, rows, strict=True)
+        }
+        write_json(self.folder.path / "reuse.json", {"stage": stage, "base_task": self.base_task, "rows": rows})
+        lines = ["sub-tasks computed from the base's activations, validation split, beside their merged networks:"]
+        for row in rows:
+            parts = [
+                f"{task} {gains[row['error']][task]:+.2f} % at {100 * own['macs']:.0f} % of the MACs, {100 * own['time']:.0f} % of "
+                "the time"
+                for task, own in row["beside_merged"].items()
+            ]
+            lines.append(f"  error {row['error']:g}: {'; '.join(parts)}")
+        self.accelerator.print("\n".join(lines))
+
+
+class _Reusing:
+    """Sub-tasks computed by reuse, in the place of a model."""
+
+    def __init__(self, reuse: Reuse) -> None:
+        self.reuse, self.tasks = reuse, [reuse.base_task, *reuse.tasks]
+
+    def __call__(self, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
+        return self.reuse(x)

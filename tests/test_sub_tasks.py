@@ -1,0 +1,151 @@
+"""``train_mtl.py`` with three choices a layer and with sparse deltas of a base task, as a user runs it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_mtl import ROOT, SMALL, same
+
+from taps.data.scenes import Recipe, make_scenes
+
+VIT = (
+    "--method", "sparse_delta", "--model_type", "test_vit", "--patch_size", 8, "--head_width", 4, "--head_rates", 1, "--crop", 32,
+    "--batch_size", 2, "--iterations", 4, "--retrain_iterations", 4, "--pull_iterations", 2, "--eval_iterations", 2,
+    "--device", "cpu", "--density", "5%", "--experiment_name", "run",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sub") / "scenes"
+    make_scenes(root, Recipe(size=(32, 32), train=12, val=4, test=3))
+    return root
+
+
+@pytest.fixture(scope="module")
+def complete(scenes, command, tmp_path_factory):
+    """A finished run of sparse deltas, and what it printed."""
+    folder = tmp_path_factory.mktemp("complete_sub")
+    return folder, command("train_mtl.py", "--dataset", scenes, *VIT, "--base_task", "normals", cwd=folder)
+
+
+def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
+    folder, done = complete
+    run = folder / "results/run"
+    names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
+    assert names == {
+        "settings.txt", "settings.json", "summary.json", "reuse.json", "single_task", "sub_task_000", "retrain_000",
+        "predictions.png",
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["single_task"]["normals"] == summary["tasks"]["normals"], "the base task is the base"
+    own = json.loads((run / "retrain_000/summary.json").read_text())["own_weights"]
+    assert own["normals"] == 0.0
+    assert all(0 < own[task] <= 0.05 for task in ("semseg", "depth"))
+    reuse = json.loads((run / "reuse.json").read_text())
+    assert [row["error"] for row in reuse["rows"]] == [0.0, 0.02, 0.05, 0.1, 0.2]
+    assert reuse["base_task"] == "normals"
+    assert "error 0.05: semseg" in done.stdout
+    description = json.loads((run / "retrain_000/depth/task.json").read_text())
+    assert set(description["encodings"].values()) == {"sparse32"}
+    base = load_file(run / "single_task/normals/base.safetensors")
+    assert all(
+        torch.equal(tensor, base[name]) for name, tensor in load_file(run / "retrain_000/base.safetensors").items()
+    )
+    phases = [json.loads(line)["phase"] for line in (run / "sub_task_000/depth/metrics.jsonl").read_text().splitlines()]
+    assert phases == ["gates", "gates", "support", "support", "activations"]
+
+
+@pytest.mark.parametrize("steps", [13, 32, 35, 38])
+def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, monkeypatch, steps):
+    taken = []
+    from taps import train
+
+    original = train._Run._step
+
+    def step(self, window, phase):
+        taken.append(1)
+        if len(taken) == steps:
+            self.stop.received = 15
+        return original(self, window, phase)
+
+    monkeypatch.setattr(train._Run, "_step", step)
+    arguments = ("--dataset", scenes, *VIT, "--base_task", "normals")
+    here("train_mtl.py", *arguments, check=143)
+    monkeypatch.setattr(train._Run, "_step", original)
+    here("train_mtl.py", *arguments, "--resume")
+    same(tmp_path / "results/run", complete[0] / "results/run")
+
+
+def test_every_layer_is_shared_owned_or_skipped(scenes, here, tmp_path):
+    done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--method", "automtl", "--curriculum_speed", 0, "--sample")
+    run = tmp_path / "results/run"
+    policy = json.loads((run / "retrain_001/policy.json").read_text())
+    row = policy["tasks"]["depth"]
+    assert len(policy["units"]) == len(row["own"]) == len(row["specific"]) == 13
+    assert "the policy is nearly uniform" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["own_units"] < 1
+    assert 0 < summary["executed_blocks"] < 1
+    assert (run / "policy.png").is_file()
+    phases = {json.loads(line)["phase"] for line in (run / "policy/metrics.jsonl").read_text().splitlines()}
+    assert phases == {"pre-train", "weights", "policy"}
+    scores = load_file(run / "retrain_001/depth/task.safetensors")
+    assert {name for name in scores if name.startswith("delta/")} == {
+        f"delta/{unit}/weight" for unit, own in zip(policy["units"], row["specific"], strict=True) if own
+    }
+
+
+def test_two_processes_agree_on_the_support(scenes, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys, json, os\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_mtl, taps.support, taps.train\n"
+        "fix = taps.support.fix_support\n"
+        "def note(model, task):\n"
+        "    count = fix(model, task)\n"
+        "    masks = [gate.support() for gate in model.gates(task)]\n"
+        "    where = [int(m.flatten().nonzero().sum()) for own in masks for m in own.values()]\n"
+        "    deltas = [float(d.double().sum()) for u in model.units for d in u.deltas[task].parameters()]\n"
+        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file:\n"
+        "        file.write(json.dumps([task, count, where, deltas]) + '\\n')\n"
+        "    return count\n"
+        "taps.support.fix_support = note\n"
+        "train_mtl.main(sys.argv[1:])\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    line += map(str, ("--dataset", scenes, *VIT, "--single_task", "none", "--phases", "retrain"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
+    assert first == second
+    assert len(first.splitlines()) == 2
+    assert all(math.isfinite(value) for value in json.loads(first.splitlines()[0])[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--base_task", "sky"), "unknown task in --base_task 'sky'"),
+        (("--base_task", "edges", "--tasks", "semseg", "depth"), "unknown task in --base_task 'edges'"),
+        (("--tasks", "semseg"), "semseg is the only task; name others in --tasks"),
+        (("--density", "0%"), "'0%' is not a share above 0 and up to 100%"),
+        (("--density", "101%"), "'101%' is not a share"),
+        (("--density", "much"), "'much' is not a share"),
+        (("--structure", "column"), "invalid choice: 'column'"),
+        (("--single_task", "none", "--phases", "test"), "holds no run"),
+    ],
+)
+def test_mistakes_are_one_line(scenes, here, tmp_path, arguments, message):
+    done = here("train_mtl.py", "--dataset", scenes, *VIT, *arguments, check=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.safetensors"))
