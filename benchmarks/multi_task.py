@@ -1,6 +1,6 @@
 """Quality of multi-task methods on Scenes: Δ_T and executed blocks of several seeds, from the commands a user types.
 
-    python benchmarks/multi_task.py                 # three seeds, about half an hour on two cores
+    python benchmarks/multi_task.py                 # three seeds, about forty minutes on two cores
 
 For each seed AdaShare with its single-task networks first; the other methods compare with the same networks and take as many
 weight steps.
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("adashare", "dynashare", "hard_sharing")
+METHODS = ("adashare", "dynashare", "automtl", "hard_sharing")
 
 
 def run(method: str, seed: int, folder: Path) -> dict:
