@@ -45,17 +45,20 @@ class DenseBenchmark(SharedBenchmark):
             step = max(len(samples) // _CHECKED, 1)
             sizes = set()
             for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
-                sizes.add(samples.read(index)["image"].shape[:2])
+                sizes.add(self.data.size_of(samples.read(index)["image"]))
             if split != "train" and len(sizes) > 1 and self.options.batch_size > 1:
                 raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
 
     def backbone(self) -> nn.Module:
-        crop = self.data.crop
-        size = (crop, crop) if isinstance(crop, int) else crop
         options = self.options
         torch.manual_seed(options.seed)
         return create_dense_backbone(
-            options.model_type, options.pretrained, options.model_path, options.output_stride, options.channels, size
+            options.model_type,
+            options.pretrained,
+            options.model_path,
+            options.output_stride,
+            options.channels,
+            self.data.crop_size,
         )
 
     def head(self, task: str, features: int) -> nn.Module:
