@@ -31,7 +31,7 @@ class ClassMetrics(Metric):
     A class takes part in the mean if it is labelled or predicted anywhere. Published: only if some pixel of it is right,
     so that a class that is always missed does no harm; and accuracy is the mean of the batches' accuracies, weighted by
     their images, for CityScapes with unlabelled pixels as wrong ones. Published for Taskonomy: ``cross_entropy`` alone,
-    the weighted loss.
+    the weighted loss. Published for PASCAL-Context and NYUDv2: the mean is over all classes, also those that are nowhere.
     """
 
     def __init__(self, task: Task, published: bool = False) -> None:
@@ -61,10 +61,11 @@ class ClassMetrics(Metric):
         matrix = self.confusion.compute().double()
         right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         union = labelled + predicted - right
-        counts = right > 0 if self.published else union > 0
-        miou = float((right[counts] / union[counts]).mean()) if counts.any() else 0.0
+        every = self.published and "every_class" in self.task.published
+        counts = torch.ones_like(union, dtype=torch.bool) if every else right > 0 if self.published else union > 0
+        miou = float((right[counts] / union[counts].clamp(min=1)).mean()) if counts.any() else 0.0
         accuracy = float(right.sum() / matrix.sum().clamp(min=1))
-        if self.published:
+        if self.published and not every:
             accuracy = float(self.accurate / self.images.clamp(min=1))
         return {"miou": 100 * miou, "pixel_accuracy": 100 * accuracy}
 
@@ -225,6 +226,7 @@ class SaliencyMetrics(Metric):
 
 def make_metric(task: Task, published: bool = False) -> Metric | Meter:
     """The metric of a task's kind."""
+    published = published and "exact" not in task.published
     if task.kind in METERS:
         return METERS[task.kind](task)
     if task.kind == "saliency":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taps.benchmarks.shared import _CHECKED, SharedBenchmark
+from taps.data.context import PROTOCOLS, open_protocol
 from taps.data.dense import DenseData, DenseSet
 from taps.data.formatted import ALIASES, layout_of, open_formatted
 from taps.data.scenes import make_scenes
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: where a benchmark's data is looked for, below the data root
-FOLDERS = {"nyuv2": "nyu_v2", "cityscapes": "cityscapes", "taskonomy": "taskonomy", "scenes": "scenes"}
+FOLDERS = {
+    "nyuv2": "nyu_v2",
+    "cityscapes": "cityscapes",
+    "taskonomy": "taskonomy",
+    "pascal_context": "PASCALContext",
+    "nyud": "NYUDv2",
+    "scenes": "scenes",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,8 @@ class DenseBenchmark(SharedBenchmark):
         )
 
     def match(self, output: Tensor, target: Tensor) -> Tensor:
-        return to_size(output, target.shape[-2:], "nearest" if self.options.metrics == "published" else "bilinear")
+        mode = self.data.published_resize if self.options.metrics == "published" else "bilinear"
+        return to_size(output, target.shape[-2:], mode)
 
     def shown(self, model: TaskModel, count: int = 3) -> list[dict]:
         samples = DenseSet(self.data, "test", False)
@@ -98,7 +107,10 @@ def open_dense(options: Namespace, accelerator: Accelerator) -> DenseBenchmark:
     if options.benchmark == "scenes" and not options.dataset:
         with accelerator.local_main_process_first():
             make_scenes(root)
-    data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
-    names = [ALIASES.get(name, name) for name in options.tasks] if options.tasks else list(data.tasks)
-    data = data.choose(list(dict.fromkeys(names)))
+    names = list(dict.fromkeys(ALIASES.get(name, name) for name in options.tasks or ()))
+    if options.benchmark in PROTOCOLS:
+        data = open_protocol(options.benchmark, root, names)
+    else:
+        data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
+        data = data.choose(names or list(data.tasks))
     return DenseBenchmark(replace(data, crop=options.crop) if options.crop else data, options)

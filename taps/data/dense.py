@@ -51,6 +51,7 @@ class DenseData(SharedData):
         varied: a task of classes and a share: a crop in which one class fills this share of the labelled pixels is drawn
             again, up to ten times; no effect where that task is not chosen.
         distort: change brightness, contrast, saturation and hue of training images at random.
+        published_resize: how the published programs scale predictions up to the labels: ``nearest`` or ``bilinear``.
         padded: bring images and labels of evaluation to at least the size of a crop too, with a border without labels.
     """
 
@@ -59,6 +60,7 @@ class DenseData(SharedData):
     zoom: tuple[float, float] = (1.0, 1.0)
     varied: tuple[str, float] | None = None
     distort: bool = False
+    published_resize: str = "nearest"
     padded: bool = False
 
     @property

@@ -31,7 +31,8 @@ class Task:
         channels: of the prediction: the number of classes or of yes-or-no questions, 3 for normals, else 1.
         class_weights: of the loss, one a class; ``None`` for equal ones.
         published: names of what the published programs measure of it, where that is not what is measured of its kind;
-            ``"void"`` where their pixel accuracy counts pixels without a label as wrong.
+            ``"void"`` where their pixel accuracy counts pixels without a label as wrong, ``"every_class"`` where their mean
+            is over all classes, ``"exact"`` where they measure what the names say.
         positive_weight: factor of the loss of what is there (label 1), for yes-or-no questions.
         scale: mean and standard deviation by which labels were divided, for numbers.
         names: of the classes or questions.
