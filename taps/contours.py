@@ -4,6 +4,9 @@ The measure of boundary detection (Martin et al., PAMI 2004), which PASCAL-Conte
 there, a predicted pixel is right if a labelled pixel within a tolerance is its own alone, so that F at a threshold needs a
 largest one-to-one matching. All thresholds are answered by one matching: the sets of pixels that can be matched together
 are a matroid, so that pixels may be taken greedily, the surest first, and a pixel that finds no partner then never finds one.
+
+Where the published programs leave a choice: predictions are brought to their ridges before thresholds are applied (as with
+the non-maximum suppression of Structured Edges, PAMI 2015), and labels are thinned.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torchmetrics import Metric
 from taps.data.shared import Task
 from taps.data.thinning import thin
 
-#: thresholds k / (_LEVELS + 1), k = 1.. _LEVELS
+#: of the thresholds k / 100, k = 1..99
 _LEVELS = 99
 
 
@@ -32,17 +35,16 @@ def ridges(probability: np.ndarray) -> np.ndarray:
     Returns:
         (H, W) of booleans.
     """
-    smooth = probability.astype(np.float64)
-    across, down, mixed = (gaussian_filter(smooth, 2.0, order) for order in ((0, 2), (2, 0), (1, 1)))
+    values = probability.astype(np.float64)
+    across, down, mixed = (gaussian_filter(values, 2.0, order) for order in ((0, 2), (2, 0), (1, 1)))
     # the direction of the strongest bend downwards is at right angles to that of the largest second derivative
     angle = 0.5 * np.arctan2(2.0 * mixed, across - down) + math.pi / 2
-    rows, columns = np.nonzero(probability > 0)
-    height, value = np.sin(angle[rows, columns]), probability[rows, columns]
-    width = np.cos(angle[rows, columns])
+    rows, columns = np.nonzero(values > 0)
+    down, across = np.sin(angle[rows, columns]), np.cos(angle[rows, columns])
     kept = np.ones(len(rows), bool)
     for side in (1.0, -1.0):
-        beside = map_coordinates(smooth, [rows + side * height, columns + side * width], order=1, mode="nearest")
-        kept &= value >= beside - 1e-7
+        beside = map_coordinates(values, [rows + side * down, columns + side * across], order=1, mode="nearest")
+        kept &= values[rows, columns] >= beside - 1e-7
     mask = np.zeros(probability.shape, bool)
     mask[rows[kept], columns[kept]] = True
     return thin(mask)
@@ -128,26 +130,26 @@ def edge_counts(probability: np.ndarray, labelled: np.ndarray, known: np.ndarray
         return np.zeros((3, _LEVELS))
     rows, columns = (np.flatnonzero(known.any(axis)) for axis in (1, 0))
     part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    probability, labelled, known = probability[part], thin(labelled[part]), known[part]
-    level = np.floor(probability.astype(np.float64) * (_LEVELS + 1) + 1e-6).astype(np.int64).clip(0, _LEVELS)
+    labelled, known = thin(labelled[part]), known[part]
+    probability = np.nan_to_num(probability[part].astype(np.float64))
+    level = np.floor(probability * (_LEVELS + 1) + 1e-6).astype(np.int64).clip(0, _LEVELS)
+    reach, total = tolerance * math.hypot(*known.shape), int(labelled.sum())
     predicted = np.argwhere(ridges(np.where(level > 0, probability, 0.0)) & known)
     predicted = predicted[np.argsort(-level[tuple(predicted.T)], kind="stable")]
     levels = level[tuple(predicted.T)]
-    starts, choices = partners(predicted, labelled, tolerance * math.hypot(*known.shape))
-    matched = match_in_order(starts, choices, int(labelled.sum()))
+    matched = match_in_order(*partners(predicted, labelled, reach), total)
 
     def at_least(own: np.ndarray) -> np.ndarray:
         return np.bincount(own, minlength=_LEVELS + 1)[::-1].cumsum()[::-1][1:]
 
-    return np.stack([at_least(levels[matched]), at_least(levels), np.full(_LEVELS, labelled.sum())]).astype(np.float64)
+    return np.stack([at_least(levels[matched]), at_least(levels), np.full(_LEVELS, total)]).astype(np.float64)
 
 
 class EdgeMetrics(Metric):
     """``ods_f`` in percent: the largest F = 2·P·R / (P + R) over 99 thresholds, each with the precision P and the recall R of all
     images together.
 
-    Predictions are thinned once, to their ridges, not at every threshold; F is not interpolated between thresholds; otherwise
-    as the published MATLAB programs (SEISM). The task's ``tolerance`` is that of a match.
+    F is not interpolated between thresholds. The task's ``tolerance`` is that of a match.
     """
 
     def __init__(self, task: Task) -> None:

@@ -43,11 +43,11 @@ def counted(names: Iterable[str]) -> list[str]:
     """The metrics of a task that count for Δ_T and for the choice of epochs.
 
     Where some are set apart (:data:`taps.data.shared.ALSO`), the others, which are the headline of the task's benchmark; else
-    those that are not in :data:`NOT_COUNTED`.
+    those that are not in :data:`NOT_COUNTED`, unless nothing would be left.
     """
     own = list(names)
     headline = [name for name in own if not name.startswith(ALSO)]
-    return headline if len(headline) < len(own) else [name for name in own if name not in NOT_COUNTED]
+    return headline if len(headline) < len(own) else [name for name in own if name not in NOT_COUNTED] or own
 
 
 def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -86,7 +87,13 @@ class DenseBenchmark(SharedBenchmark):
             x, targets = samples[index]
             outputs = self.answers(model, x)
             predicted = {task: to_size(outputs[task][None], targets[task].shape[-2:])[0] for task in outputs}
-            rows.append({"image": samples.read(index)["image"], "targets": targets, "predicted": predicted})
+            image = samples.read(index)["image"]
+            top, left = ((have - own) // 2 for have, own in zip(x.shape[1:], image.shape, strict=False))
+            inner = np.s_[
+                ..., top : top + image.shape[0], left : left + image.shape[1]
+            ]  # without the border of padding
+            maps = ({task: own[inner] for task, own in maps.items()} for maps in (targets, predicted))
+            rows.append({"image": image, **dict(zip(("targets", "predicted"), maps, strict=True))})
         return rows
 
     def picture(self, shown: list[dict]) -> Figure:

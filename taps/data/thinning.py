@@ -38,19 +38,28 @@ def thin(mask: np.ndarray) -> np.ndarray:
     Returns:
         (H, W) of booleans, a subset of ``mask``.
     """
-    height, width = mask.shape
     framed = np.pad(np.asarray(mask, bool), 1)
-    rows, columns = np.nonzero(framed)
-    while len(rows):
-        taken = 0
+    flat = framed.ravel()
+    steps = np.array([down * framed.shape[1] + across for down, across in _NEIGHBOURS])
+
+    def neighbourhood(places: np.ndarray) -> np.ndarray:
+        return sum(flat[places + step].astype(np.int64) << bit for bit, step in enumerate(steps))
+
+    # Only pixels with a free side can go: those are looked at, and their neighbours once they have gone.
+    watched = np.flatnonzero(flat)
+    watched = watched[neighbourhood(watched) != 255]
+    listed = np.zeros(flat.shape, bool)
+    listed[watched] = True
+    taken = True
+    while taken:
+        taken = False
         for table in _HALF_STEPS:
-            code = np.zeros(len(rows), np.int64)
-            for bit, (down, across) in enumerate(_NEIGHBOURS):
-                code |= framed[rows + down, columns + across].astype(np.int64) << bit
-            gone = table[code]
-            framed[rows[gone], columns[gone]] = False
-            rows, columns = rows[~gone], columns[~gone]
-            taken += int(gone.sum())
-        if not taken:
-            break
-    return framed[1 : height + 1, 1 : width + 1]
+            goes = table[neighbourhood(watched)]
+            gone, watched = watched[goes], watched[~goes]
+            flat[gone] = False
+            bared = (gone[:, None] + steps).ravel()
+            bared = np.unique(bared[flat[bared] & ~listed[bared]])
+            listed[bared] = True
+            watched = np.concatenate([watched, bared])
+            taken = taken or len(gone) > 0
+    return framed[1:-1, 1:-1]
