@@ -59,6 +59,32 @@ def absolute_loss(prediction: Tensor, target: Tensor, task: Task) -> Tensor:
     return (prediction - target)[valid].abs().mean()
 
 
+def normal_l1_loss(prediction: Tensor, target: Tensor, task: Task) -> Tensor:
+    """Σ over the three components of abs(difference) between the prediction at unit length and the label (ATRC, ICCV 2021)."""
+    valid = target.isfinite().all(1)
+    if not valid.any():
+        return prediction.sum() * 0.0
+    return (normalize(prediction, dim=1) - target.nan_to_num()).abs().sum(1)[valid].mean()
+
+
+def saliency_loss(prediction: Tensor, target: Tensor, task: Task) -> Tensor:
+    """Cross-entropy of two classes, each weighted by the other's share of the batch's labelled pixels (ASTMT, CVPR 2019).
+
+    The weighted terms are divided by the number of labelled pixels, not by the sum of their weights.
+    """
+    valid = target != VOID
+    if not valid.any():
+        return prediction.sum() * 0.0
+    present = (target[valid] == 1).to(prediction).mean()
+    weight = torch.stack([present, 1.0 - present])
+    return cross_entropy(prediction, target, weight, ignore_index=VOID, reduction="sum") / valid.sum()
+
+
+def edge_loss(prediction: Tensor, target: Tensor, task: Task) -> Tensor:
+    """:func:`binary_loss` whose two weights add up to 1: with a ``positive_weight`` of 19, 0.95 on edges and 0.05 elsewhere."""
+    return binary_loss(prediction, target, task) / (1.0 + task.positive_weight)
+
+
 def binary_loss(prediction: Tensor, target: Tensor, task: Task) -> Tensor:
     """Binary cross-entropy of logits; what is there (label 1) counts ``positive_weight`` times."""
     valid = target.isfinite()
@@ -97,6 +123,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Task], Tensor]] = {
     "depth": absolute_loss,
     "disparity": absolute_loss,
     "map": absolute_loss,
+    "saliency": saliency_loss,
+    "edges": edge_loss,
+    "normals_l1": normal_l1_loss,
     "binary": binary_loss,
     "duration": duration_loss,
     "category": class_loss,
@@ -108,11 +137,11 @@ def make_loss(task: Task, at_output: bool = False) -> Callable[[Tensor, Tensor],
     """The loss of one task from predictions and labels.
 
     Args:
-        task: its kind chooses the loss.
+        task: its ``loss`` or else its kind chooses the loss.
         at_output: compare maps at the predictions' size, with labels shrunk by nearest neighbour (published); else at the
             labels' size, with predictions scaled up bilinearly.
     """
-    function = LOSSES[task.kind]
+    function = LOSSES[task.loss or task.kind]
     if task.kind not in KINDS:
         return lambda prediction, target: function(prediction.float(), target, task)
 

@@ -15,12 +15,14 @@ from torch.nn.functional import normalize
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from taps.contours import EdgeMetrics
 from taps.data.shared import VOID, Task
 from taps.losses import class_loss
 from taps.record_meters import METERS, Meter
 
 _ANGLES = (11.25, 22.5, 30.0)
 _BINS = 18000  # of 0.01° each
+_BETA_SQUARED = 0.3  # how much more precision weighs than recall, as usual for saliency
 
 
 class ClassMetrics(Metric):
@@ -29,7 +31,7 @@ class ClassMetrics(Metric):
     A class takes part in the mean if it is labelled or predicted anywhere. Published: only if some pixel of it is right,
     so that a class that is always missed does no harm; and accuracy is the mean of the batches' accuracies, weighted by
     their images, for CityScapes with unlabelled pixels as wrong ones. Published for Taskonomy: ``cross_entropy`` alone,
-    the weighted loss.
+    the weighted loss. Published for PASCAL-Context and NYUDv2: the mean is over all classes, also those that are nowhere.
     """
 
     def __init__(self, task: Task, published: bool = False) -> None:
@@ -59,10 +61,11 @@ class ClassMetrics(Metric):
         matrix = self.confusion.compute().double()
         right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         union = labelled + predicted - right
-        counts = right > 0 if self.published else union > 0
-        miou = float((right[counts] / union[counts]).mean()) if counts.any() else 0.0
+        every = self.published and "every_class" in self.task.published
+        counts = torch.ones_like(union, dtype=torch.bool) if every else right > 0 if self.published else union > 0
+        miou = float((right[counts] / union[counts].clamp(min=1)).mean()) if counts.any() else 0.0
         accuracy = float(right.sum() / matrix.sum().clamp(min=1))
-        if self.published:
+        if self.published and not every:
             accuracy = float(self.accurate / self.images.clamp(min=1))
         return {"miou": 100 * miou, "pixel_accuracy": 100 * accuracy}
 
@@ -182,10 +185,54 @@ class MapMetrics(Metric):
         return {"error": means / batches if self.published else error / count}
 
 
+class SaliencyMetrics(Metric):
+    """``max_f`` in percent: the largest F = (1 + β²)·P·R / (β²·P + R), β² = 0.3, over the thresholds k / 255, k = 0..255, of the
+    foreground's probability; each with the precision P and the recall R of all pixels of the data set.
+
+    Published (ASTMT, ATRC, InvPT): the thresholds 0.05, 0.1, … 0.95, which are compared with the *sigmoid of the probability*, a
+    number in 0.5..0.731, so that only probabilities of at least 0, 0.20, 0.41, 0.62 and 0.85 are told apart.
+    """
+
+    def __init__(self, published: bool = False) -> None:
+        super().__init__()
+        self.published = published
+        thresholds = torch.arange(1, 20) * 0.05 if published else torch.arange(256) / 255.0
+        self.register_buffer("thresholds", thresholds, persistent=False)
+        for name in (
+            "right",
+            "other",
+        ):  # pixels of the foreground and of the background by the thresholds that they reach
+            self.add_state(name, torch.zeros(len(thresholds) + 1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """``prediction`` (B, 2, H, W), ``target`` (B, H, W) of 0 and 1."""
+        known = target != VOID
+        probability = prediction.float().softmax(1)[:, 1][known]
+        compared = probability.sigmoid() if self.published else probability
+        reached = torch.bucketize(compared, self.thresholds.to(compared), right=True)
+        foreground = target[known] == 1
+        for state, chosen in ((self.right, foreground), (self.other, ~foreground)):
+            state += torch.bincount(reached[chosen], minlength=len(state)).to(state)
+
+    def compute(self) -> dict[str, float]:
+        if not self.right.any():
+            return {"max_f": math.nan}
+        right, other = (state.flip(0).cumsum(0).flip(0)[1:] for state in (self.right, self.other))
+        predicted, labelled = right + other, self.right.sum()
+        # (1 + β²)·P·R / (β²·P + R) with both fractions multiplied out
+        scores = (1.0 + _BETA_SQUARED) * right / (_BETA_SQUARED * labelled + predicted)
+        return {"max_f": 100 * float(scores.max())}
+
+
 def make_metric(task: Task, published: bool = False) -> Metric | Meter:
     """The metric of a task's kind."""
+    published = published and "exact" not in task.published
     if task.kind in METERS:
         return METERS[task.kind](task)
+    if task.kind == "saliency":
+        return SaliencyMetrics(published)
+    if task.kind == "edges":
+        return EdgeMetrics(task)
     if task.kind in ("classes", "normals"):
         return (ClassMetrics if task.kind == "classes" else NormalMetrics)(task, published)
     return (MapMetrics if task.kind == "map" else DepthMetrics)(published)

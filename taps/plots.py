@@ -367,7 +367,7 @@ def _drawn(kind: str, target, predicted) -> tuple:
     from matplotlib import colormaps
 
     white = torch.ones(3)
-    if kind == "classes":
+    if kind in ("classes", "saliency"):
         palette = [color[:3] for name in ("tab20", "tab20b", "tab20c") for color in colormaps[name].colors]
         colors = torch.tensor([palette[index % len(palette)] for index in range(256)])
         labelled = torch.where((target == 255)[..., None], white, colors[target])
@@ -379,7 +379,11 @@ def _drawn(kind: str, target, predicted) -> tuple:
         ]
         return torch.where(target.isfinite().all(0)[..., None], shown[0], white).numpy(), shown[1].clamp(0, 1).numpy()
     valid = target[0].isfinite()
-    low, high = (float(target[0][valid].min()), float(target[0][valid].max())) if valid.any() else (0.0, 1.0)
+    low, high = 0.0, 1.0
+    if kind == "edges":
+        predicted = predicted.sigmoid()
+    elif valid.any():
+        low, high = float(target[0][valid].min()), float(target[0][valid].max())
     scaled = [((values[0].nan_to_num() - low) / max(high - low, 1e-6)).clamp(0, 1) for values in (target, predicted)]
     labelled, guess = (torch.from_numpy(colormaps["viridis"](values.numpy())[..., :3]).float() for values in scaled)
     return torch.where(valid[..., None], labelled, white).numpy(), guess.numpy()

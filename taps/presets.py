@@ -4,6 +4,8 @@ Where a number of tasks was not published, the nearest published one is taken. N
 DynaShare's settings files; DomainNet: AdaShare's branch of that name; MIMIC-III: DynaShare's program for it, with the loss
 weights as it applies them (twice); volumes: the fork of AdaShare for the ABCD study, whose 30 epochs over 30 % of the training
 subjects are 9 passes over all of them, and whose 60 pairs of epochs over two disjoint parts are 60 cycles of two halves.
+PASCAL-Context and NYUDv2 have no published configuration of a policy method: losses' weights and steps are those of ATRC and
+InvPT, the rest is chosen here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ _COMMON = {
     "exp_ids": tuple(range(8)), "target_weight": 25.0,
     "sample": True, "policy_fraction": 0.2, "val_fraction": 0.1, "input_size": 224, "task_weights": {}, "lam": 1.0, "num_class": 19,
     "single_task": None, "hours": 170, "causal": True, "positive_weights": {},
+}  # fmt: skip
+
+#: of PASCAL-Context and NYUDv2: the losses' weights and 40000 steps of ATRC and InvPT, AdaShare's gates as for NYUv2
+_PROTOCOL = {
+    "model_type": "resnet50", "pretrained": True, "batch_size": 8, "lr": 1e-3, "base_lr": 1e-4, "betas": (0.9, 0.999),
+    "head_width": 256, "loss_at": "label", "decay": "cosine", "sparsity_weight": 0.001, "sharing_weight": 0.05,
+    "iterations": 40_000, "warmup_iterations": 8000, "retrain_iterations": 40_000, "eval_iterations": 2000, "exp_ids": (0,),
 }  # fmt: skip
 
 _OWN: dict[tuple[str, int], dict] = {
@@ -41,6 +50,14 @@ _OWN: dict[tuple[str, int], dict] = {
         "iterations": 100_000, "warmup_iterations": 20_000, "retrain_iterations": 30_000, "decay_iterations": 12_000,
         "decay_rate": 0.3, "eval_iterations": 1000, "weight_iterations": 400, "policy_iterations": 100,
         "task_weights": {"semseg": 1.0, "normals": 3.0, "depth": 2.0, "keypoints": 7.0, "edges": 7.0},
+    },
+    ("pascal_context", 5): {
+        **_PROTOCOL, "tasks": ("semseg", "parts", "saliency", "normals", "edges"),
+        "task_weights": {"semseg": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "edges": 50.0},
+    },
+    ("nyud", 4): {
+        **_PROTOCOL, "tasks": ("semseg", "depth", "normals", "edges"),
+        "task_weights": {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edges": 50.0},
     },
     ("domainnet", 6): {
         "model_type": "resnet34", "pretrained": True, "norm": "task", "batch_size": 32, "lr": 1e-3, "base_lr": 1e-5,
@@ -77,6 +94,8 @@ _DYNASHARE: dict[str | tuple[str, bool], dict] = {
     "nyuv2": {"retrain_iterations": 50_000, "decay_iterations": 10_000, "retrain_from": "policy", "target_rates": (0.55,)},
     "cityscapes": {"retrain_iterations": 50_000, "retrain_from": "policy", "target_rates": (1.0,) * 7 + (0.99,) * 9},
     "taskonomy": {"retrain_from": "policy", "target_rates": (0.55,)},
+    "pascal_context": {"retrain_from": "policy", "target_rates": (0.55,)},
+    "nyud": {"retrain_from": "policy", "target_rates": (0.55,)},
     "domainnet": {"retrain_from": "policy", "target_rates": (0.55,)},
     "mimic3": {"retrain_from": "policy", "target_rates": (1.0,) * 6 + (0.9, 1.0)},
     "volumes": {"retrain_from": "policy", "target_rates": (0.55,)},

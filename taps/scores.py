@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taps import plots
 from taps.benchmarks import Metrics
+from taps.data.shared import ALSO
 from taps.errors import UserError
 from taps.files import read_json
 from taps.policy import read_policy
@@ -35,16 +36,27 @@ LOWER_IS_BETTER = frozenset(
 #: metrics that do not count for Δ_T: the published tables lack the first two; of an R² near 0 every gain is endless
 NOT_COUNTED = frozenset({"rmse", "rmse_angle", "r2"})
 
-_FLOORS = {"kappa": 0.1}  # near which epochs differ by chance alone
+_FLOORS = {"kappa": 0.1, "max_f": 1.0, "ods_f": 1.0}  # near which epochs differ by chance alone
+
+
+def counted(names: Iterable[str]) -> list[str]:
+    """The metrics of a task that count for Δ_T and for the choice of epochs.
+
+    Where some are set apart (:data:`taps.data.shared.ALSO`), the others, which are the headline of the task's benchmark; else
+    those that are not in :data:`NOT_COUNTED`, unless nothing would be left.
+    """
+    own = list(names)
+    headline = [name for name in own if not name.startswith(ALSO)]
+    return headline if len(headline) < len(own) else [name for name in own if name not in NOT_COUNTED] or own
 
 
 def relative_gain(metrics: Mapping[str, float], reference: Mapping[str, float]) -> float:
     r"""Δ_{T_i} in percent: the mean over a task's metrics of (−1)^{l_j} (M_j − M_j^{single}) / M_j^{single} · 100, where l_j = 1
     for a metric of which less is better (AdaShare §4)."""
     gains = []
-    for name, value in metrics.items():
-        known = reference.get(name) and not math.isnan(value) and not math.isnan(reference[name])
-        if known and name not in NOT_COUNTED:
+    for name in counted(metrics):
+        value = metrics[name]
+        if reference.get(name) and not math.isnan(value) and not math.isnan(reference[name]):
             gain = (value - reference[name]) / abs(reference[name])
             gains.append(-gain if name in LOWER_IS_BETTER else gain)
     return 100.0 * sum(gains) / len(gains) if gains else math.nan
@@ -66,8 +78,8 @@ def score(metrics: Mapping[str, Mapping[str, float]]) -> float:
     for own in metrics.values():
         values = [
             (-1.0 if name in LOWER_IS_BETTER else 1.0) * math.log(max(value, _FLOORS.get(name, 1e-3)))
-            for name, value in own.items()
-            if name not in NOT_COUNTED and not math.isnan(value)
+            for name, value in ((name, own[name]) for name in counted(own))
+            if not math.isnan(value)
         ]
         means.append(sum(values) / max(len(values), 1))
     return sum(means) / len(means)
@@ -153,13 +165,14 @@ def table(summary: Mapping) -> str:
     single, spread, best = summary["single_task"], summary.get("spread"), summary.get("best")
     many = len(summary.get("retrains", ())) > 1
     width = max(len(task) for task in summary["tasks"])
-    head = f"{'task':{width}}  {'metric':14}  {'test':>9}"
+    wide = max([14, *(len(name) for own in summary["tasks"].values() for name in own)])
+    head = f"{'task':{width}}  {'metric':{wide}}  {'test':>9}"
     head += f"  {'spread':>7}  {'best':>9}" if many else ""
     head += f"  {'single':>9}" if single and summary["method"] != "single_task" else ""
     lines = [head]
     for task, own in summary["tasks"].items():
         for name, value in own.items():
-            line = f"{task:{width}}  {name:14}  {value:9.3f}"
+            line = f"{task:{width}}  {name:{wide}}  {value:9.3f}"
             if many:
                 line += f"  {spread[task][name]:7.3f}  {summary['retrains'][best]['tasks'][task][name]:9.3f}"
             if single and summary["method"] != "single_task":

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from taps.benchmarks.shared import _CHECKED, SharedBenchmark
+from taps.data.context import PROTOCOLS, open_protocol
 from taps.data.dense import DenseData, DenseSet
 from taps.data.formatted import ALIASES, layout_of, open_formatted
 from taps.data.scenes import make_scenes
@@ -25,7 +27,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: where a benchmark's data is looked for, below the data root
-FOLDERS = {"nyuv2": "nyu_v2", "cityscapes": "cityscapes", "taskonomy": "taskonomy", "scenes": "scenes"}
+FOLDERS = {
+    "nyuv2": "nyu_v2",
+    "cityscapes": "cityscapes",
+    "taskonomy": "taskonomy",
+    "pascal_context": "PASCALContext",
+    "nyud": "NYUDv2",
+    "scenes": "scenes",
+}
 
 
 @dataclass(frozen=True)
@@ -45,19 +54,22 @@ class DenseBenchmark(SharedBenchmark):
             step = max(len(samples) // _CHECKED, 1)
             sizes = set()
             for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
-                sizes.add(samples.read(index)["image"].shape[:2])
+                sizes.add(self.data.size_of(samples.read(index)["image"]))
             if split != "train" and len(sizes) > 1 and self.options.batch_size > 1:
                 raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
 
     def backbone(self) -> nn.Module:
-        crop = self.data.crop
-        size = (crop, crop) if isinstance(crop, int) else crop
         options = self.options
         torch.manual_seed(options.seed)
         return create_dense_backbone(
-            options.model_type, options.pretrained, options.model_path, options.output_stride, options.channels, size,
+            options.model_type,
+            options.pretrained,
+            options.model_path,
+            options.output_stride,
+            options.channels,
+            self.data.crop_size,
             options.patch_size,
-        )  # fmt: skip
+        )
 
     def head(self, task: str, features: int) -> nn.Module:
         options = self.options
@@ -66,7 +78,8 @@ class DenseBenchmark(SharedBenchmark):
         )
 
     def match(self, output: Tensor, target: Tensor) -> Tensor:
-        return to_size(output, target.shape[-2:], "nearest" if self.options.metrics == "published" else "bilinear")
+        mode = self.data.published_resize if self.options.metrics == "published" else "bilinear"
+        return to_size(output, target.shape[-2:], mode)
 
     def shown(self, model: TaskModel, count: int = 3) -> list[dict]:
         samples = DenseSet(self.data, "test", False)
@@ -75,7 +88,13 @@ class DenseBenchmark(SharedBenchmark):
             x, targets = samples[index]
             outputs = self.answers(model, x)
             predicted = {task: to_size(outputs[task][None], targets[task].shape[-2:])[0] for task in outputs}
-            rows.append({"image": samples.read(index)["image"], "targets": targets, "predicted": predicted})
+            image = samples.read(index)["image"]
+            top, left = ((have - own) // 2 for have, own in zip(x.shape[1:], image.shape, strict=False))
+            inner = np.s_[
+                ..., top : top + image.shape[0], left : left + image.shape[1]
+            ]  # without the border of padding
+            maps = ({task: own[inner] for task, own in maps.items()} for maps in (targets, predicted))
+            rows.append({"image": image, **dict(zip(("targets", "predicted"), maps, strict=True))})
         return rows
 
     def picture(self, shown: list[dict]) -> Figure:
@@ -96,7 +115,10 @@ def open_dense(options: Namespace, accelerator: Accelerator) -> DenseBenchmark:
     if options.benchmark == "scenes" and not options.dataset:
         with accelerator.local_main_process_first():
             make_scenes(root)
-    data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
-    names = [ALIASES.get(name, name) for name in options.tasks] if options.tasks else list(data.tasks)
-    data = data.choose(list(dict.fromkeys(names)))
+    names = list(dict.fromkeys(ALIASES.get(name, name) for name in options.tasks or ()))
+    if options.benchmark in PROTOCOLS:
+        data = open_protocol(options.benchmark, root, names)
+    else:
+        data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))
+        data = data.choose(names or list(data.tasks))
     return DenseBenchmark(replace(data, crop=options.crop) if options.crop else data, options)

@@ -145,7 +145,7 @@ class SharedBenchmark(Benchmark):
                 output = self.match(outputs[task].float(), targets[task])
                 output, target = accelerator.gather_for_metrics((output, targets[task]))
                 meters[task].update(output.to(device), target.to(device))
-        return {task: meter.compute() for task, meter in meters.items()}
+        return {task: self.data.tasks[task].reported(meter.compute()) for task, meter in meters.items()}
 
     def example(self, split: str = "test", count: int | None = None) -> Tensor:
         return first_inputs(self.data, split, count or self.options.batch_size)

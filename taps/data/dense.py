@@ -11,6 +11,8 @@ kind           array                                      where there is no labe
 ``depth``      float32, (1, H, W), > 0                    NaN
 ``disparity``  float32, (1, H, W), > 0, inverse depth     NaN
 ``map``        float32, (1, H, W)                         NaN
+``saliency``   int64, (H, W), 0 or 1                      ``VOID``
+``edges``      float32, (1, H, W), 0 or 1                 NaN
 =============  =========================================  ==========================
 """
 
@@ -25,13 +27,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import adjust_hue, adjust_saturation
 
 from taps.data.images import mix_seed
 from taps.data.shared import VOID, SharedData, Task
 
-KINDS = ("classes", "normals", "depth", "disparity", "map")
+KINDS = ("classes", "normals", "depth", "disparity", "map", "saliency", "edges")
+#: kinds whose labels are class ids
+CLASS_KINDS = ("classes", "saliency")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CACHE_BYTES = 1 << 30
+_TRIES = 10  # crops drawn until one is varied enough
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,30 @@ class DenseData(SharedData):
         read: from a sample to its image and the label arrays of some tasks.
         crop: side of the training crops in pixels, or (height, width).
         zoom: range of a random scale of training samples; (1, 1) for none.
+        varied: a task of classes and a share: a crop in which one class fills this share of the labelled pixels is drawn
+            again, up to ten times; no effect where that task is not chosen.
+        distort: change brightness, contrast, saturation and hue of training images at random.
+        published_resize: how the published programs scale predictions up to the labels: ``nearest`` or ``bilinear``.
+        padded: bring images and labels of evaluation to at least the size of a crop too, with a border without labels.
     """
 
     read: Callable[[Mapping[str, Path], Sequence[Task]], dict[str, np.ndarray]]
     crop: int | tuple[int, int] = 321
     zoom: tuple[float, float] = (1.0, 1.0)
+    varied: tuple[str, float] | None = None
+    distort: bool = False
+    published_resize: str = "nearest"
+    padded: bool = False
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """(height, width) of a crop."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
+    def size_of(self, image: np.ndarray) -> tuple[int, int]:
+        """(height, width) that an image (H, W, 3) has in evaluation."""
+        least = self.crop_size if self.padded else (0, 0)
+        return max(image.shape[0], least[0]), max(image.shape[1], least[1])
 
     def group(self, sample: Mapping[str, Path]) -> Hashable:
         return sample["image"]
@@ -88,17 +113,21 @@ class DenseSet(Dataset):
         index, number = key if isinstance(key, tuple) else (key, 0)
         arrays = self.read(index)
         image = torch.as_tensor(arrays["image"]).permute(2, 0, 1).float() / 255.0
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, index, number))
+        random = torch.rand(4, generator=generator).tolist()
+        if self.train and self.data.distort:
+            image = distort(image, generator)
         image = (image - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
         targets = {name: torch.as_tensor(arrays[name]) for name in self.data.tasks}
         if self.train:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, index, number))
-            image, targets = self._transform(image, targets, generator)
+            return self._transform(image, targets, random, generator)
+        if self.data.padded:
+            return self._padded(image, targets)
         return image, targets
 
-    def _transform(self, image: Tensor, targets: dict[str, Tensor], generator: torch.Generator):
+    def _transform(self, image: Tensor, targets: dict[str, Tensor], random: list[float], generator: torch.Generator):
         """A random zoom, mirror and crop of the image and, in step with it, of every target."""
         kinds = {name: task.kind for name, task in self.data.tasks.items()}
-        random = torch.rand(4, generator=generator).tolist()
         low, high = self.data.zoom
         zoom = low + (high - low) * random[0]
         if zoom != 1.0:
@@ -119,17 +148,53 @@ class DenseSet(Dataset):
                 if kinds[name] == "normals":
                     target = target * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
                 targets[name] = target
-        height, width = (self.data.crop, self.data.crop) if isinstance(self.data.crop, int) else self.data.crop
-        missing = [
-            max(0, want - have) for want, have in zip((width, height), (image.shape[2], image.shape[1]), strict=True)
-        ]
-        border = [side for gap in missing for side in (gap // 2, gap - gap // 2)]
-        top = int(random[2] * (image.shape[1] + missing[1] - height + 1))
-        left = int(random[3] * (image.shape[2] + missing[0] - width + 1))
+        image, targets = self._padded(image, targets)
+        height, width = self.data.crop_size
+        place = random[2:]
+        for _ in range(_TRIES):
+            top, left = int(place[0] * (image.shape[1] - height + 1)), int(place[1] * (image.shape[2] - width + 1))
+            window = np.s_[..., top : top + height, left : left + width]
+            if self._is_varied(targets, window):
+                break
+            place = torch.rand(2, generator=generator).tolist()
+        return image[window].contiguous(), {name: target[window].contiguous() for name, target in targets.items()}
 
-        def cut(tensor: Tensor, empty: float) -> Tensor:
-            tensor = pad(tensor, border, value=empty) if any(missing) else tensor
-            return tensor[..., top : top + height, left : left + width].contiguous()
+    def _padded(self, image: Tensor, targets: dict[str, Tensor]):
+        """Image and targets at least as large as a crop, in the middle of a border without labels."""
+        gaps = [max(0, want - have) for want, have in zip(self.data.crop_size, image.shape[1:], strict=True)]
+        if not any(gaps):
+            return image, targets
+        border = [side for gap in reversed(gaps) for side in (gap // 2, gap - gap // 2)]
+        empty = {name: VOID if task.kind in CLASS_KINDS else float("nan") for name, task in self.data.tasks.items()}
+        return pad(image, border), {name: pad(target, border, value=empty[name]) for name, target in targets.items()}
 
-        empty = {name: VOID if kind == "classes" else float("nan") for name, kind in kinds.items()}
-        return cut(image, 0.0), {name: cut(target, empty[name]) for name, target in targets.items()}
+    def _is_varied(self, targets: dict[str, Tensor], window: tuple) -> bool:
+        """Whether no class fills too much of a crop."""
+        if self.data.varied is None or self.data.varied[0] not in targets:
+            return True
+        name, share = self.data.varied
+        labels = targets[name][window]
+        counts = torch.bincount(labels[labels != VOID])
+        return len(counts) > 0 and float(counts.max() / counts.sum()) < share
+
+
+def distort(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Photometric distortion (SSD, arXiv 1512.02325, §2.2): brightness, contrast, saturation and hue, each with even odds.
+
+    Brightness moves by up to 32 / 255, contrast and saturation change by a factor of 0.5 to 1.5, hue turns by up to 18°.
+
+    Args:
+        image: (3, H, W), RGB in 0..1.
+        generator: chooses.
+    """
+    chosen = (torch.rand(4, generator=generator) < 0.5).tolist()
+    amount = (2.0 * torch.rand(4, generator=generator) - 1.0).tolist()
+    if chosen[0]:
+        image = (image + amount[0] * 32.0 / 255.0).clamp(0, 1)
+    if chosen[1]:
+        image = (image * (1.0 + 0.5 * amount[1])).clamp(0, 1)
+    if chosen[2]:
+        image = adjust_saturation(image, 1.0 + 0.5 * amount[2])
+    if chosen[3]:
+        image = adjust_hue(image, 0.05 * amount[3])
+    return image

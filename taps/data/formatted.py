@@ -22,7 +22,8 @@ from taps.errors import UserError, unknown
 _SPLITS = {"train": "train", "val": "val", "test": "test", "train1": "weights", "train2": "policy"}
 #: the published names of tasks
 ALIASES = {
-    "seg": "semseg", "sn": "normals", "normal": "normals", "keypoint": "keypoints", "edge": "edges",
+    "seg": "semseg", "sn": "normals", "normal": "normals", "keypoint": "keypoints", "edge": "edges", "sal": "saliency",
+    "human_parts": "parts",
 }  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def read_array(path: Path, shape: tuple[int, ...] | None = None, kinds: str = "u
     return array
 
 
-def _labels(path: Path, array: np.ndarray, classes: int, void: int, shift: int = 0) -> np.ndarray:
+def class_ids(path: Path, array: np.ndarray, classes: int, void: int, shift: int = 0) -> np.ndarray:
     """Class ids with :data:`VOID` where there is none."""
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.ndim != 2:
@@ -76,7 +77,7 @@ def _labels(path: Path, array: np.ndarray, classes: int, void: int, shift: int =
     return ids
 
 
-def _distance(path: Path, array: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def distance(path: Path, array: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """A depth or disparity as (1, H, W) with NaN where it is not valid."""
     array = array[..., 0] if array.ndim == 3 else array
     valid = valid[..., 0] if valid.ndim == 3 else valid
@@ -140,7 +141,7 @@ def _tasks(*rows: tuple) -> dict[str, Task]:
 
 
 def _nyuv2_depth(path: Path, array: np.ndarray) -> np.ndarray:
-    return _distance(path, array, array > 3e-5)
+    return distance(path, array, array > 3e-5)
 
 
 NYUV2 = Layout(
@@ -148,7 +149,7 @@ NYUV2 = Layout(
     columns=("image", "semseg", "normals", "depth"),
     tasks=_tasks(("semseg", "classes", 40), ("normals", "normals", 3), ("depth", "depth", 1)),
     decode={
-        "semseg": lambda path, array: _labels(path, array, 40, 255),
+        "semseg": lambda path, array: class_ids(path, array, 40, 255),
         "normals": _unit,
         "depth": _nyuv2_depth,
     },
@@ -173,7 +174,7 @@ def cityscapes(classes: int = 19) -> Layout:
         columns=tuple(order),
         tasks=_tasks(("semseg", "classes", classes, None, ("void",)), ("depth", "disparity", 1)),
         decode={
-            "semseg": lambda path, array: _labels(path, array, classes, -1),
+            "semseg": lambda path, array: class_ids(path, array, classes, -1),
             "depth": _nyuv2_depth,
         },
         crop=224,
@@ -183,7 +184,7 @@ def cityscapes(classes: int = 19) -> Layout:
 
 def _log_depth(path: Path, array: np.ndarray) -> np.ndarray:
     valid = array < 64500
-    return _distance(path, np.log1p(array.astype(np.float64)) / np.log(2.0**16), valid)
+    return distance(path, np.log1p(array.astype(np.float64)) / np.log(2.0**16), valid)
 
 
 TASKONOMY = Layout(
@@ -194,7 +195,7 @@ TASKONOMY = Layout(
         ("keypoints", "map", 1), ("edges", "map", 1),
     ),
     decode={
-        "semseg": lambda path, array: _labels(path, array, 17, 0, shift=1),
+        "semseg": lambda path, array: class_ids(path, array, 17, 0, shift=1),
         "normals": _unit,
         "depth": _log_depth,
         "keypoints": lambda path, array: _scaled(path, array, 0.005),
@@ -214,7 +215,7 @@ SCENES = Layout(
         ("keypoints", "map", 1),
     ),
     decode={
-        "semseg": lambda path, array: _labels(path, array, len(SCENE_CLASSES), 255),
+        "semseg": lambda path, array: class_ids(path, array, len(SCENE_CLASSES), 255),
         "normals": _unit,
         "depth": _nyuv2_depth,
         "edges": lambda path, array: _scaled(path, array, 1.0),

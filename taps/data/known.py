@@ -11,12 +11,14 @@ Sources: the official cleaned DomainNet lists (M3SDA); the counts of the ImageNe
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from taps.data import domainnet
+from taps.data.context import CLASS_FILES, PROTOCOLS, covered_classes, find, protocol_of, read_image, read_names
 from taps.data.folders import find_tasks, read_folder
 from taps.data.formatted import layout_of, read_lists, read_sample
 from taps.data.mimic3 import check_stays
@@ -42,7 +44,12 @@ SKETCH = {
     "sketches": Known(250, 16_000, 4_000),
 }
 #: samples of each split of the formatted dense sets
-DENSE = {"nyuv2": {"train": 795, "test": 654}, "cityscapes": {"train": 2_975, "test": 500}}
+DENSE = {
+    "nyuv2": {"train": 795, "test": 654},
+    "cityscapes": {"train": 2_975, "test": 500},
+    "pascal_context": {"train": 4_998, "test": 5_105},
+    "nyud": {"train": 795, "test": 654},
+}
 DOMAINNET = {
     "clipart": Known(345, 33_525, 14_604),
     "infograph": Known(345, 36_023, 15_582),
@@ -75,6 +82,8 @@ def check(path: Path) -> tuple[list[str], int]:
     for name in ("nyuv2", "cityscapes", "taskonomy", "scenes"):
         if (path / layout_of(name).list_file).is_file():
             return _check_dense(name, path)
+    if protocol_of(path) is not None:
+        return _check_protocol(protocol_of(path), path)
     if any((folder / "train_listfile.csv").is_file() for folder in (path, path / "multitask")):
         return check_stays(path)
     for images in (path, path / "images"):
@@ -134,18 +143,54 @@ def _check_lists(root: Path) -> tuple[list[str], int]:
     return lines, wrong
 
 
-def _check_dense(name: str, root: Path) -> tuple[list[str], int]:
-    """Read every file that the lists of a dense benchmark name."""
-    splits = read_lists(root, layout_of(name))
-    lines, wrong = [], 0
+def _compare_sizes(name: str, root: Path, splits: Mapping[str, Sequence]) -> tuple[list[str], int]:
+    """The sizes of a dense benchmark's splits beside the published ones."""
+    counts = ", ".join(f"{len(samples)} {split}" for split, samples in splits.items())
+    lines = [f"{root}: {name}, {counts}"]
     for split, want in DENSE.get(name, {}).items():
         have = len(splits[split])
         if have != want:
-            wrong += 1
             lines.append(f"  {split}: {abs(want - have)} {'missing' if have < want else 'too many'} ({have} of {want})")
+    return lines, len(lines) - 1
+
+
+def _check_protocol(name: str, root: Path) -> tuple[list[str], int]:
+    """Read every file of the listed images; of those that are not there, say how many and name the first."""
+    protocol = PROTOCOLS[name]
+    names = read_names(root, protocol)
+    lines, wrong = _compare_sizes(name, root, names)
+    images = [image for own in names.values() for image in own]
+    samples = [{column: find(root, protocol, column, image) for column in protocol.files} for image in images]
+    for column in protocol.files:
+        absent = [sample[column] for sample in samples if not sample[column].is_file()]
+        wrong += len(absent)
+        if absent:
+            lines.append(f"  {column}: {len(absent)} of {len(samples)} files missing, the first is {absent[0]}")
+    covered = covered_classes(root)
+    if "context" in protocol.files and covered is None:
+        lines.append(f"  no db_info/{' and '.join(CLASS_FILES)}: normals are used on every class")
+    for sample in tqdm(samples, desc=f"reading {root.name}", disable=None, leave=False):
+        there = [
+            task
+            for name, task in protocol.tasks.items()
+            if all(sample[column].is_file() for column in protocol.needed([name]))
+        ]
+        mistakes: dict[str, None] = {}
+        for task in there:
+            try:
+                read_image(protocol, sample, [task], covered)
+            except UserError as error:
+                mistakes[f"  {error}"] = None  # once, where several tasks are read from one file
+        wrong += len(mistakes)
+        lines += mistakes
+    return lines, wrong
+
+
+def _check_dense(name: str, root: Path) -> tuple[list[str], int]:
+    """Read every file that the lists of a dense benchmark name."""
+    splits = read_lists(root, layout_of(name))
+    lines, wrong = _compare_sizes(name, root, splits)
     samples = {sample["image"]: sample for split in splits.values() for sample in split}
-    counts = ", ".join(f"{len(samples)} {split}" for split, samples in splits.items())
-    lines.insert(0, f"{root}: {name}, {counts}")
     kinds = [layout_of(name, classes) for classes in (2, 7, 19)] if name == "cityscapes" else [layout_of(name)]
     for layout in kinds:
         for sample in tqdm(samples.values(), desc=f"reading {root.name}", disable=None, leave=False):

@@ -17,6 +17,8 @@ from taps.data.images import endless, leave_signals_to_the_main_process, mix_see
 from taps.errors import UserError, unknown
 
 VOID = 255
+#: before the names of metrics that are shown and not counted, beside the headline of a task's benchmark
+ALSO = "also/"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,15 @@ class Task:
         channels: of the prediction: the number of classes or of yes-or-no questions, 3 for normals, else 1.
         class_weights: of the loss, one a class; ``None`` for equal ones.
         published: names of what the published programs measure of it, where that is not what is measured of its kind;
-            ``"void"`` where their pixel accuracy counts pixels without a label as wrong.
+            ``"void"`` where their pixel accuracy counts pixels without a label as wrong, ``"every_class"`` where their mean
+            is over all classes, ``"exact"`` where they measure what the names say.
         positive_weight: factor of the loss of what is there (label 1), for yes-or-no questions.
         scale: mean and standard deviation by which labels were divided, for numbers.
         names: of the classes or questions.
+        loss: name in :data:`taps.losses.LOSSES`, where it is not that of the kind.
+        headline: the metrics by which the benchmark judges the task; those alone count for Δ_T and for the choice of epochs.
+            Empty: what :mod:`taps.scores` counts.
+        tolerance: of edges: how far from a labelled one a predicted pixel may lie, in diagonals of the image.
     """
 
     name: str
@@ -43,6 +50,15 @@ class Task:
     positive_weight: float = 1.0
     scale: tuple[float, float] = (0.0, 1.0)
     names: tuple[str, ...] = ()
+    loss: str | None = None
+    headline: tuple[str, ...] = ()
+    tolerance: float = 0.0075
+
+    def reported(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics as they are reported: those of the ``headline`` first, then the others, set apart by :data:`ALSO`."""
+        first = {name: metrics[name] for name in self.headline if name in metrics}
+        apart = ALSO if first else ""
+        return first | {apart + name: value for name, value in metrics.items() if name not in first}
 
 
 class Cache:
