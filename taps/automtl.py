@@ -1,4 +1,4 @@
-r"""AutoMTL: every layer is shared, the task's own, or skipped (NeurIPS 2022, arXiv 2204.04090).
+r"""AutoMTL: every layer is shared, the task's own, or skipped (NeurIPS 2022, arXiv 2110.13076).
 
 Each task has three logits for each layer. With p = softmax((logits + Gumbel noise)/τ) over shared, own and skipped
 

@@ -236,7 +236,7 @@ METHODS: dict[str, Method] = {
     ),
     "automtl": Method(
         summary="each task shares, owns or skips every single layer",
-        source="AutoMTL, NeurIPS 2022, arXiv 2204.04090",
+        source="AutoMTL, NeurIPS 2022, arXiv 2110.13076",
         gate=choice_gate,
         select=find_choices,
         penalty=choice_penalty,

@@ -124,6 +124,9 @@ _AUTOMTL: dict[str | tuple[str, bool], dict] = {
     },
 }  # fmt: skip
 
+_VIT_B = {
+    "model_type": "vit_base_patch16_224", "pretrained": True, "batch_size": 6, "lr": 2e-5, "base_lr": 2e-5, "wd": 1e-6,
+}  # fmt: skip
 #: efficient computation sharing (its program for PASCAL-Context); λ is its 5e-8 times the weights of a ViT-B, learning rates
 #: and steps are those that suit a network of the benchmark's size
 _SPARSE_DELTA: dict[str | tuple[str, bool], dict] = {
@@ -132,6 +135,8 @@ _SPARSE_DELTA: dict[str | tuple[str, bool], dict] = {
         "betas": (0.9, 0.999), "decay": "cosine", "iterations": 20_000, "retrain_iterations": 20_000, "pull_iterations": 5_000,
         "warmup_iterations": 0, "retrain_from": "policy", "exp_ids": (0,), "single_task": "measure",
     },
+    "pascal_context": _VIT_B,
+    "nyud": _VIT_B,
     "scenes": {
         "model_type": "vit_tiny_patch16_224", "patch_size": 8, "channels": None, "lr": 1e-3, "base_lr": 1e-3,
         "iterations": 240, "retrain_iterations": 240, "pull_iterations": 60, "batch_size": 16,

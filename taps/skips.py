@@ -1,6 +1,6 @@
 """What can take the place of a single layer that a task skips, and how deep in the network each layer lies.
 
-AutoMTL (arXiv 2204.04090, §3.1) skips by the identity where the layer keeps the shape, else by a convolution of 1×1 with a
+AutoMTL (arXiv 2110.13076, §3.1) skips by the identity where the layer keeps the shape, else by a convolution of 1×1 with a
 norm. In networks made of 1×1 convolutions that costs more than the layer. Here the stand-in is average pooling where the
 layer strides, and where it changes the channels a 1×1 convolution in as many groups as both sides allow, which starts as the
 mean of each group. It is one for all tasks, and offered only where it has fewer parameters than the layer.
