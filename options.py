@@ -563,6 +563,11 @@ def mtl_parser() -> Parser:
         help="sparse_delta: weights that a sub-task may have of its own, e.g. 2%%, norms included; 100%%: as many as their gates leave open",
     )
     method.add_argument(
+        "--where",
+        metavar="REGEX",
+        help="sparse_delta: change only layers whose name matches, e.g. 'blocks\\.(9|10|11)\\.'; what comes before them is computed once",
+    )
+    method.add_argument(
         "--structure",
         choices=STRUCTURES,
         default="weight",
@@ -754,6 +759,12 @@ def mtl_parser() -> Parser:
         type=number(float, 0, above=True),
         metavar="X",
         help="that of gates which learn with the weights (default: that of --lr)",
+    )
+    training.add_argument(
+        "--delta_lr",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help="sparse_delta: that of the few weights that are left once gates have decided (default: that of --lr)",
     )
     training.add_argument("--decay", choices=DECAYS, help="how they fall")
     training.add_argument(

@@ -258,7 +258,7 @@ METHODS: dict[str, Method] = {
         select=find_everything,
         penalty=expected_share,
         phases=gates_then_support,
-        options={"init": 5.0, "structure": "weight", "density": 1.0},
+        options={"init": 5.0, "structure": "weight", "density": 1.0, "where": None},
         norms=("task", "follow", "frozen"),
         fixed=fixed_gate,
     ),

@@ -195,7 +195,7 @@ def delta_plan(options: Namespace, seed: int) -> Plan:
     )  # fmt: skip
     phases = tuple(phase for phase in phases if phase.epochs > 0)
     total = int(sum(phase.epochs for phase in phases))
-    others = {"support": _recipe(options, steps, seed, epochs=total)}
+    others = {"support": _recipe(options, steps, seed, epochs=total, delta_lr=options.delta_lr)}
     # The penalty's gradient at a single gate is far below the term that Adam adds to its denominators.
     recipe = _recipe(options, steps, seed, epochs=total, plan=phases, others=others, gate_epsilon=1e-15)
     return Plan(phases, {"train": steps}, recipe)

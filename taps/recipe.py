@@ -30,6 +30,7 @@ class Recipe:
         optimizer: ``"sgd"``, ``"nag"`` (SGD with Nesterov momentum), ``"adam"`` or ``"adamw"``.
         lr: learning rate of the first epoch, > 0.
         score_lr: that of the gates; ``None`` is ``lr``.
+        delta_lr: that of the deltas; ``None`` is ``lr``.
         base_lr: that of a base that learns too; ``None`` is ``lr``/√K for K tasks, whose gradients add up there.
         norm_lr: that of the tasks' own norms; ``None`` is ``lr``.
         momentum: of sgd and nag.
@@ -60,6 +61,7 @@ class Recipe:
     optimizer: str = "sgd"
     lr: float = 0.01
     score_lr: float | None = None
+    delta_lr: float | None = None
     base_lr: float | None = None
     norm_lr: float | None = None
     momentum: float = 0.9
@@ -125,6 +127,7 @@ def make_optimizer(
         raise unknown("optimizer", recipe.optimizer, OPTIMIZERS)
     rates = {
         "gate": recipe.score_lr,
+        "delta": recipe.delta_lr,
         "norm": recipe.norm_lr,
         "base": recipe.lr / math.sqrt(len(tasks)) if recipe.base_lr is None else recipe.base_lr,
     }

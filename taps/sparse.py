@@ -12,6 +12,7 @@ on learning inside it. What decides is never a draw, as in the published program
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from taps.adapt import Unit
 from taps.errors import UserError
-from taps.gates import Decision, Gate, State
+from taps.gates import ConstantGate, Decision, Gate, State
 
 STRUCTURES = ("weight", "row")
 LOW, HIGH = -1.5, 1.5  # published l and r
@@ -141,9 +142,15 @@ def _of_rows(shape: torch.Size) -> torch.Size:
     return torch.Size([shape[0], *[1] * (len(shape) - 1)]) if len(shape) > 1 else shape
 
 
-def hard_concrete_gate(unit: Unit, init: float = 5.0, structure: str = "weight", **options) -> Gate:
-    """Gates for every weight or row of a unit."""
-    return HardConcreteGate(unit, init, structure)
+def hard_concrete_gate(
+    unit: Unit, init: float = 5.0, structure: str = "weight", where: str | None = None, **options
+) -> Gate:
+    """Gates for every weight or row of a unit; closed for good where its name does not match the expression ``where``."""
+    try:
+        matches = where is None or re.search(where, unit.name)
+    except re.error as error:
+        raise UserError(f"where={where!r} is not a valid regular expression: {error}") from None
+    return HardConcreteGate(unit, init, structure) if matches else ConstantGate(specific=0.0)
 
 
 def expected_share(gates: Mapping[str, Sequence[Gate]], task: str, *, density: float, **options) -> Tensor:

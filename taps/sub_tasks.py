@@ -114,7 +114,7 @@ class SubTasks(MultiTask):
         rows = []
         for error in ERRORS:
             reuse.calibrate([images[:size]], error)
-            metrics = self.benchmark.evaluate(_Reusing(reuse), "val", self.accelerator, self.options.limit_batches)
+            metrics = self.benchmark.evaluate(Reusing(reuse), "val", self.accelerator, self.options.limit_batches)
             own = {task: metrics[task] for task in self.sub_tasks}
             rows.append({"error": error, "tasks": own, "beside_merged": reuse.beside_dense(images)})
         gains = {
@@ -133,7 +133,7 @@ class SubTasks(MultiTask):
         self.accelerator.print("\n".join(lines))
 
 
-class _Reusing:
+class Reusing:
     """Sub-tasks computed by reuse, in the place of a model."""
 
     def __init__(self, reuse: Reuse) -> None:

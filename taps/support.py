@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taps.errors import UserError
 from taps.model import TaskModel
 from taps.sparse import HardConcreteGate
 
@@ -24,6 +25,9 @@ def fix_support(model: TaskModel, task: str, density: float | None = None) -> in
 
     Returns:
         Number of weights in the support.
+
+    Raises:
+        UserError: if the task has no gates on single weights.
     """
     density = model.options["density"] if density is None else density
     changes = []  # of every group of weights that share a gate: unit, parameter, size of the change of one, weights of one
@@ -38,6 +42,8 @@ def fix_support(model: TaskModel, task: str, density: float | None = None) -> in
             each = delta.numel() // middle[name].numel()
             size = delta.square().reshape(middle[name].numel(), each).mean(1).sqrt()
             changes.append((unit, name, size, each, middle[name]))
+    if not changes:
+        raise UserError(f"task {task!r} has no gates on single weights whose support could be fixed; check where=")
     level = _level(model, task, density, changes)
     total = 0
     masks: dict[int, dict[str, Tensor]] = {}

@@ -16,7 +16,7 @@ LAYERS = {
     "mixed": ("errors", "gates", "layer"), "branches": ("errors", "gates"),
     "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
     "blocks": ("adapt", "errors"), "skips": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
-    "sparse": ("adapt", "errors", "gates"), "support": ("model", "sparse"), "activations": ("gates", "layer", "model"),
+    "sparse": ("adapt", "errors", "gates"), "support": ("errors", "model", "sparse"), "activations": ("gates", "layer", "model"),
     "reuse": ("activations", "cost", "errors", "gates", "layer", "model"),
     "trainer": ("data", "errors", "layer", "methods", "model", "plan", "policy", "presets", "train"),
     "sub_tasks": ("errors", "files", "model", "mtl", "plan", "reuse", "scores"),

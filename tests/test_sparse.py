@@ -374,9 +374,28 @@ def test_a_moving_camera_sees_the_same_room():
     assert not np.array_equal(frames[0]["image"], frames[1]["image"])
 
 
+def test_what_comes_before_the_chosen_layers_is_computed_once():
+    torch.manual_seed(0)
+    model = taps.adapt(NETWORKS["vit"][0](), "sparse_delta", where=r"blocks\.1\.", density=0.1, norm="follow")
+    for task in ("base", "sub"):
+        model.add_task(task, num_classes=3)
+    model.follow({"base": [1.0] * len(model.units)})
+    for unit in model.units:
+        for delta in unit.deltas["sub"].parameters() if "sub" in unit.deltas else ():
+            nn.init.normal_(delta, std=0.02)
+    fix_support(model, "sub")
+    assert {row["name"].split(".")[1] for row in model.report("sub") if row["own"]} == {"1"}
+    reuse, x = Reuse(model.eval(), "base"), torch.randn(2, 3, 32, 32)
+    outputs = reuse(x)
+    assert reuse.counts["sub"].done < 0.55 * reuse.counts["sub"].dense
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["sub"], model.merge("sub")(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"where": "("}, r"where='\(' is not a valid regular expression"),
         ({"structure": "blocks"}, "structure must be one of weight, row"),
         ({"density": 0.0}, "density must lie in 0..1"),
         ({"density": 1.2}, "density must lie in 0..1"),
