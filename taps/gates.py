@@ -77,6 +77,8 @@ class Gate(nn.Module):
 
     #: whether the unit must hold a delta for this task
     needs_delta: bool = True
+    #: whether it has decided that most of the delta's weights are 0
+    is_sparse: bool = False
     #: whether a curriculum has reached the unit; until then it is trained as the base's
     opened: bool = True
 

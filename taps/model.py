@@ -378,8 +378,7 @@ class TaskModel(nn.Module):
         """One row a unit, in network order.
 
         Keys: ``name``, ``kind`` (class of the module), ``parameters`` (of the base unit), ``score`` (``None`` where the
-        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies),
-        and ``own``: how many of the parameters are the task's own.
+        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies).
         """
         rows = []
         for unit, gate in zip(self._units, self.gates(task), strict=True):
@@ -393,7 +392,6 @@ class TaskModel(nn.Module):
                     "score": float(score.detach()) if isinstance(score, Tensor) and score.numel() == 1 else None,
                     "run": _mean(decision.run),
                     "specific": _mean(decision.specific),
-                    "own": unit.own(task),
                 }
             )
         return rows

@@ -120,7 +120,8 @@ class HardConcreteGate(Gate):
         """Decide the support: bool tensors by parameter. The gates that led to it are dropped."""
         if not self.is_fixed:
             self._dtype, self._device = self.tensor_logits.dtype, self.tensor_logits.device
-            self.logits, self.tensor_logits, self.is_fixed = nn.ParameterList(), None, True
+            self.logits, self.tensor_logits = nn.ParameterList(), None
+            self.is_fixed = self.is_sparse = True
         for index, (name, shape) in enumerate(self.shapes.items()):
             mask = support[name].expand(shape).to(self._device).clone()
             self.register_buffer(f"support_{index}", mask, persistent=False)

@@ -2,7 +2,7 @@
 
 Tensors of ``task.safetensors``:
 
-- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; where it is mostly zeros, or stored in fewer bytes
+- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; of few weights, or where it is stored in fewer bytes
   (:mod:`taps.encoding`, ``encodings`` in ``task.json``) those bytes;
 - ``gate/<name>``: the gates' tensors of that name (for TAPS ``score``), all units in network order, concatenated;
 - ``norm/<name>``: the task's norms' tensors of that name (``weight``, ``bias``, ``running_mean``, …), concatenated in
@@ -60,7 +60,8 @@ def save(
             deltas = unit.deltas[task]
             for name in unit.parameter_names:
                 key, held = f"delta/{unit.name}/{name}", deltas.stored(name)
-                if held is None and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32:
+                sparse = unit.gates[task].is_sparse and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32
+                if held is None and sparse:
                     held = ("sparse32", encode_as("sparse32", deltas[name]))  # exact
                 tensors[key] = deltas[name] if held is None else held[1]
                 encodings.update({} if held is None else {key: held[0]})

@@ -92,6 +92,8 @@ METHODS = {
     "finetune": ("finetune", {}),
     "norm_only": ("norm_only", {}),
     "linear_probe": ("linear_probe", {}),
+    "sparse_delta": ("sparse_delta", {}),
+    "sparse_rows": ("sparse_delta", {"structure": "row", "norm": "follow"}),
 }
 #: every network with the main method, every method with two networks
 CASES = [(network, "taps") for network in NETWORKS]

@@ -129,7 +129,7 @@ def test_zero_deltas_are_the_base_and_supports_keep_their_number(network, struct
     room = max(0.1 * model.base_parameters - norms, 0)
     largest = max(unit.size for unit in model.units) if structure == "row" else 1
     assert room - largest <= count <= room
-    assert count == account["delta_parameters"] == sum(row["own"] for row in model.report("a"))
+    assert count == account["delta_parameters"] == sum(unit.own("a") for unit in model.units)
     stored = sum(int(delta.count_nonzero()) for unit in model.units for delta in unit.deltas["a"].parameters())
     assert stored == count
 
@@ -384,7 +384,7 @@ def test_what_comes_before_the_chosen_layers_is_computed_once():
         for delta in unit.deltas["sub"].parameters() if "sub" in unit.deltas else ():
             nn.init.normal_(delta, std=0.02)
     fix_support(model, "sub")
-    assert {row["name"].split(".")[1] for row in model.report("sub") if row["own"]} == {"1"}
+    assert {unit.name.split(".")[1] for unit in model.units if unit.own("sub")} == {"1"}
     reuse, x = Reuse(model.eval(), "base"), torch.randn(2, 3, 32, 32)
     outputs = reuse(x)
     assert reuse.counts["sub"].done < 0.55 * reuse.counts["sub"].dense
