@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from options import MULTI_TASK_METHODS, parse_mtl
 from taps import contours
 from taps.data.context import PROTOCOLS, covered_classes, open_protocol
 from taps.data.context_labels import PARTS
@@ -26,6 +27,7 @@ from taps.data.shared import VOID, Task, split_train
 from taps.data.thinning import _NEIGHBOURS, thin
 from taps.losses import make_loss
 from taps.meters import make_metric
+from taps.presets import preset
 from taps.scores import counted, delta_t, relative_gain, score
 
 SIZE = (48, 64)
@@ -619,6 +621,17 @@ FEW = (
     "--eval_iterations", 4, "--curriculum_speed", 1, "--val_fraction", 0.25, "--policy_fraction", 0.5, "--device", "cpu",
     "--experiment_name", "run",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", MULTI_TASK_METHODS)
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_presets_fill_every_option(name, method):
+    options = parse_mtl(["--benchmark", name, "--method", method])
+    for key, value in preset(name, None, method).items():
+        assert getattr(options, key) == (list(value) if isinstance(value, tuple) else value), key
+    assert set(options.tasks) == set(options.task_weights) == set(PROTOCOLS[name].tasks)
+    short = parse_mtl(["--benchmark", name, "--tasks", "seg", "edge"])
+    assert short.task_weights == {"semseg": 1.0, "edges": 50.0}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
