@@ -152,7 +152,7 @@ def choose(found: list[Found], pattern: str | None) -> list[Found]:
 
 
 def wrap(
-    net: nn.Module, found: list[Found], state: State, norm: str, frozen: bool
+    net: nn.Module, found: list[Found], state: State, norm: str, frozen: bool, by_policy: bool = False
 ) -> tuple[nn.Module, list[GatedUnit], list[TaskNorm]]:
     """Put a :class:`GatedUnit` in the place of each module found and a :class:`TaskNorm` in that of each norm.
 
@@ -162,6 +162,7 @@ def wrap(
         state: shared by everything that is wrapped.
         norm: norm policy.
         frozen: whether the base is frozen.
+        by_policy: whether norms follow the ways that policies send tasks, not whether the layer before them is tuned.
 
     Returns:
         The network (a new object only if the network itself is a unit), its units and its norms in network order.
@@ -192,7 +193,7 @@ def wrap(
             unit = by_module[id(module)]
             wrapper = GatedUnit(name, module, unit.parameter_names, state, unit.shortcut)
             units.append(wrapper)
-            feeder = wrapper if unit.parameter_names else None
+            feeder = wrapper if unit.parameter_names and not by_policy else None
             replacement[id(module)] = wrapper
         elif id(module) not in inside_norm and is_norm(module):
             inside_unit = any(name.startswith(f"{unit.name}.") for unit in units[-1:])

@@ -100,7 +100,7 @@ class TaskModel(nn.Module):
         self.num_features = out_features(net)
         self.base_name = (getattr(net, "pretrained_cfg", None) or {}).get("architecture") or type(net).__name__
         self.base_parameters = sum(parameter.numel() for parameter in net.parameters())
-        backbone, units, norms = wrap(net, found, self.state, norm, frozen=not train_base)
+        backbone, units, norms = wrap(net, found, self.state, norm, not train_base, row.learns_policy)
         if not train_base:
             backbone.requires_grad_(False)
         self.backbone = backbone

@@ -131,7 +131,8 @@ _VIT_B = {
 #: and steps are those that suit a network of the benchmark's size
 _SPARSE_DELTA: dict[str | tuple[str, bool], dict] = {
     "": {
-        "norm": "task", "base_task": None, "density": 0.02, "lam": 4.3, "delta_lr": None, "score_lr": 0.1, "pull": 0.1, "optimizer": "adamw",
+        "norm": "task", "base_task": None, "density": 0.02, "lam": 4.3, "delta_lr": None, "score_lr": 0.1, "pull": 0.1,
+        "optimizer": "adamw",
         "betas": (0.9, 0.999), "decay": "cosine", "iterations": 20_000, "retrain_iterations": 20_000, "pull_iterations": 5_000,
         "warmup_iterations": 0, "retrain_from": "policy", "exp_ids": (0,), "single_task": "measure",
     },

@@ -113,6 +113,26 @@ def test_prefixes_that_tasks_share_run_once():
     assert cost["macs"] < 0.75 * cost["macs_separate"]
 
 
+def test_norms_are_a_tasks_own_from_where_ways_part():
+    model = model_of("resnet")
+    count = len(model.units)
+    model.follow({"a": [(1, 0)] * count, "b": [(1, 0)] * 6 + [(1, 1)] + [(1, 0)] * (count - 7)})
+    for norm in model.task_norms:
+        own = {task: norm.own(task) for task in "ab"}
+        if norm.position <= 6:
+            assert own == {"a": None, "b": None}
+        else:
+            assert own["a"] is not None
+            assert own["b"] is not None
+            assert own["a"] is not own["b"]
+    statistics = [norm.own("a").running_mean.clone() for norm in model.task_norms if norm.own("a") is not None]
+    model.train()(torch.randn(4, 3, 40, 40), "b")
+    assert all(
+        torch.equal(before, norm.own("a").running_mean)
+        for before, norm in zip(statistics, [n for n in model.task_norms if n.own("a") is not None], strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "parameters"),
     [
