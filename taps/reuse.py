@@ -11,6 +11,10 @@ activations, attention's own products) is always computed, which brings both pat
 thresholds elements of the products' *outputs* after computing all of them. Positions can be left out of a product as whole
 rows, single elements cannot on ordinary hardware.
 
+The base and its sub-tasks go through the network side by side, so that what is still the same for all is computed once, norms
+and attention included, and no activation is kept. Where a task changes more than products (a position embedding), or the network's
+code cannot be followed (:mod:`taps.together`), the base goes first and its products are remembered.
+
 Video uses the same arithmetic with a frame's own past in the place of the base: :class:`VideoReuse`.
 """
 
@@ -21,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +33,12 @@ from torch.nn.functional import linear
 
 from taps import cost
 from taps.activations import is_product, sizes
-from taps.errors import UserError
+from taps.branches import Changes, join, select
+from taps.errors import Inseparable, UserError
 from taps.gates import Decision, State, first_input
 from taps.layer import GatedUnit, TaskModule, evaluating, run_head
 from taps.model import TaskModel
+from taps.together import Together
 
 
 @dataclass
@@ -86,6 +93,36 @@ class _Pass:
             return value(self.task)
 
 
+class _Beside(Together):
+    """The base task and sub-tasks on the same samples, whose matrix products are done from the base's."""
+
+    def __init__(self, reuse: Reuse, tasks: Sequence[str]) -> None:
+        super().__init__(reuse.model.state, tasks)
+        self.reuse = reuse
+
+    def among(self, tasks: Sequence[str]) -> Together:
+        return _Beside(self.reuse, tasks)
+
+    def run(self, module: TaskModule, args: tuple, kwargs: dict):
+        base = self.reuse.base_task
+        if not isinstance(module, GatedUnit) or not is_product(module) or base not in self.tasks:
+            return super().run(module, args, kwargs)
+        Changes.check((args, kwargs), self.tasks)
+        x = first_input(args, kwargs)
+        x_base = select(x, (base,))
+        y_base = self.reuse.done(base, module, x_base, None)
+        same, results = [base], []
+        for task in self.tasks:
+            own = select(x, (task,))
+            if task != base:
+                y = self.reuse.done(task, module, own, (x_base, y_base))
+                if y is y_base:
+                    same.append(task)
+                else:
+                    results.append(((task,), y))
+        return join([(tuple(same), y_base), *results])
+
+
 class Product:
     """A task's version of a matrix product, prepared once: its weights and which of their rows are its own."""
 
@@ -97,9 +134,10 @@ class Product:
         self.bias = effective.get("bias", base.bias)
         self.bias = None if self.bias is None else self.bias.detach()
         changed = (self.weight != base.weight).flatten(1).any(1)
-        #: what the task's bias adds to the base's
+        #: whether the output for the same input differs from the base's, and what the task's bias adds to it
         self.shift = None if self.bias is None or torch.equal(self.bias, base.bias) else self.bias - base.bias
         self.rows = changed.nonzero()[:, 0]
+        self.differs = len(self.rows) > 0 or self.shift is not None
         own = self.weight[self.rows]
         self.own = (own, None if self.bias is None else self.bias[self.rows])
         self.by_position = isinstance(base, nn.Linear) or (
@@ -114,6 +152,8 @@ class Product:
     def reuse(self, x: Tensor, x_base: Tensor, y_base: Tensor, threshold: float) -> tuple[Tensor, float]:
         """The output, and the share of the merged layer's multiplications that it took."""
         share = len(self.rows) / len(self.weight)
+        if x is x_base and not self.differs:
+            return y_base, 0.0
         if not self.by_position:
             if not torch.equal(x, x_base) or share == 1 or (share and self.layer.groups > 1):
                 return self.full(x), 1.0
@@ -188,6 +228,8 @@ class Reuse:
         self.settings: dict[str, dict[str, Setting]] = {task: defaultdict(Setting) for task in names}
         self.counts: dict[str, Counts] = {}
         self._products: dict[tuple[str | None, str], Product] = {}
+        own = [unit for unit in model.units for task in names if unit.gates[task].decide().uses_delta]
+        self.side_by_side = all(is_product(unit) for unit in own)
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -195,13 +237,45 @@ class Reuse:
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Every task's output on a batch, (B, …). :attr:`counts` then holds what each task took."""
         with evaluating(self.model):
-            kept: dict[str, Kept] = defaultdict(Kept)
-            features = {self.base_task: self.run(self.base_task, x, record_into(kept))}
-            for task in self.tasks:
-                for one in kept.values():
-                    one.at = 0
-                features[task] = self.run(task, x, self._from_base(task, kept))
+            features = self._features(x, self.tasks)
             return {task: run_head(self.model.heads[task], own) for task, own in features.items()}
+
+    def _features(self, x: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The backbone's features of the base task and of some others."""
+        names = (self.base_task, *tasks)
+        self.counts = {task: Counts() for task in names}
+        if self.side_by_side:
+            try:
+                with Changes(self.model.state), self.model.state.running(_Beside(self, names)):
+                    features = self.model.backbone(x)
+                    Changes.check(features, names)
+                return {task: select(features, (task,)) for task in names}
+            except Inseparable:
+                self.side_by_side = False
+        kept: dict[str, Kept] = defaultdict(Kept)
+        features = {self.base_task: self.run(self.base_task, x, record_into(kept))}
+        for task in tasks:
+            for one in kept.values():
+                one.at = 0
+            features[task] = self.run(task, x, self._from_base(task, kept))
+        return features
+
+    def done(self, task: str, unit: GatedUnit, x: Tensor, beside: tuple[Tensor, Tensor] | None) -> Tensor:
+        """A task's output of a product, from the base's input and output if given; counted."""
+        with self.model.state.running(task):
+            product = self.product(task, unit, unit.ask(task, None))
+            setting = self.settings[task][unit.name] if beside is not None else None
+            if beside is None or (setting.dense and not (x is beside[0] and not product.differs)):
+                y, share = product.full(x), 1.0
+            else:
+                y, share = product.reuse(x, *beside, setting.threshold)
+        self._count(task, unit, y, share)
+        return y
+
+    def _count(self, task: str, unit: GatedUnit, y: Tensor, share: float) -> None:
+        dense = unit.base.weight.numel() * (y.numel() // _channels(unit, y))
+        self.counts[task].done += share * dense
+        self.counts[task].dense += dense
 
     def run(self, task: str, x: Tensor, product: Callable):
         """The backbone's features of one task, whose matrix products are done by ``product(self, task, unit, x)``."""
@@ -209,9 +283,7 @@ class Reuse:
 
         def call(unit: GatedUnit, decision: Decision, own: Tensor) -> Tensor:
             y, share = product(self.product(task, unit, decision), unit, own)
-            dense = unit.base.weight.numel() * (y.numel() // _channels(unit, y))
-            self.counts[task].done += share * dense
-            self.counts[task].dense += dense
+            self._count(task, unit, y, share)
             return y
 
         with self.model.state.running(_Pass(self.model.state, task, call)):
@@ -284,30 +356,31 @@ class Reuse:
 
     @torch.no_grad()
     def beside_dense(self, x: Tensor, rounds: int = 5) -> dict[str, dict[str, float]]:
-        """What a sub-task takes, once the base has been computed, divided by what its merged network takes.
+        """What a sub-task adds to its base task, divided by what its merged network takes.
 
         Returns:
-            By task ``macs``, multiplications with those of attention included, and ``time``, the median over ``rounds`` in
-            which both are run in turn on ``x``; heads are part of either.
+            By task ``macs``, with the multiplications of attention counted as if it was always computed, and ``time``: of both
+            tasks together less that of the base's merged network, medians over ``rounds`` in which all are run in turn on
+            ``x``; heads are part of either.
         """
         found = {}
         with evaluating(self.model):
-            kept: dict[str, Kept] = defaultdict(Kept)
-            self.run(self.base_task, x, record_into(kept))
+            alone = self.model.merge(self.base_task)
             for task in self.tasks:
-                head, merged = self.model.heads[task], self.model.merge(task)
+                merged = self.model.merge(task)
 
-                def reused(task=task, head=head) -> None:
-                    for one in kept.values():
-                        one.at = 0
-                    run_head(head, self.run(task, x, self._from_base(task, kept)))
+                def both(task=task) -> None:
+                    for name, features in self._features(x, (task,)).items():
+                        run_head(self.model.heads[name], features)
 
-                reused()  # which prepares the products
+                both()  # which prepares the products
                 count, whole = self.counts[task], cost.macs(merged, x)
-                ratios = [_seconds(reused, x) / _seconds(lambda merged=merged: merged(x), x) for _ in range(rounds)]
+                works = (both, partial(alone, x), partial(merged, x))
+                times = [[_seconds(work, x) for work in works] for _ in range(rounds)]
+                together, base, dense = (statistics.median(column) for column in zip(*times, strict=True))
                 found[task] = {
                     "macs": (whole - (count.dense - count.done)) / whole,
-                    "time": statistics.median(ratios),
+                    "time": max(together - base, 0.0) / dense,
                 }
         return found
 

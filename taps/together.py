@@ -46,7 +46,7 @@ class Together:
             groups.setdefault(module.shared(answers[task]) or (task,), []).append(task)
         results = []
         for tasks in groups.values():
-            inner = tasks[0] if len(tasks) == 1 else Together(self.state, tasks)
+            inner = tasks[0] if len(tasks) == 1 else self.among(tasks)
             arguments, keywords = select((args, kwargs), tasks)
             plain = [leaf for leaf in tree_flatten((arguments, keywords))[0] if type(leaf) is Tensor]
             with self.state.running(inner):
@@ -55,6 +55,10 @@ class Together:
                 if len(groups) > 1 and versions != [leaf._version for leaf in plain]:
                     raise Inseparable("a layer changes its input in place")
         return join(results)
+
+    def among(self, tasks: Sequence[str]) -> Together:
+        """The same for some of the tasks."""
+        return Together(self.state, tasks)
 
     def read(self, value: Callable[[str], object]):
         """An attribute whose value depends on the task."""

@@ -17,7 +17,7 @@ LAYERS = {
     "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
     "blocks": ("adapt", "errors"), "skips": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
     "sparse": ("adapt", "errors", "gates"), "support": ("errors", "model", "sparse"), "activations": ("gates", "layer", "model"),
-    "reuse": ("activations", "cost", "errors", "gates", "layer", "model"),
+    "reuse": ("activations", "branches", "cost", "errors", "gates", "layer", "model", "together"),
     "trainer": ("data", "errors", "layer", "methods", "model", "plan", "policy", "presets", "train"),
     "sub_tasks": ("errors", "files", "model", "mtl", "plan", "reuse", "scores"),
     "automtl": ("adapt", "adashare", "errors", "gates"),
