@@ -9,6 +9,7 @@ mean of each group. It is one for all tasks, and offered only where it has fewer
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 
 import torch
@@ -140,6 +141,13 @@ def grouped_linear(inputs: int, outputs: int, groups: int) -> nn.Module:
     graph = fx.Graph()
     x = graph.placeholder("x")
     split = graph.call_method("unflatten", (x, -1, (groups, inputs // groups)))
-    product = graph.call_function(torch.einsum, ("...gi,gio->...go", split, graph.get_attr("weight")))
+    weight = graph.get_attr("weight")
+    if groups == inputs:  # of every group one channel comes in: (…, g, 1) · (g, o)
+        product = graph.call_function(operator.mul, (split, graph.call_method("squeeze", (weight, 1))))
+    elif groups == outputs:  # one goes out
+        product = graph.call_function(operator.mul, (split, graph.call_method("squeeze", (weight, 2))))
+        product = graph.call_method("sum", (product,), {"dim": -1, "keepdim": True})
+    else:
+        product = graph.call_function(torch.einsum, ("...gi,gio->...go", split, weight))
     graph.output(graph.call_method("flatten", (product, -2)))
     return fx.GraphModule(root, graph, "GroupedLinear")

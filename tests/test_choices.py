@@ -145,6 +145,8 @@ def test_norms_are_a_tasks_own_from_where_ways_part():
         (nn.Conv1d(4, 4, 5, padding=2), (2, 4, 7), 0),
         (nn.Conv3d(2, 4, 3, padding=1), (2, 2, 5, 5, 5), 4),
         (nn.Linear(6, 9), (2, 5, 6), 18),
+        (nn.Linear(6, 12), (2, 5, 6), 12),
+        (nn.Linear(12, 4), (2, 5, 12), 12),
         (nn.Linear(6, 6), (2, 6), 0),
     ],
 )
