@@ -26,6 +26,15 @@ from taps.train import fit
 Measure = Callable[[Tensor, Tensor], Tensor]
 
 
+#: options of ``train_mtl.py`` that say how to train
+TRAINING = (
+    "batch_size", "optimizer", "lr", "base_lr", "score_lr", "momentum", "betas", "wd", "decay", "decay_iterations", "decay_rate",
+    "weights_optimizer", "weights_lr", "policy_lr", "policy_wd", "weight_iterations", "policy_iterations", "eval_iterations",
+    "settle_iterations", "init_temperature", "temperature_decay", "curriculum_speed", "policy_fraction", "task_weights",
+    "limit_batches",
+)  # fmt: skip
+
+
 class _Planned(Dataset):
     """A data set whose samples are asked for by (index, pass)."""
 
@@ -98,8 +107,8 @@ class PolicyTrainer:
             "task_weights": {},
         }
         for name in options:
-            if name not in values:
-                raise unknown("option", name, [*values, *row.options])
+            if name not in TRAINING:
+                raise unknown("option", name, [*TRAINING, *row.options, "norm", "layers"])
         self.losses, self.metrics = dict(losses), dict(metrics or {})
         loader = loaders["train"]
         self.options = Namespace(
