@@ -721,7 +721,7 @@ def mtl_parser() -> Parser:
         "--pull_iterations",
         type=steps(0),
         metavar="N",
-        help="sparse_delta: steps with --pull, after those of gates (--iterations) and of the weights they leave (--retrain_iterations)",
+        help="sparse_delta: steps with --pull, after those of gates (--iterations) and of the weights they leave (--retrain_iterations); each is rounded up to whole --eval_iterations",
     )
     phases.add_argument("--eval_iterations", type=steps(1), metavar="N", help="steps between validations, about")
 

@@ -14,8 +14,9 @@ from taps.model import TaskModel
 
 
 def is_product(unit: GatedUnit) -> bool:
-    """Whether the unit multiplies its input with a matrix: a linear layer or a convolution."""
-    return isinstance(unit.base, (nn.Linear, nn.modules.conv._ConvNd))
+    """Whether the unit multiplies its input with a matrix that has a row for each output: a linear layer or a convolution."""
+    transposed = isinstance(unit.base, nn.modules.conv._ConvTransposeNd)
+    return isinstance(unit.base, (nn.Linear, nn.modules.conv._ConvNd)) and not transposed
 
 
 def sizes(unit: GatedUnit, x: Tensor) -> Tensor:

@@ -38,10 +38,11 @@ class ChoiceGate(Gate):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(3))
         self.size, self.skip, self.stride = unit.size, unit.skip, unit.stride
+        self.products = sum(shape.numel() for shape in unit.shapes.values() if len(shape) > 1)  # not biases
         self.channel_dim = unit.channel_dim
         self.weight = (unit.depths - unit.depth) / unit.depths
         self.positions = 1.0
-        self._drawn: Tensor | None = None
+        self._noise: tuple[Tensor, float] | None = None
 
     def _softmax(self, logits: Tensor) -> Tensor:
         """Probabilities of the choices that are offered, with a zero where skipping is not."""
@@ -55,14 +56,16 @@ class ChoiceGate(Gate):
         return self._softmax(self.logits)
 
     def draw(self) -> Tensor:
-        """The draw that the last forward pass used, once; π where there was none."""
-        drawn, self._drawn = self._drawn, None
-        return self.probabilities if drawn is None else drawn
+        """The draw p that the last training pass used; π where there was none."""
+        if self._noise is None:
+            return self.probabilities
+        noise, temperature = self._noise
+        return self._softmax((self.logits + noise) / temperature)
 
     def relax(self, x: Tensor | None, state: State) -> Decision:
         self._see(x)
-        noise = gumbel_noise(self.logits.shape, state.generator).to(self.logits)
-        p = self._drawn = self._softmax((self.logits + noise) / state.temperature)
+        self._noise = (gumbel_noise(self.logits.shape, state.generator).to(self.logits), state.temperature)
+        p = self.draw()
         run = p[0] + p[1]
         specific = p[1] / run.clamp(min=torch.finfo(run.dtype).tiny)
         return Decision(run=1.0 if self.skip is None else run, specific=specific)
@@ -81,16 +84,14 @@ class ChoiceGate(Gate):
 
     def costs(self, kind: str) -> tuple[float, float]:
         """What running and skipping the layer take: parameters, or multiplications for one sample as last seen."""
-        factor = self.positions if kind == "macs" else 1.0
-        return factor * self.size, factor * (self.skip or 0)
+        if kind == "macs":
+            return self.positions * self.products, self.positions * (self.skip or 0)
+        return self.size, self.skip or 0
 
     @property
     def score(self) -> Tensor:
         """The probability of running the layer, which reports and pictures show."""
         return 1.0 - self.probabilities[2]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_drawn": None}  # part of a graph, which cannot be copied
 
 
 def choice_gate(unit: Unit, **options) -> Gate:

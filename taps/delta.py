@@ -121,6 +121,7 @@ class Deltas(nn.Module):
     def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.encodings: dict[str, str] = {}
+        self._held: dict[str, tuple[str, int]] = {}
         for name, parameter in parameters.items():
             holder: nn.Module = self
             for part in name.split("."):
@@ -140,8 +141,12 @@ class Deltas(nn.Module):
         total = 0
         for name, parameter in self.named_parameters():
             name = name.removesuffix(".delta")
-            encoding = self.encodings.get(name, "")
-            total += kept(self.get_submodule(name).stored) if encoding.startswith("sparse") else parameter.numel()
+            known = self._held.get(name)
+            if known is not None and known[0].startswith("sparse"):
+                moved = known[1] != parameter._version
+                total += int(parameter.count_nonzero()) if moved else kept(self.get_submodule(name).stored)
+            else:
+                total += parameter.numel()
         return total
 
     @torch.no_grad()
@@ -155,6 +160,7 @@ class Deltas(nn.Module):
         delta.copy_(decode(encoding, stored, delta.shape, delta.dtype))
         self.get_submodule(name).register_buffer("stored", stored.to(delta.device))
         self.encodings[name] = encoding
+        self._held[name] = (encoding, delta._version)
 
     def stored(self, name: str) -> tuple[str, Tensor] | None:
         """The encoding of a delta and its bytes; ``None`` where none is held or the delta has moved since."""

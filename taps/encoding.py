@@ -7,7 +7,7 @@ The error of an encoded delta is ‖δ̂ − δ‖ / ‖δ‖ (Frobenius norms),
 ``bfloat16``           the same with float32's range                           2 bytes a weight
 ``int1`` … ``int8``    so many bits a weight, one scale a group of 64 or more  ⅛ to 1 byte a weight, 2 bytes a group
 ``low_rank``           two thin float16 matrices, the truncated SVD            2 · rank · (rows + columns)
-``sparse``             float16 values of the largest weights, and the gaps     2 bytes a kept weight, and the bits that say
+``sparse16``           float16 values of the largest weights, and the gaps     2 bytes a kept weight, and the bits that say
                        between them in a Rice code                             where: within 4 % of the least possible
 ``sparse32``           the same of all that are not 0, in float32: exact       4 bytes a kept weight, and those bits
 =====================  ======================================================  ======================================
@@ -225,7 +225,7 @@ _FIXED: dict[str, Callable[[Tensor], Tensor]] = {
 #: name -> from a delta and a bound on the error to bytes
 _BOUNDED: dict[str, Callable[[Tensor, float], Tensor]] = {
     "low_rank": _low_rank,
-    "sparse": _sparse,
+    "sparse16": _sparse,
     "sparse32": _sparse32,
 }
 _DECODERS: dict[str, Callable[[Tensor, torch.Size], Tensor]] = {
@@ -233,7 +233,7 @@ _DECODERS: dict[str, Callable[[Tensor, torch.Size], Tensor]] = {
     "bfloat16": lambda stored, shape: stored.view(torch.bfloat16).float().view(shape),
     **{f"int{bits}": _decode_integers(bits) for bits in BITS},
     "low_rank": _decode_low_rank,
-    "sparse": _decode_sparse(torch.float16),
+    "sparse16": _decode_sparse(torch.float16),
     "sparse32": _decode_sparse(torch.float32),
 }
 ENCODINGS = tuple(_DECODERS)

@@ -160,8 +160,8 @@ class Product:
             return self._rows_of_convolution(x, y_base), share
         tokens = isinstance(self.layer, nn.Linear)
         flat, flat_base, flat_y = (t if tokens else t.movedim(1, -1) for t in (x, x_base, y_base))
-        distance = (flat - flat_base).square().sum(-1)
-        limit = threshold**2 * flat_base.square().sum(-1).mean()
+        distance = (flat - flat_base).float().square().sum(-1)  # half precision would overflow
+        limit = threshold**2 * flat_base.float().square().sum(-1).mean()
         moved = distance > limit
         index = moved.flatten().nonzero()[:, 0]
         part = len(index) / max(moved.numel(), 1)
@@ -183,7 +183,8 @@ class Product:
             return (y_past, 0.0, x_past) if torch.equal(x, x_past) else (self.full(x), 1.0, x)
         tokens = isinstance(self.layer, nn.Linear)
         flat, flat_past, flat_y = (t if tokens else t.movedim(1, -1) for t in (x, x_past, y_past))
-        moved = (flat - flat_past).square().sum(-1) > threshold**2 * flat_past.square().sum(-1).mean()
+        limit = threshold**2 * flat_past.float().square().sum(-1).mean()
+        moved = (flat - flat_past).float().square().sum(-1) > limit
         index = moved.flatten().nonzero()[:, 0]
         y, kept = (t.clone(memory_format=torch.contiguous_format).flatten(0, -2) for t in (flat_y, flat_past))
         inputs = flat.flatten(0, -2)[index]
@@ -222,12 +223,17 @@ class Reuse:
         names = [task for task in model.tasks if task != base_task] if tasks is None else list(tasks)
         for task in (base_task, *names):
             model.check_task(task)
-        if any(row["specific"] or not row["run"] for row in model.report(base_task)):
+        if any(row["specific"] for row in model.report(base_task)):
             raise UserError(f"task {base_task!r} has weights of its own; the base of reuse is a task that has none")
+        skipped = [
+            (task, row["name"]) for task in (base_task, *names) for row in model.report(task) if row["run"] != 1.0
+        ]
+        if skipped:
+            raise UserError(f"task {skipped[0][0]!r} skips {skipped[0][1]!r}; tasks of reuse run every layer")
         self.model, self.base_task, self.tasks = model, base_task, names
         self.settings: dict[str, dict[str, Setting]] = {task: defaultdict(Setting) for task in names}
         self.counts: dict[str, Counts] = {}
-        self._products: dict[tuple[str | None, str], Product] = {}
+        self._products: dict[tuple[str | None, str], tuple[tuple, Product]] = {}
         own = [unit for unit in model.units for task in names if unit.gates[task].decide().uses_delta]
         self.side_by_side = all(is_product(unit) for unit in own)
 
@@ -290,10 +296,12 @@ class Reuse:
             return self.model.backbone(x)
 
     def product(self, task: str, unit: GatedUnit, decision: Decision) -> Product:
-        key = (task, unit.name)
-        if key not in self._products:
-            self._products[key] = Product(unit, task, decision)
-        return self._products[key]
+        deltas = unit.deltas[task].parameters() if task in unit.deltas else ()
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in (*unit.base.parameters(), *deltas))
+        known = self._products.get((task, unit.name))
+        if known is None or known[0] != version:
+            known = self._products[task, unit.name] = (version, Product(unit, task, decision))
+        return known[1]
 
     def _from_base(self, task: str, kept: Mapping[str, Kept]) -> Callable:
         def compute(product: Product, unit: GatedUnit, x: Tensor) -> tuple[Tensor, float]:
@@ -307,21 +315,21 @@ class Reuse:
     # -- thresholds ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate(self, inputs: Iterable[Tensor], error: float, rounds: int = 3) -> None:
+    def calibrate(self, inputs: Tensor | Iterable[Tensor], error: float, rounds: int = 3) -> None:
         """Choose every product's threshold, and where reuse is slower than the merged layer.
 
         The threshold is the largest with which positions that are left out change the input by no more than ``error``:
         √(Σ ‖x − x_b‖² over those) ≤ error · √(Σ ‖x_b‖²). Times are medians over ``rounds`` on these inputs.
 
         Args:
-            inputs: batches of held-out data, two images at least.
+            inputs: batches of held-out data, or one batch; two images at least.
             error: ε ≥ 0; 0 leaves out what is exactly equal.
             rounds: measurements of each product.
 
         Raises:
             UserError: for fewer than two images, or a negative error.
         """
-        batches = list(inputs)
+        batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         images = sum(len(batch) for batch in batches)
         if images < 2:
             raise UserError(f"thresholds cannot be calibrated on {images} images: give two or more held-out ones")
@@ -472,6 +480,11 @@ class VideoReuse:
             raise UserError(
                 f"frame {frame} came after frame {self.frame}: give frames in order, or call reset() where a video begins"
             )
+        if self.frame is not None and x.shape != self._shape:
+            raise UserError(
+                f"a frame of shape {tuple(x.shape)} came after those of {tuple(self._shape)}: call reset() where a video begins"
+            )
+        self._shape = x.shape
         number = frame if frame is not None else (0 if self.frame is None else self.frame + 1)
         key = self.frame is None or self._since_key + 1 >= self.key_every
         reuse, model = self.reuse, self.reuse.model

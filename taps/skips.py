@@ -9,7 +9,6 @@ mean of each group. It is one for all tasks, and offered only where it has fewer
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import replace
 
 import torch
@@ -24,10 +23,20 @@ _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, Conv2dSame: 2}
 
 
 class _Tracer(fx.Tracer):
-    """Follows a network down to the modules that must keep their training mode: torch's own, norms and stochastic depth."""
+    """Follows a network down to the modules that must keep their training mode: torch's own, norms and stochastic depth.
+
+    Args:
+        wanted: modules that have to be seen, so that what holds them is no leaf.
+    """
+
+    def __init__(self, wanted: set[nn.Module]) -> None:
+        super().__init__()
+        self.wanted = wanted
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         kind = type(module).__name__
+        if any(inner in self.wanted for inner in module.modules() if inner is not module):
+            return False
         return (
             super().is_leaf_module(module, name)
             or isinstance(module, Conv2dSame)
@@ -43,7 +52,7 @@ def find_depths(net: nn.Module, names: list[str]) -> dict[str, int] | None:
     not known.
     """
     try:
-        graph = _Tracer().trace(net)
+        graph = _Tracer({net.get_submodule(name) for name in names}).trace(net)
     except Exception:  # a tracer meets any code, and fails in any way
         return None
     depth: dict[fx.Node, int] = {}
@@ -66,6 +75,7 @@ def find_choices(net: nn.Module) -> list[Found]:
         kept = None
         try:
             shortcut, stride = stand_in(layer.module)
+            shortcut = shortcut.to(next(layer.module.parameters()))  # its device and type
         except UserError as error:
             shortcut, stride, kept = None, 1, str(error)
         if depths is not None and layer.name not in depths:
@@ -81,8 +91,8 @@ def find_choices(net: nn.Module) -> list[Found]:
     return found
 
 
-def stand_in(layer: nn.Module) -> tuple[nn.Module | None, int]:
-    """What can take the layer's place (``None``: the identity), and positions of its input by one of its output.
+def stand_in(layer: nn.Module) -> tuple[nn.Module, int]:
+    """What can take the layer's place, and positions of its input by one of its output.
 
     Raises:
         UserError: that says why there is nothing.
@@ -90,7 +100,7 @@ def stand_in(layer: nn.Module) -> tuple[nn.Module | None, int]:
     if type(layer) is nn.Linear:
         inputs, outputs, groups = layer.in_features, layer.out_features, math.gcd(layer.in_features, layer.out_features)
         if inputs == outputs:
-            return None, 1
+            return copied(), 1
         _check_saves(layer, inputs * outputs // groups)
         return grouped_linear(inputs, outputs, groups), 1
     dimensions = _CONVOLUTIONS.get(type(layer))
@@ -105,9 +115,7 @@ def stand_in(layer: nn.Module) -> tuple[nn.Module | None, int]:
         nn.init.constant_(adapter.weight, groups / inputs)
         parts.append(adapter)
     stride = math.prod(layer.stride)
-    if len(parts) < 2:
-        return (parts[0] if parts else None), stride
-    return nn.Sequential(*parts), stride
+    return (copied() if not parts else parts[0] if len(parts) == 1 else nn.Sequential(*parts)), stride
 
 
 def _check_saves(layer: nn.Module, size: int) -> None:
@@ -131,6 +139,13 @@ def _pool(layer: nn.Module, dimensions: int) -> list[nn.Module]:
     return [_POOLS[dimensions](strides, strides, ceil_mode=not patches)]
 
 
+def copied() -> nn.Module:
+    """The identity, as a copy: what comes after a skipped layer may work in place on what others still need."""
+    graph = fx.Graph()
+    graph.output(graph.call_method("clone", (graph.placeholder("x"),)))
+    return fx.GraphModule(nn.Module(), graph, "Copied")
+
+
 def grouped_linear(inputs: int, outputs: int, groups: int) -> nn.Module:
     """(…, inputs) to (…, outputs), each group of outputs from its group of inputs; starts as the mean of each group.
 
@@ -142,12 +157,6 @@ def grouped_linear(inputs: int, outputs: int, groups: int) -> nn.Module:
     x = graph.placeholder("x")
     split = graph.call_method("unflatten", (x, -1, (groups, inputs // groups)))
     weight = graph.get_attr("weight")
-    if groups == inputs:  # of every group one channel comes in: (…, g, 1) · (g, o)
-        product = graph.call_function(operator.mul, (split, graph.call_method("squeeze", (weight, 1))))
-    elif groups == outputs:  # one goes out
-        product = graph.call_function(operator.mul, (split, graph.call_method("squeeze", (weight, 2))))
-        product = graph.call_method("sum", (product,), {"dim": -1, "keepdim": True})
-    else:
-        product = graph.call_function(torch.einsum, ("...gi,gio->...go", split, weight))
+    product = graph.call_function(torch.einsum, ("...gi,gio->...go", split, weight))
     graph.output(graph.call_method("flatten", (product, -2)))
     return fx.GraphModule(root, graph, "GroupedLinear")

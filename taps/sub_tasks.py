@@ -17,6 +17,7 @@ from taps.mtl import MultiTask
 from taps.plan import delta_plan, weights_plan
 from taps.reuse import Reuse
 from taps.scores import relative_gain
+from taps.support import room
 
 #: relative errors of the inputs of matrix products for which reuse is measured
 ERRORS = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -40,6 +41,10 @@ class SubTasks(MultiTask):
         if not self.sub_tasks:
             raise UserError(f"{self.base_task} is the only task; name others in --tasks that are built on it")
         super().check()
+        model = self._on_base(self.model(())) if self._is_trained(self.base()) else self.model(())
+        task = self.sub_tasks[0]
+        model.add_task(task, head=self.benchmark.head(task, model.num_features))
+        room(model, task, self.options.density)
 
     def base(self) -> str:
         """The stage of the base task's network."""
@@ -103,13 +108,15 @@ class SubTasks(MultiTask):
 
     def test(self) -> None:
         super().test()
-        if self.accelerator.is_main_process and not (self.folder.path / "reuse.json").is_file():
+        self.accelerator.wait_for_everyone()
+        if not (self.folder.path / "reuse.json").is_file():
             self._measure_reuse(read_json(self.folder.path / "summary.json")["best"])
+            self.accelerator.wait_for_everyone()
 
     def _measure_reuse(self, stage: str) -> None:
-        """``reuse.json`` and its table: thresholds calibrated on validation images, quality measured on others of them."""
+        """``reuse.json`` and its table: thresholds are calibrated on a few validation images, quality is that of all of them."""
         reuse = Reuse(self.stored(stage, self.benchmark.tasks), self.base_task, self.sub_tasks)
-        images = self.benchmark.example("val")
+        images = self.benchmark.example("val").to(self.accelerator.device)
         size = max(len(images) // 2, 2)
         rows = []
         for error in ERRORS:
@@ -121,7 +128,8 @@ class SubTasks(MultiTask):
             error: {task: relative_gain(row["tasks"][task], rows[0]["tasks"][task]) for task in self.sub_tasks}
             for error, row in zip(ERRORS, rows, strict=True)
         }
-        write_json(self.folder.path / "reuse.json", {"stage": stage, "base_task": self.base_task, "rows": rows})
+        if self.accelerator.is_main_process:
+            write_json(self.folder.path / "reuse.json", {"stage": stage, "base_task": self.base_task, "rows": rows})
         lines = ["sub-tasks computed from the base's activations, validation split, beside their merged networks:"]
         for row in rows:
             parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taps.cost import norm_tensors
 from taps.errors import UserError
 from taps.model import TaskModel
 from taps.sparse import HardConcreteGate
@@ -27,9 +28,11 @@ def fix_support(model: TaskModel, task: str, density: float | None = None) -> in
         Number of weights in the support.
 
     Raises:
-        UserError: if the task has no gates on single weights.
+        UserError: if the task has no gates on single weights, or no weight fits beside its norms.
     """
-    density = model.options["density"] if density is None else density
+    model.check_task(task)
+    density = model.options.get("density", 1.0) if density is None else density
+    allowed = room(model, task, density)
     changes = []  # of every group of weights that share a gate: unit, parameter, size of the change of one, weights of one
     for unit in model.units:
         gate = unit.gates[task]
@@ -42,9 +45,7 @@ def fix_support(model: TaskModel, task: str, density: float | None = None) -> in
             each = delta.numel() // middle[name].numel()
             size = delta.square().reshape(middle[name].numel(), each).mean(1).sqrt()
             changes.append((unit, name, size, each, middle[name]))
-    if not changes:
-        raise UserError(f"task {task!r} has no gates on single weights whose support could be fixed; check where=")
-    level = _level(model, task, density, changes)
+    level = _level(allowed, changes)
     total = 0
     masks: dict[int, dict[str, Tensor]] = {}
     for unit, name, size, _, middle in changes:
@@ -59,10 +60,35 @@ def fix_support(model: TaskModel, task: str, density: float | None = None) -> in
     return total
 
 
-def _level(model: TaskModel, task: str, density: float, changes: list) -> float:
-    """The size of change above which weights are the task's own, so that they are no more than the density allows."""
-    norms = sum(p.numel() for norm in model.task_norms if task in norm.norms for p in norm.norms[task].parameters())
+def room(model: TaskModel, task: str, density: float) -> float:
+    """How many weights of the base a task may change.
+
+    Args:
+        model, task, density: as in :func:`fix_support`.
+
+    Raises:
+        UserError: if the task has no gates on single weights, the density is not above 0 and at most 1, or the task's norms
+            alone take all of it.
+    """
+    if not any(isinstance(unit.gates[task], HardConcreteGate) for unit in model.units):
+        raise UserError(
+            f"task {task!r} has no gate on single weights: where={model.options.get('where')!r} matches no layer"
+        )
+    if not 0 < density <= 1:
+        raise UserError(f"density must lie in 0..1, above 0 (0.02: 2 % of the weights), not {density!r}")
+    own = [norm.norms[task] for norm in model.task_norms if task in norm.norms]
+    norms = sum(tensor.numel() for norm in own for tensor in norm_tensors(norm).values())
     allowed = density * model.base_parameters - norms
+    if allowed < 1:
+        raise UserError(
+            f"a density of {100 * density:g} % has no room for single weights: the task's own norms take "
+            f"{100 * norms / model.base_parameters:.2g} % of the base; give a larger density, or norm frozen"
+        )
+    return allowed
+
+
+def _level(allowed: float, changes: list) -> float:
+    """The size of change above which weights are the task's own, so that they are no more than allowed."""
     size = torch.cat([size for _, _, size, _, _ in changes])
     each = torch.cat([torch.full_like(size, count) for _, _, size, count, _ in changes])
     order = size.argsort(descending=True)

@@ -283,6 +283,10 @@ class _Run:
         for task in self.tasks if phase.start else ():
             if phase.start == "fix":
                 support.fix_support(self.model, task)
+                for unit in self.model.units:  # averages of gradients would move weights outside of it
+                    for parameter in unit.deltas[task].parameters() if task in unit.deltas else ():
+                        for optimizer in self.optimizers.values():
+                            optimizer.state.pop(parameter, None)
             else:
                 choose = {"choose": budget.keep_within, "round": budget.hold_within}[phase.start]
                 choose(self.model, task, self.recipe.budget)

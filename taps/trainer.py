@@ -17,7 +17,7 @@ from taps.errors import UserError, unknown
 from taps.layer import batch_statistics, evaluating
 from taps.methods import METHODS
 from taps.model import TaskModel, adapt
-from taps.plan import POLICY_METHODS, policy_plan, pretrain_plan, weights_plan
+from taps.plan import POLICY_METHODS, cycle_steps, policy_plan, pretrain_plan, weights_plan
 from taps.policy import Policy
 from taps.presets import preset
 from taps.train import fit
@@ -48,13 +48,20 @@ class _Planned(Dataset):
         return self.samples[key[0]]
 
 
+def _steps(iterations: int) -> int:
+    if iterations < 1:
+        raise UserError(f"iterations have to be 1 or more, not {iterations!r}")
+    return iterations
+
+
 class PolicyTrainer:
     """Learn what each task does with each unit of one network, and train the network that comes of it.
 
     Args:
         backbone: any module from a batch to features; its weights are where training starts.
         heads: by task, from features to the task's output.
-        loaders: ``"train"`` and ``"val"``, loaders of (inputs, {task: labels}); with ``"policy"`` too, that one's samples
+        loaders: ``"train"`` and ``"val"``, loaders of (inputs, {task: labels}), of which the training ones give their data set,
+            batch size and ``collate_fn``, and are shuffled by the seed; with ``"policy"`` too, that one's samples
             learn the policy and all of ``train`` the weights, else a part of ``train`` is set aside for it.
         losses: by task, from outputs and labels to the mean loss.
         metrics: by task, from outputs and labels of a batch to a number; shown in :attr:`history`.
@@ -110,6 +117,12 @@ class PolicyTrainer:
             if name not in TRAINING:
                 raise unknown("option", name, [*TRAINING, *row.options, "norm", "layers"])
         self.losses, self.metrics = dict(losses), dict(metrics or {})
+        for name, loader in loaders.items():
+            if loader.batch_size is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+                raise UserError(f"the loader {name!r} needs a data set with a length and a batch_size")
+        for task in options.get("task_weights", {}):
+            if task not in self.tasks:
+                raise unknown("task in task_weights", task, self.tasks)
         loader = loaders["train"]
         self.options = Namespace(
             **{**values, "batch_size": loader.batch_size or 1, **options, "method": method, "seed": seed}
@@ -146,10 +159,13 @@ class PolicyTrainer:
         return model
 
     def _check_batch(self) -> None:
-        batch = next(iter(self.val), None)
-        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
-        if not isinstance(labels, Mapping) or not set(self.tasks) <= set(labels):
-            raise UserError(f"loaders have to give (inputs, {{task: labels}}) with labels of {', '.join(self.tasks)}")
+        batches = [next(iter(self.val), None), *(self.collate([part[0]]) for part in self.parts.values())]
+        for batch in batches:
+            labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
+            if not isinstance(labels, Mapping) or not set(self.tasks) <= set(labels):
+                raise UserError(
+                    f"loaders have to give (inputs, {{task: labels}}) with labels of {', '.join(self.tasks)}"
+                )
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -164,7 +180,7 @@ class PolicyTrainer:
         Returns:
             The model, :attr:`model`.
         """
-        self.options.warmup_iterations = iterations
+        self.options.warmup_iterations = _steps(iterations)
         return self._fit("pre-train", self.model, pretrain_plan(self.options))
 
     def learn_policy(self, iterations: int) -> Policy:
@@ -177,6 +193,9 @@ class PolicyTrainer:
             The most probable policy, with the probabilities in it: :meth:`taps.policy.Policy.sample` and
             :meth:`taps.policy.Policy.top` give others. A warning is given where these are nearly uniform.
         """
+        cycle = sum(cycle_steps(self.options, self._sizes))
+        if _steps(iterations) < cycle:
+            raise UserError(f"learning a policy takes a cycle of {cycle} steps at least, not {iterations}")
         self.options.iterations, self.options.warmup_iterations = iterations, 0
         self._fit("policy", self.model, policy_plan(self.options, self._sizes, len(self.model.units)))
         policy = Policy.of(self.model)
@@ -204,7 +223,7 @@ class PolicyTrainer:
         policy.check_fits(self.model, self.tasks, "given")
         model = copy.deepcopy(self.model) if start == "policy" else self._fresh()
         model.follow({task: policy.entries(task) for task in self.tasks})
-        self.options.retrain_iterations = iterations
+        self.options.retrain_iterations = _steps(iterations)
         return self._fit("post-train", model, weights_plan(self.options, self._sizes, self.options.seed)).eval()
 
     def _fit(self, stage: str, model: TaskModel, plan) -> TaskModel:

@@ -152,7 +152,6 @@ def test_norms_are_a_tasks_own_from_where_ways_part():
 )
 def test_a_stand_in_has_the_layers_shape_and_starts_as_a_mean(layer, shape, parameters):
     found, stride = stand_in(layer)
-    found = nn.Identity() if found is None else found
     x = torch.randn(shape)
     assert found(x).shape == layer(x).shape
     assert sum(p.numel() for p in found.parameters()) == parameters
@@ -181,6 +180,24 @@ def test_what_cannot_be_skipped_says_why(layer, reason):
     assert model.units[0].gates["a"].probabilities.tolist() == [0.5, 0.5, 0.0]
     with pytest.raises(ValueError, match="policy skips '0'"):
         model.follow({"a": [0.0]})
+
+
+def test_what_follows_a_skipped_layer_may_work_in_place():
+    model = taps.adapt(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)), "automtl")
+    model.add_task("a", head=nn.Identity())
+    model.follow({"a": [0.0]})
+    x = torch.randn(2, 3, 5, 5)
+    before = x.clone()
+    torch.testing.assert_close(model.eval()(x, "a"), before.relu())
+    assert torch.equal(x, before)
+    torch.testing.assert_close(model.merge("a")(x), before.relu())
+    assert torch.equal(x, before)
+
+
+def test_stand_ins_have_the_networks_type():
+    model = taps.adapt(NETWORKS["resnet"][0]().double(), "automtl")
+    model.add_task("a", num_classes=2)
+    assert model(torch.randn(2, 3, 40, 40).double(), "a").dtype == torch.float64
 
 
 def test_layers_whose_weights_are_read_are_not_skipped():
@@ -229,7 +246,7 @@ def test_three_branches_are_one_convolution():
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     state.temperature, state.generator = 0.7, torch.Generator().manual_seed(3)
     y = model(x, "a")
-    p = gate._drawn
+    p = gate.draw()
     uniform = torch.rand(3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     torch.testing.assert_close(p, ((gate.logits - (-uniform.log()).log()) / 0.7).softmax(0))
     own = {name: layer.get_parameter(name) + unit.deltas["a"][name] for name in ("weight", "bias")}
@@ -265,12 +282,14 @@ def test_published_regulariser(scale):
     model(torch.randn(2, 3, 40, 40, dtype=torch.float64), "a")
     expected = 0.0
     for unit, description in zip(model.units, model._descriptions, strict=True):
-        p = unit.gates["a"]._drawn.tolist()
+        p = unit.gates["a"].draw().tolist()
         soft = [math.log1p(math.exp(scale * (p[k] - p[0]))) for k in (1, 2)]
         expected += (17 - description.depth) / 17 * sum(soft)
     assert model.penalty("a").item() == pytest.approx(expected, rel=1e-6)
     assert model.units[-1].gates["a"].weight == 0.0
-    pi = preference(model.gates("a"), scale)  # the draw is used once; without one, by the probabilities
+    model.penalty("a").backward()
+    model.penalty("a").backward()  # as often as one likes
+    pi = preference(model_of("resnet").gates("a"), scale)  # without a draw by the probabilities
     assert pi.item() == pytest.approx(sum(u.gates["a"].weight * 2 * math.log(2) for u in model.units), rel=1e-6)
 
 

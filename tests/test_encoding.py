@@ -62,7 +62,7 @@ def test_whole_numbers_are_as_near_as_they_can_be(bits, shape):
         (dense, 0.02, "int8"),
         (dense, 1e-3, "float16"),
         (flat_spectrum_low_rank, 0.01, "low_rank"),
-        (few_weights, 0.01, "sparse"),
+        (few_weights, 0.01, "sparse16"),
         (lambda: dense() * 1e6, 4e-3, "bfloat16"),
     ],
 )

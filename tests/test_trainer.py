@@ -128,6 +128,7 @@ def test_other_methods_and_samples_of_their_own():
         ({"learning_rate": 1.0}, "unknown option 'learning_rate'"),
         ({"losses": {"way": nn.functional.cross_entropy}}, "losses are given for way; heads are given for way, colour"),
         ({"loaders": {"train": None}}, "loaders lack 'val'"),
+        ({"task_weights": {"wy": 2.0}}, "unknown task in task_weights 'wy'; did you mean 'way'"),
         ({"policy_fraction": 0.0}, "policy_fraction 0.0 of 128 samples leaves a part empty"),
         (
             {"loaders": {name: DataLoader(list(range(4))) for name in ("train", "val")}},
@@ -138,6 +139,15 @@ def test_other_methods_and_samples_of_their_own():
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         story(**options)
+
+
+def test_steps_are_checked(learned):
+    trainer, policy, _ = learned
+    for work in (trainer.pre_train, lambda n: trainer.post_train(policy, n)):
+        with pytest.raises(ValueError, match="iterations have to be 1 or more, not 0"):
+            work(0)
+    with pytest.raises(ValueError, match="takes a cycle of 9 steps at least, not 5"):
+        trainer.learn_policy(5)
 
 
 def test_a_policy_for_another_network_is_refused(learned):
