@@ -140,7 +140,7 @@ _SPARSE_DELTA: dict[str | tuple[str, bool], dict] = {
     "nyud": _VIT_B,
     "scenes": {
         "model_type": "vit_tiny_patch16_224", "channels": None, "lr": 1e-3, "base_lr": 1e-3, "delta_lr": 3e-3, "density": 0.05,
-        "iterations": 200, "retrain_iterations": 600, "pull_iterations": 100, "eval_iterations": 100, "batch_size": 16,
+        "lam": 0.0, "iterations": 200, "retrain_iterations": 600, "pull_iterations": 100, "eval_iterations": 100, "batch_size": 16,
     },
 }  # fmt: skip
 
