@@ -116,7 +116,7 @@ class SubTasks(MultiTask):
     def _measure_reuse(self, stage: str) -> None:
         """``reuse.json`` and its table: thresholds are calibrated on a few validation images, quality is that of all of them."""
         reuse = Reuse(self.stored(stage, self.benchmark.tasks), self.base_task, self.sub_tasks)
-        images = self.benchmark.example("val").to(self.accelerator.device)
+        images = self.benchmark.example("val", 4).to(self.accelerator.device)
         size = max(len(images) // 2, 2)
         rows = []
         for error in ERRORS:
