@@ -121,7 +121,7 @@ def test_two_processes_agree_on_the_support(scenes, tmp_path):
         "train_mtl.main(sys.argv[1:])\n"
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    line += map(str, ("--dataset", scenes, *VIT, "--single_task", "none", "--phases", "retrain"))
+    line += map(str, ("--dataset", scenes, *VIT, "--single_task", "none"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -129,6 +129,8 @@ def test_two_processes_agree_on_the_support(scenes, tmp_path):
     assert first == second
     assert len(first.splitlines()) == 2
     assert all(math.isfinite(value) for value in json.loads(first.splitlines()[0])[3])
+    assert (tmp_path / "results/run/reuse.json").is_file()
+    assert "2 × cpu" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,8 @@ def test_two_processes_agree_on_the_support(scenes, tmp_path):
         (("--density", "101%"), "'101%' is not a share"),
         (("--density", "much"), "'much' is not a share"),
         (("--structure", "column"), "invalid choice: 'column'"),
+        (("--where", "zzz"), "where='zzz' matches no layer"),
+        (("--density", "0.1%"), "has no room for single weights: the task's own norms take"),
         (("--single_task", "none", "--phases", "test"), "holds no run"),
     ],
 )
