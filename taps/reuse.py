@@ -233,6 +233,8 @@ class Reuse:
         self.model, self.base_task, self.tasks = model, base_task, names
         self.settings: dict[str, dict[str, Setting]] = {task: defaultdict(Setting) for task in names}
         self.counts: dict[str, Counts] = {}
+        #: merged networks of the tasks of which reuse as a whole was measured to be slower
+        self.whole: dict[str, nn.Module] = {}
         self._products: dict[tuple[str | None, str], tuple[tuple, Product]] = {}
         own = [unit for unit in model.units for task in names if unit.gates[task].decide().uses_delta]
         self.side_by_side = all(is_product(unit) for unit in own)
@@ -243,8 +245,12 @@ class Reuse:
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Every task's output on a batch, (B, …). :attr:`counts` then holds what each task took."""
         with evaluating(self.model):
-            features = self._features(x, self.tasks)
-            return {task: run_head(self.model.heads[task], own) for task, own in features.items()}
+            features = self._features(x, [task for task in self.tasks if task not in self.whole])
+            outputs = {task: run_head(self.model.heads[task], own) for task, own in features.items()}
+            return {
+                task: self.whole[task](x) if task in self.whole else outputs[task]
+                for task in (self.base_task, *self.tasks)
+            }
 
     def _features(self, x: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
         """The backbone's features of the base task and of some others."""
@@ -319,7 +325,8 @@ class Reuse:
         """Choose every product's threshold, and where reuse is slower than the merged layer.
 
         The threshold is the largest with which positions that are left out change the input by no more than ``error``:
-        √(Σ ‖x − x_b‖² over those) ≤ error · √(Σ ‖x_b‖²). Times are medians over ``rounds`` on these inputs.
+        √(Σ ‖x − x_b‖² over those) ≤ error · √(Σ ‖x_b‖²). Times are medians over ``rounds`` on these inputs. A task that takes
+        longer than its merged network all the same is run as that one, :attr:`whole`, a copy of the weights as they are now.
 
         Args:
             inputs: batches of held-out data, or one batch; two images at least.
@@ -335,6 +342,7 @@ class Reuse:
             raise UserError(f"thresholds cannot be calibrated on {images} images: give two or more held-out ones")
         if not error >= 0:
             raise UserError(f"the error that thresholds may cause has to be at least 0, not {error!r}")
+        self.whole = {}
         for task in self.tasks:
             seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             calls: dict[str, tuple[Product, tuple[Tensor, Tensor, Tensor]]] = {}
@@ -361,6 +369,8 @@ class Reuse:
                     setting.threshold = _threshold(distance, base, error)
                     product, inputs_of = calls[name]
                     setting.dense = _slower(product, inputs_of, setting.threshold, rounds)
+        slower = [task for task, own in self.beside_dense(batches[0], rounds).items() if own["time"] > 1.0]
+        self.whole = {task: self.model.merge(task) for task in slower}
 
     @torch.no_grad()
     def beside_dense(self, x: Tensor, rounds: int = 5) -> dict[str, dict[str, float]]:
@@ -369,12 +379,15 @@ class Reuse:
         Returns:
             By task ``macs``, with the multiplications of attention counted as if it was always computed, and ``time``: of both
             tasks together less that of the base's merged network, medians over ``rounds`` in which all are run in turn on
-            ``x``; heads are part of either.
+            ``x``; heads are part of either. 1.0 for a task that is run as its merged network.
         """
         found = {}
         with evaluating(self.model):
             alone = self.model.merge(self.base_task)
             for task in self.tasks:
+                if task in self.whole:
+                    found[task] = {"macs": 1.0, "time": 1.0}
+                    continue
                 merged = self.model.merge(task)
 
                 def both(task=task) -> None:

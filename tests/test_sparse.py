@@ -329,6 +329,7 @@ def test_larger_errors_leave_out_more_and_change_more():
     done, wrong = [], []
     for error in (0.0, 0.05, 0.2, 1.0):
         reuse.calibrate(images, error, rounds=1)
+        reuse.whole = {}
         for setting in reuse.settings["sub"].values():
             setting.dense = False
         wrong.append(float((reuse(images[0])["sub"] - exact).norm() / exact.norm()))
@@ -348,9 +349,23 @@ def test_the_merged_layer_takes_over_where_it_is_faster(monkeypatch):
     images = [torch.randn(2, 3, 32, 32)]
     reuse.calibrate(images, 0.1)
     assert all(setting.dense for setting in reuse.settings["sub"].values())
+    reuse.whole = {}
     with torch.no_grad():
         assert torch.equal(reuse(images[0])["sub"], model(images[0], "sub"))
     assert reuse.counts["sub"].done == reuse.counts["sub"].dense
+
+
+def test_a_task_that_gains_nothing_is_run_as_its_merged_network(monkeypatch):
+    model = draws("vit")
+    reuse, images = Reuse(model, "base"), torch.randn(2, 3, 32, 32)
+    monkeypatch.setattr(Reuse, "beside_dense", lambda self, x, rounds: {"sub": {"macs": 1.0, "time": 1.2}})
+    reuse.calibrate(images, 0.1)
+    monkeypatch.undo()
+    assert list(reuse.whole) == ["sub"]
+    with torch.no_grad():
+        assert torch.equal(reuse(images)["sub"], model.merge("sub")(images))
+    assert list(reuse(images)) == ["base", "sub"]
+    assert reuse.beside_dense(images)["sub"] == {"macs": 1.0, "time": 1.0}
 
 
 @pytest.mark.parametrize(
