@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from options import parse_mtl
 from taps import commands
 from taps.benchmarks import open_benchmark
+from taps.methods import METHODS
 from taps.mtl import MultiTask
 from taps.signals import StopSignals
 from taps.sub_tasks import SubTasks
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str]) -> None:
         commands.launch_on_every_gpu(__file__, arguments)
     accelerator = commands.make_accelerator(options)
     benchmark = open_benchmark(options, accelerator)
-    kind = SubTasks if options.method == "sparse_delta" else MultiTask
+    row = METHODS.get(options.method)
+    kind = SubTasks if row is not None and row.builds_on_base else MultiTask
     with StopSignals() as stop, kind.start(options, benchmark, accelerator, stop) as run:
         if {"policy", "retrain"} & set(options.phases):
             run.train()

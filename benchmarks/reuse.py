@@ -26,10 +26,11 @@ from taps.arguments import Parser
 from taps.benchmarks import open_benchmark
 from taps.commands import run
 from taps.data.scenes import clip
-from taps.reuse import Reuse, VideoReuse
+from taps.reuse import Reuse
 from taps.scores import relative_gain
 from taps.signals import StopSignals
 from taps.sub_tasks import Reusing, SubTasks
+from taps.video import VideoReuse
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 

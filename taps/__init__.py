@@ -23,7 +23,7 @@ _LATER = {
     "Policy": "policy",
     "PolicyTrainer": "trainer",
     "Reuse": "reuse",
-    "VideoReuse": "reuse",
+    "VideoReuse": "video",
     "fix_support": "support",
 }
 

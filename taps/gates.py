@@ -101,6 +101,10 @@ class Gate(nn.Module):
         """How many of the unit's ``size`` weights are the task's own, by the hard decision."""
         return size if self.decide().uses_delta else 0
 
+    def fix(self, support: Mapping[str, Tensor]) -> bool:
+        """Learn only inside of a support from now on, bool tensors by parameter; whether the gate is of a kind that can."""
+        return False
+
     def match(self, names: set[str]) -> None:
         """Take the form in which a checkpoint holds the gate, whose tensors have these names."""
 

@@ -172,6 +172,11 @@ class Method:
         """Whether one network learns for all tasks and a policy says what each does with it."""
         return self.fixed is not None and self.trains_base
 
+    @property
+    def builds_on_base(self) -> bool:
+        """Whether the base is a network that one task has trained and the others are built on."""
+        return self.fixed is not None and not self.trains_base
+
 
 _POLICY = {
     "sampling": "soft",

@@ -140,8 +140,7 @@ class MultiTask:
             if getattr(self.options, key, None) is not None
         }
         norm = self.options.norm if self.options.norm in METHODS[name].norms else None
-        row = METHODS[name]
-        learns = row.learns_policy or row.fixed is None  # else tasks are added to a base that stands
+        learns = not METHODS[name].builds_on_base
         model = adapt(self.benchmark.backbone(), name, norm=norm, train_base=learns, **options)
         for index, task in enumerate(tasks):
             torch.manual_seed(self.options.seed + 1 + index)

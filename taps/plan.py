@@ -43,7 +43,7 @@ def _recipe(options: Namespace, steps: int, seed: int, **changes) -> Recipe:
     """The optimiser of warm-up and retraining; its learning rate falls every ``decay_iterations`` steps."""
     weights = {} if options.task_weights is None else dict(options.task_weights)
     return Recipe(
-        penalty_weight=options.lam if options.method in ("taps", "sparse_delta") else 1.0,
+        penalty_weight=1.0 if options.method in POLICY_METHODS else options.lam,  # whose penalties hold their weights
         optimizer=options.optimizer,
         lr=options.lr,
         base_lr=options.base_lr,
@@ -212,11 +212,11 @@ def weights_plan(options: Namespace, sizes: dict[str, int], seed: int) -> Plan:
         weight_steps, policy_steps = cycle_steps(options, sizes)
         cycles = max(options.iterations - options.warmup_iterations, 0) // (weight_steps + policy_steps)
         total += options.warmup_iterations + cycles * weight_steps
-    if options.method == "sparse_delta":
+    row = METHODS.get(options.method)
+    if row is not None and row.builds_on_base:  # as many steps as a sub-task has
         total += options.iterations + options.pull_iterations
     epochs, steps = _segments(total, options.eval_iterations)
     settle = 0
-    row = METHODS.get(options.method)
     if row is not None and "target_rates" in row.options and options.settle_iterations:
         if options.settle_iterations >= total:
             raise UserError(

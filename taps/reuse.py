@@ -1,21 +1,15 @@
 r"""Reuse: a sub-task computes only where it differs from its base task (efficient computation sharing, ICCV 2023, §3).
 
-At the input of every matrix product the task's x is compared with the base's x_b, position by position (a token of a
-transformer, a pixel in front of a 1×1 convolution). With W' = W + δ
-
-    y = W'x                                   where ‖x − x_b‖ > θ · rms ‖x_b‖: computed
-    y = y_b + δ x                             elsewhere: only the rows of δ that are not zero are computed
-
-so that with θ = 0 the output is that of the merged network, to rounding. What is not a matrix product (norms, softmax,
-activations, attention's own products) is always computed, which brings both paths together again. The published program
-thresholds elements of the products' *outputs* after computing all of them. Positions can be left out of a product as whole
-rows, single elements cannot on ordinary hardware.
+At the input of every matrix product the task's x is compared with the base's, position by position (:mod:`taps.products`). What is
+not a matrix product (norms, softmax, activations, attention's own products) is always computed, which brings both paths together
+again. The published program thresholds elements of the products' *outputs* after computing all of them. Positions can be left out
+of a product as whole rows, single elements cannot on ordinary hardware.
 
 The base and its sub-tasks go through the network side by side, so that what is still the same for all is computed once, norms
 and attention included, and no activation is kept. Where a task changes more than products (a position embedding), or the network's
 code cannot be followed (:mod:`taps.together`), the base goes first and its products are remembered.
 
-Video uses the same arithmetic with a frame's own past in the place of the base: :class:`VideoReuse`.
+Video uses the same arithmetic with a frame's own past in the place of the base: :mod:`taps.video`.
 """
 
 from __future__ import annotations
@@ -29,7 +23,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from taps import cost
 from taps.activations import is_product, sizes
@@ -38,6 +31,7 @@ from taps.errors import Inseparable, UserError
 from taps.gates import Decision, State, first_input
 from taps.layer import GatedUnit, TaskModule, evaluating, run_head
 from taps.model import TaskModel
+from taps.products import Product
 from taps.together import Together
 
 
@@ -123,85 +117,6 @@ class _Beside(Together):
         return join([(tuple(same), y_base), *results])
 
 
-class Product:
-    """A task's version of a matrix product, prepared once: its weights and which of their rows are its own."""
-
-    def __init__(self, unit: GatedUnit, task: str | None, decision: Decision) -> None:
-        effective = unit.effective_parameters(task, decision)
-        base = unit.base
-        self.layer = base
-        self.weight = effective.get("weight", base.weight).detach()
-        self.bias = effective.get("bias", base.bias)
-        self.bias = None if self.bias is None else self.bias.detach()
-        changed = (self.weight != base.weight).flatten(1).any(1)
-        #: whether the output for the same input differs from the base's, and what the task's bias adds to it
-        self.shift = None if self.bias is None or torch.equal(self.bias, base.bias) else self.bias - base.bias
-        self.rows = changed.nonzero()[:, 0]
-        self.differs = len(self.rows) > 0 or self.shift is not None
-        own = self.weight[self.rows]
-        self.own = (own, None if self.bias is None else self.bias[self.rows])
-        self.by_position = isinstance(base, nn.Linear) or (
-            all(size == 1 for size in (*base.kernel_size, *base.stride)) and base.groups == 1 and not any(base.padding)
-        )
-
-    def full(self, x: Tensor) -> Tensor:
-        """The merged layer."""
-        values = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
-        return torch.func.functional_call(self.layer, values, (x,), tie_weights=False)
-
-    def reuse(self, x: Tensor, x_base: Tensor, y_base: Tensor, threshold: float) -> tuple[Tensor, float]:
-        """The output, and the share of the merged layer's multiplications that it took."""
-        share = len(self.rows) / len(self.weight)
-        if x is x_base and not self.differs:
-            return y_base, 0.0
-        if not self.by_position:
-            if not torch.equal(x, x_base) or share == 1 or (share and self.layer.groups > 1):
-                return self.full(x), 1.0
-            return self._rows_of_convolution(x, y_base), share
-        tokens = isinstance(self.layer, nn.Linear)
-        flat, flat_base, flat_y = (t if tokens else t.movedim(1, -1) for t in (x, x_base, y_base))
-        distance = (flat - flat_base).float().square().sum(-1)  # half precision would overflow
-        limit = threshold**2 * flat_base.float().square().sum(-1).mean()
-        moved = distance > limit
-        index = moved.flatten().nonzero()[:, 0]
-        part = len(index) / max(moved.numel(), 1)
-        y = flat_y.clone(memory_format=torch.contiguous_format) if self.shift is None else flat_y + self.shift
-        y = y.flatten(0, -2)
-        inputs, weight = flat.flatten(0, -2), self.weight.flatten(1)
-        if share and part < 1:
-            y[:, self.rows] = linear(inputs, self.own[0].flatten(1), self.own[1])
-        if len(index):
-            y[index] = linear(inputs[index], weight, self.bias)
-        y = y.view(flat_y.shape)
-        return (y if tokens else y.movedim(-1, 1)), part + (1 - part) * share
-
-    def since(self, x: Tensor, x_past: Tensor, y_past: Tensor, threshold: float) -> tuple[Tensor, float, Tensor]:
-        """The output of this very product from an earlier input; also the share of multiplications, and the input that the
-        output now stands for: of positions that were left out the earlier one, so that small changes add up until they count.
-        """
-        if not self.by_position:
-            return (y_past, 0.0, x_past) if torch.equal(x, x_past) else (self.full(x), 1.0, x)
-        tokens = isinstance(self.layer, nn.Linear)
-        flat, flat_past, flat_y = (t if tokens else t.movedim(1, -1) for t in (x, x_past, y_past))
-        limit = threshold**2 * flat_past.float().square().sum(-1).mean()
-        moved = (flat - flat_past).float().square().sum(-1) > limit
-        index = moved.flatten().nonzero()[:, 0]
-        y, kept = (t.clone(memory_format=torch.contiguous_format).flatten(0, -2) for t in (flat_y, flat_past))
-        inputs = flat.flatten(0, -2)[index]
-        y[index], kept[index] = linear(inputs, self.weight.flatten(1), self.bias), inputs
-        y, kept = y.view(flat_y.shape), kept.view(flat_past.shape)
-        share = len(index) / max(moved.numel(), 1)
-        return (y, share, kept) if tokens else (y.movedim(-1, 1), share, kept.movedim(-1, 1))
-
-    def _rows_of_convolution(self, x: Tensor, y_base: Tensor) -> Tensor:
-        layer = self.layer
-        y = y_base.clone() if self.shift is None else y_base + self.shift.view(-1, *[1] * (y_base.dim() - 2))
-        values = {"weight": self.own[0]} if self.own[1] is None else {"weight": self.own[0], "bias": self.own[1]}
-        if len(self.rows):
-            y[:, self.rows] = torch.func.functional_call(layer, values, (x,), tie_weights=False)
-        return y
-
-
 class Reuse:
     """A model's tasks on one input: the base task is computed, the others from what it computed.
 
@@ -276,13 +191,20 @@ class Reuse:
         """A task's output of a product, from the base's input and output if given; counted."""
         with self.model.state.running(task):
             product = self.product(task, unit, unit.ask(task, None))
-            setting = self.settings[task][unit.name] if beside is not None else None
-            if beside is None or (setting.dense and not (x is beside[0] and not product.differs)):
-                y, share = product.full(x), 1.0
-            else:
-                y, share = product.reuse(x, *beside, setting.threshold)
+            y, share = (product.full(x), 1.0) if beside is None else self.beside_base(task, product, unit, x, beside)
         self._count(task, unit, y, share)
         return y
+
+    def beside_base(
+        self, task: str, product: Product, unit: GatedUnit, x: Tensor, before: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, float]:
+        """A sub-task's output of a product from the base's input and output, as its setting says, and the share of
+        multiplications."""
+        setting = self.settings[task][unit.name]
+        same = x is before[0] and not product.differs
+        if before[0].shape != x.shape or (setting.dense and not same):
+            return product.full(x), 1.0
+        return product.reuse(x, *before, setting.threshold)
 
     def _count(self, task: str, unit: GatedUnit, y: Tensor, share: float) -> None:
         dense = unit.base.weight.numel() * (y.numel() // _channels(unit, y))
@@ -290,7 +212,8 @@ class Reuse:
         self.counts[task].dense += dense
 
     def run(self, task: str, x: Tensor, product: Callable):
-        """The backbone's features of one task, whose matrix products are done by ``product(self, task, unit, x)``."""
+        """The backbone's features of one task alone. ``product`` maps a :class:`Product`, its unit and an input to the output
+        and the share of multiplications that it took."""
         self.counts[task] = Counts()
 
         def call(unit: GatedUnit, decision: Decision, own: Tensor) -> Tensor:
@@ -302,6 +225,7 @@ class Reuse:
             return self.model.backbone(x)
 
     def product(self, task: str, unit: GatedUnit, decision: Decision) -> Product:
+        """A task's product, prepared again where its weights have changed."""
         deltas = unit.deltas[task].parameters() if task in unit.deltas else ()
         version = tuple((tensor.data_ptr(), tensor._version) for tensor in (*unit.base.parameters(), *deltas))
         known = self._products.get((task, unit.name))
@@ -311,10 +235,8 @@ class Reuse:
 
     def _from_base(self, task: str, kept: Mapping[str, Kept]) -> Callable:
         def compute(product: Product, unit: GatedUnit, x: Tensor) -> tuple[Tensor, float]:
-            setting, before = self.settings[task][unit.name], kept[unit.name].next()
-            if setting.dense or before is None or before[0].shape != x.shape:
-                return product.full(x), 1.0
-            return product.reuse(x, *before, setting.threshold)
+            before = kept[unit.name].next()
+            return (product.full(x), 1.0) if before is None else self.beside_base(task, product, unit, x, before)
 
         return compute
 
@@ -443,93 +365,3 @@ def _seconds(function: Callable, x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-class VideoReuse:
-    """Frames of a video, one after another: a key frame is computed, others from what frames before have computed.
-
-    At other frames the base task compares with its own last frame. A sub-task compares with the base, in the same frame, in
-    the products before ``split``, and with its own last frame in those from there on.
-
-    Args:
-        reuse: with its thresholds, which hold for comparisons with the base.
-        threshold: θ of comparisons with the last frame, ≥ 0.
-        key_every: a key frame every so many, > 0.
-        split: number of products, in network order, in which sub-tasks compare with the base; ``None`` for all.
-
-    Raises:
-        UserError: for a value out of range.
-    """
-
-    def __init__(self, reuse: Reuse, threshold: float = 0.0, key_every: int = 8, split: int | None = None) -> None:
-        names = [unit.name for unit in reuse.model.units if is_product(unit)]
-        if threshold < 0 or key_every < 1 or not 0 <= (len(names) if split is None else split) <= len(names):
-            raise UserError(
-                f"video reuse needs a threshold of at least 0, key frames every 1 or more, and a split in 0..{len(names)}, "
-                f"not {threshold!r}, {key_every!r}, {split!r}"
-            )
-        self.reuse, self.threshold, self.key_every = reuse, threshold, key_every
-        self.before = set(names if split is None else names[:split])
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all frames; the next one is a key frame."""
-        self.frame: int | None = None
-        self._since_key = 0
-        self._past: dict[str, dict[str, Kept]] = {}
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, frame: int | None = None) -> dict[str, Tensor]:
-        """Every task's output on the next frame, (1, …), or the next frames of several videos, (B, …).
-
-        Args:
-            x: the frame.
-            frame: its number, which has to follow the last one's; ``None``: it does.
-
-        Raises:
-            UserError: for a frame out of order, or of another shape.
-        """
-        if frame is not None and self.frame is not None and frame != self.frame + 1:
-            raise UserError(
-                f"frame {frame} came after frame {self.frame}: give frames in order, or call reset() where a video begins"
-            )
-        if self.frame is not None and x.shape != self._shape:
-            raise UserError(
-                f"a frame of shape {tuple(x.shape)} came after those of {tuple(self._shape)}: call reset() where a video begins"
-            )
-        self._shape = x.shape
-        number = frame if frame is not None else (0 if self.frame is None else self.frame + 1)
-        key = self.frame is None or self._since_key + 1 >= self.key_every
-        reuse, model = self.reuse, self.reuse.model
-        past = {} if key else self._past
-        now: dict[str, dict[str, Kept]] = {}
-        outputs = {}
-        with evaluating(model):
-            for task in (reuse.base_task, *reuse.tasks):
-                now[task] = defaultdict(Kept)
-                features = reuse.run(task, x, self._step(task, past.get(task), now))
-                outputs[task] = run_head(model.heads[task], features)
-        self._past, self.frame, self._since_key = now, number, 0 if key else self._since_key + 1
-        return outputs
-
-    def _step(self, task: str, past: Mapping[str, Kept] | None, now: dict[str, dict[str, Kept]]) -> Callable:
-        reuse = self.reuse
-        base = now[reuse.base_task] if task != reuse.base_task else None
-        for kept in [*(past or {}).values(), *(base or {}).values()]:
-            kept.at = 0
-
-        def compute(product: Product, unit: GatedUnit, x: Tensor) -> tuple[Tensor, float]:
-            setting = None if base is None else reuse.settings[task][unit.name]
-            beside = base[unit.name].next() if base is not None else None
-            own = past[unit.name].next() if past is not None and unit.name in past else None
-            if beside is not None and (unit.name in self.before or own is None):
-                y, share = (product.full(x), 1.0) if setting.dense else product.reuse(x, *beside, setting.threshold)
-                x_kept = x
-            elif own is not None and own[0].shape == x.shape:
-                y, share, x_kept = product.since(x, *own, self.threshold)
-            else:
-                y, share, x_kept = product.full(x), 1.0, x
-            now[task][unit.name].calls.append((x_kept, y))
-            return y, share
-
-        return compute

@@ -116,8 +116,8 @@ class HardConcreteGate(Gate):
     def any(self) -> bool:
         return any(bool(getattr(self, f"support_{index}").any()) for index in range(len(self.shapes)))
 
-    def fix(self, support: Mapping[str, Tensor]) -> None:
-        """Decide the support: bool tensors by parameter. The gates that led to it are dropped."""
+    def fix(self, support: Mapping[str, Tensor]) -> bool:
+        """Decide the support. The gates that led to it are dropped."""
         if not self.is_fixed:
             self._dtype, self._device = self.tensor_logits.dtype, self.tensor_logits.device
             self.logits, self.tensor_logits = nn.ParameterList(), None
@@ -125,6 +125,7 @@ class HardConcreteGate(Gate):
         for index, (name, shape) in enumerate(self.shapes.items()):
             mask = support[name].expand(shape).to(self._device).clone()
             self.register_buffer(f"support_{index}", mask, persistent=False)
+        return True
 
     def match(self, names: set[str]) -> None:
         if "support_0" in names and not self.is_fixed:

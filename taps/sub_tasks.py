@@ -4,6 +4,7 @@ single_task/<base task>/   the base task's network, on which the others are buil
 single_task/<task>/        full fine-tuning of all of its weights, the reference of Δ_T where it is measured
 sub_task_000/<task>/       the sparse delta of one task, trained with seed 0
 retrain_000/               the base and all of its tasks, ready to be used and tested
+reuse.json                 what computing sub-tasks from the base's activations saves and loses, by allowed error
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class SubTasks(MultiTask):
         if not self.sub_tasks:
             raise UserError(f"{self.base_task} is the only task; name others in --tasks that are built on it")
         super().check()
-        model = self._on_base(self.model(())) if self._is_trained(self.base()) else self.model(())
-        task = self.sub_tasks[0]
+        model, task = self.model(()), self.sub_tasks[0]
         model.add_task(task, head=self.benchmark.head(task, model.num_features))
         room(model, task, self.options.density)
 
-    def base(self) -> str:
+    @property
+    def base_stage(self) -> str:
         """The stage of the base task's network."""
         return f"single_task/{self.base_task}"
 
@@ -54,9 +55,9 @@ class SubTasks(MultiTask):
         self._announce(self.model(()))
         if "retrain" not in self.options.phases:
             return
-        if not self._is_trained(self.base()):
+        if not self._is_trained(self.base_stage):
             plan = weights_plan(self.options, self.sizes, self.options.seed)
-            self._fit(self.base(), self.model([self.base_task], "hard_sharing"), plan, [self.base_task])
+            self._fit(self.base_stage, self.model([self.base_task], "hard_sharing"), plan, [self.base_task])
         for task in self.sub_tasks if self.options.single_task == "measure" else ():
             stage = f"single_task/{task}"
             if not self._is_trained(stage):
@@ -73,7 +74,7 @@ class SubTasks(MultiTask):
 
     def _on_base(self, model: TaskModel) -> TaskModel:
         """A model with the base task's weights in it, and its tasks' norms as the base's."""
-        model.load_base(read_tensors(self.folder.path / self.base() / "base.safetensors"))
+        model.load_base(read_tensors(self.folder.path / self.base_stage / "base.safetensors"))
         for norm in model.task_norms:
             for task in list(norm.norms):
                 norm.add_task(task)
@@ -98,7 +99,7 @@ class SubTasks(MultiTask):
 
     def _add_base_task(self, model: TaskModel) -> None:
         """The base task: the base itself, with the head that was trained with it."""
-        plain = self.stored(self.base(), [self.base_task], "hard_sharing")
+        plain = self.stored(self.base_stage, [self.base_task], "hard_sharing")
         model.add_task(self.base_task, head=plain.heads[self.base_task])
         model.follow({self.base_task: [1.0] * len(model.units)})
         for norm in model.task_norms:

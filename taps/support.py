@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taps.cost import norm_tensors
+from taps.cost import own_norm_parameters
 from taps.errors import UserError
 from taps.model import TaskModel
 from taps.sparse import HardConcreteGate
@@ -76,8 +76,7 @@ def room(model: TaskModel, task: str, density: float) -> float:
         )
     if not 0 < density <= 1:
         raise UserError(f"density must lie in 0..1, above 0 (0.02: 2 % of the weights), not {density!r}")
-    own = [norm.norms[task] for norm in model.task_norms if task in norm.norms]
-    norms = sum(tensor.numel() for norm in own for tensor in norm_tensors(norm).values())
+    norms = own_norm_parameters(model, [task])
     allowed = density * model.base_parameters - norms
     if allowed < 1:
         raise UserError(

@@ -285,11 +285,11 @@ def _fill(
                 reason = (str(error).splitlines() or [""])[0]
                 raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
         sparse = held and all(encoding == "sparse32" for encoding, _ in held.values())
-        if trainable and sparse and model.row.fixed is not None:
+        if trainable and sparse:
             inside = {parameter: unit.deltas[task][parameter] != 0 for parameter in unit.parameter_names}
-            support = model.row.gate(unit_description, **model.options)
-            support.fix(inside)  # training goes on inside of what is stored
-            unit.gates[task] = support.to(like.device).train(model.training)
+            learner = model.row.gate(unit_description, **model.options)
+            if learner.fix(inside):  # training goes on inside of what is stored
+                unit.gates[task] = learner.to(like.device).train(model.training)
     if description.get("policy") is not None:
         model.policies[task] = tuple(map(tuple, description["policy"]))
     norms = []

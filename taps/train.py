@@ -280,21 +280,22 @@ class _Run:
     def _begin(self, phase: Phase) -> None:
         """What is done once when a phase begins; deltas that no gate can ask for any more are dropped."""
         self.progress.started += 1
+        starts = {"choose": budget.keep_within, "round": budget.hold_within, "fix": self._fix}
         for task in self.tasks if phase.start else ():
-            if phase.start == "fix":
-                support.fix_support(self.model, task)
-                for unit in self.model.units:  # averages of gradients would move weights outside of it
-                    for parameter in unit.deltas[task].parameters() if task in unit.deltas else ():
-                        for optimizer in self.optimizers.values():
-                            optimizer.state.pop(parameter, None)
-            else:
-                choose = {"choose": budget.keep_within, "round": budget.hold_within}[phase.start]
-                choose(self.model, task, self.recipe.budget)
+            starts[phase.start](self.model, task, self.recipe.budget)
         if not any("gate" in later.trains for later in self.phases[self.phases.index(phase) :]):
             for unit in self.model.units:
                 for task in self.tasks:
                     unit.release(task)
             self._forget_dropped()
+
+    def _fix(self, model: TaskModel, task: str, size: int | None) -> None:
+        """Fix the support of a task's deltas; averages of gradients, which would move weights outside of it, start anew."""
+        support.fix_support(model, task)
+        for unit in model.units:
+            for parameter in unit.deltas[task].parameters() if task in unit.deltas else ():
+                for optimizer in self.optimizers.values():
+                    optimizer.state.pop(parameter, None)
 
     def _forget_dropped(self) -> None:
         """Let go of parameters that the model has no more, and of the optimisers' states of them."""

@@ -24,8 +24,6 @@ from taps.train import fit
 
 #: from a batch of outputs and labels to a number
 Measure = Callable[[Tensor, Tensor], Tensor]
-
-
 #: options of ``train_mtl.py`` that say how to train
 TRAINING = (
     "batch_size", "optimizer", "lr", "base_lr", "score_lr", "momentum", "betas", "wd", "decay", "decay_iterations", "decay_rate",
@@ -68,7 +66,7 @@ class PolicyTrainer:
         method: ``"automtl"``, ``"adashare"`` or ``"dynashare"``.
         seed: of everything random.
         **options: of the method (e.g. ``cost_weight``), of :func:`taps.adapt` (``norm``), or of training, named as those of
-            ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …).
+            ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …), with the defaults that these have for Scenes.
 
     Attributes:
         model: the shared network with gates.
@@ -125,7 +123,7 @@ class PolicyTrainer:
                 raise unknown("task in task_weights", task, self.tasks)
         loader = loaders["train"]
         self.options = Namespace(
-            **{**values, "batch_size": loader.batch_size or 1, **options, "method": method, "seed": seed}
+            **{**values, "batch_size": loader.batch_size, **options, "method": method, "seed": seed}
         )
         self.val = loaders["val"]
         self.parts = {"train": loader.dataset, **self._divide(loaders)}

@@ -85,6 +85,30 @@ def joint(tree, command, tmp_path_factory):
 
 
 @pytest.fixture
+def stop_at(monkeypatch):
+    """A context in which training receives SIGTERM at its so-many-th step."""
+    from contextlib import contextmanager
+
+    from taps import train
+
+    @contextmanager
+    def stopping(steps: int):
+        taken, original = [], train._Run._step
+
+        def step(self, window, phase):
+            taken.append(1)
+            if len(taken) == steps:
+                self.stop.received = 15
+            return original(self, window, phase)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train._Run, "_step", step)
+            yield
+
+    return stopping
+
+
+@pytest.fixture
 def here(monkeypatch, tmp_path, capsys):
     """Run a program in this process, in an empty folder, and give what it printed, as ``command`` does.
 

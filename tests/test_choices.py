@@ -317,14 +317,15 @@ def test_expected_cost_is_the_mean_over_draws(kind):
     assert float(expected_cost(gates, kind).detach()) == pytest.approx(total / single, rel=1e-5)
 
 
-def test_a_cost_target_is_reached_and_has_gradients():
-    model = model_of("resnet", preference_weight=0.0, cost_weight=1.0, cost_target=0.3)
+@pytest.mark.parametrize("kind", ["parameters", "macs"])
+def test_a_cost_target_is_reached_and_has_gradients(kind):
+    model = model_of("resnet", preference_weight=0.0, cost_weight=1.0, cost_target=0.3, cost=kind)
     optimizer = torch.optim.Adam([g.logits for t in "ab" for g in model.gates(t)], lr=0.1)
     for _ in range(150):
         optimizer.zero_grad()
         (model.penalty("a") + model.penalty("b")).backward()
         optimizer.step()
-    assert float(expected_cost({task: model.gates(task) for task in "ab"}, "parameters").detach()) < 0.32
+    assert float(expected_cost({task: model.gates(task) for task in "ab"}, kind).detach()) < 0.32
 
 
 def three_choices() -> Policy:
@@ -404,6 +405,20 @@ def test_a_followed_policy_survives_a_task_file(tmp_path):
     with torch.no_grad():
         assert torch.equal(fresh.eval()(x, "a"), expected)
     assert fresh.policies["a"] == model.policies["a"]
+
+
+def test_a_task_with_few_weights_of_its_own_can_be_trained_further(tmp_path):
+    """Its file holds them as positions and values, as it does supports, which this method's gates know nothing of."""
+    model = model_of("resnet")
+    for unit in model.units:
+        unit.gates["a"].logits.data = torch.tensor([0.0, 1.0, 0.0])
+        unit.deltas["a"]["weight"].data.view(-1)[:2] = 0.5
+    model.save_task("a", tmp_path / "a", max_error=0.0)
+    assert "sparse" in (tmp_path / "a/task.json").read_text()
+    fresh = taps.adapt(NETWORKS["resnet"][0](), "automtl")
+    fresh.load_base(model.base_state())
+    fresh.load_task(tmp_path / "a", trainable=True)
+    assert all(isinstance(gate, ChoiceGate) for gate in fresh.gates("a"))
 
 
 def test_own_weights_stay_when_a_policy_is_followed():

@@ -120,22 +120,10 @@ def test_phases_one_at_a_time_are_the_same_run(complete, scenes, here, tmp_path)
 
 
 @pytest.mark.parametrize("steps", [5, 15, 20, 27])
-def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, monkeypatch, steps):
-    taken = []
-    from taps import train
-
-    original = train._Run._step
-
-    def step(self, window, phase):
-        taken.append(1)
-        if len(taken) == steps:
-            self.stop.received = 15
-        return original(self, window, phase)
-
-    monkeypatch.setattr(train._Run, "_step", step)
-    done = here("train_mtl.py", "--dataset", scenes, *SMALL, check=143)
+def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, stop_at, steps):
+    with stop_at(steps):
+        done = here("train_mtl.py", "--dataset", scenes, *SMALL, check=143)
     assert "continue with --resume" in done.stderr
-    monkeypatch.setattr(train._Run, "_step", original)
     done = here("train_mtl.py", "--dataset", scenes, *SMALL, check=2)
     assert "continue it with --resume" in done.stderr
     here("train_mtl.py", "--dataset", scenes, *SMALL, "--resume")

@@ -15,9 +15,10 @@ from taps.activations import beside_base
 from taps.cost import accounting
 from taps.data.scenes import clip, render
 from taps.encoding import decode, encode_as
-from taps.reuse import Reuse, VideoReuse
+from taps.reuse import Reuse
 from taps.sparse import HIGH, LOW, chance_open, hard_concrete
 from taps.support import fix_support
+from taps.video import VideoReuse
 
 SOME = ("resnet", "vit", "convnext", "series", "perceptron", "torchvision_vit")
 
@@ -181,6 +182,8 @@ def test_positions_take_little_more_than_the_least_possible(count, density):
     assert torch.equal(decode("sparse32", stored, delta.shape, delta.dtype), delta)
     entropy = (math.lgamma(count + 1) - math.lgamma(kept + 1) - math.lgamma(count - kept + 1)) / math.log(2)
     assert len(stored) <= 1.1 * (4 * kept + entropy / 8) + 8
+    if kept > 1000:  # where five bytes of the head are nothing
+        assert len(stored) <= 1.01 * (4 * kept + entropy / 8)
 
 
 @pytest.mark.parametrize("network", ["vit", "resnet"])

@@ -63,22 +63,10 @@ def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
 
 
 @pytest.mark.parametrize("steps", [13, 32, 35, 38])
-def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, monkeypatch, steps):
-    taken = []
-    from taps import train
-
-    original = train._Run._step
-
-    def step(self, window, phase):
-        taken.append(1)
-        if len(taken) == steps:
-            self.stop.received = 15
-        return original(self, window, phase)
-
-    monkeypatch.setattr(train._Run, "_step", step)
+def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, stop_at, steps):
     arguments = ("--dataset", scenes, *VIT, "--base_task", "normals")
-    here("train_mtl.py", *arguments, check=143)
-    monkeypatch.setattr(train._Run, "_step", original)
+    with stop_at(steps):
+        here("train_mtl.py", *arguments, check=143)
     here("train_mtl.py", *arguments, "--resume")
     same(tmp_path / "results/run", complete[0] / "results/run")
 
