@@ -20,6 +20,7 @@ from taps.dynashare import TARGET_LOSSES
 from taps.errors import UserError, unknown
 from taps.methods import METHODS
 from taps.mtl import PHASES
+from taps.plan import LAST_TEMPERATURE
 from taps.presets import preset
 from taps.recipe import DECAYS, OPTIMIZERS
 from taps.sparse import STRUCTURES
@@ -613,7 +614,7 @@ def mtl_parser() -> Parser:
         "--temperature_decay",
         type=number(float, 0, 1, above=True),
         metavar="X",
-        help="factor on the temperature after each cycle",
+        help=f"factor on the temperature after each cycle; where no published value is known, one that reaches {LAST_TEMPERATURE:g} in the last cycle",
     )
     method.add_argument(
         "--curriculum_speed",

@@ -7,9 +7,11 @@
 
 Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets; LoRA
 by ``peft`` (Hu et al., 2022) on every convolution and linear layer that is not grouped; a mask of the base's weights (Piggyback,
-Mallya et al., 2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024). Norms and head are each
-task's own in all but the linear probe. What rivals store is counted as float16 with batch norms folded (``save_task``'s compact
-files), positions at their entropy, masks at a bit a weight; ``taps_budget`` is the length of its file.
+Mallya et al., 2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024). Each task has its own
+head, and its own norms but in the linear probe and where a row says otherwise: ``frozen norms`` are the base's, ``as documented``
+is one base with an adapter a task, whose batch norms go on counting every task's images. What rivals store is counted as float16
+with batch norms folded (``save_task``'s compact files), positions at their entropy, masks at a bit a weight; ``taps_budget`` is
+the length of its file.
 
 Everything trains on the training images and is tested once, after the last epoch. Settings in ``ROWS`` were chosen with
 ``--tune --tasks 3 --images 160``, which holds a quarter of the training images back and never reads the test images: some, not
@@ -22,15 +24,18 @@ import argparse
 import copy
 import math
 import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -54,6 +59,9 @@ from taps.train import fit  # noqa: E402
 TASK = "task"  # what a rival's only task is called
 
 
+_NORMS = {"own": "", "base": ", frozen norms", "shared": ", as documented"}
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
@@ -64,6 +72,7 @@ class Row:
         lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
         norm: norm policy of this library's methods; ``None``: the method's own.
         scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
+        norms: a rival's: ``"own"``; ``"base"``, which stand still; or ``"shared"``, the one base's, running statistics and all.
     """
 
     method: str
@@ -72,10 +81,16 @@ class Row:
     optimizer: str = "sgd"
     norm: str | None = None
     scale: float = 1.0
+    norms: str = "own"
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.setting}".strip()
+        return f"{self.method} {self.setting}{_NORMS[self.norms]}".strip()
+
+    @property
+    def number(self) -> float:
+        """The rank, share or λ of the setting."""
+        return float(re.search(r"[\d.]+", self.setting)[0])
 
 
 ROWS = (
@@ -86,8 +101,12 @@ ROWS = (
     Row("lora", "rank 1", lr=1e-2, optimizer="adam"),
     Row("lora", "rank 8", lr=1e-2, optimizer="adam"),
     Row("lora", "rank 32", lr=3e-3, optimizer="adam"),
+    Row("lora", "rank 8", lr=1e-2, optimizer="adam", norms="base"),
+    Row("lora", "rank 8", lr=1e-2, optimizer="adam", norms="shared"),
     Row("mask", "1 bit", lr=3e-3, optimizer="adam"),
+    Row("mask", "1 bit", lr=3e-3, optimizer="adam", norms="base"),
     Row("gradients", "1 %", lr=1e-2, optimizer="adam"),
+    Row("gradients", "1 %", lr=1e-2, optimizer="adam", norms="base"),
     Row("taps_budget", "1%"),
     Row("taps_budget", "3%"),
     Row("taps_budget", "10%", lr=3e-3, optimizer="adam"),
@@ -148,44 +167,67 @@ def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed
     return found
 
 
-def rival(row: Row, net: nn.Module, task: TaskData, loader, seed: int) -> tuple[taps.TaskModel, int]:
-    """A rival as a model with one task, and the bytes that its own numbers take besides norms and head.
+def inject_lora(row: Row, net: nn.Module, adapters: Sequence[str]) -> nn.Module:
+    """The network with LoRA by peft on every layer that is not grouped, once for each of the adapters.
+
+    Raises:
+        UserError: if peft is missing.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("rows of LoRA need peft: pip install peft") from None
+    rank = int(row.number)
+    names = [layer.name for layer in find_layers(net) if getattr(layer.module, "groups", 1) == 1]
+    config = LoraConfig(r=rank, lora_alpha=int(rank * row.scale), target_modules=names)
+    features = net.num_features
+    for adapter in adapters:
+        net = inject_adapter_in_model(config, net, adapter_name=adapter)
+    net.num_features = features
+    return net
+
+
+def use_adapter(model: nn.Module, name: str) -> None:
+    """Let the adapter of this name learn and be used, and no other; nothing happens to a network without adapters."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter(name)
+
+
+def rival(
+    row: Row, net: nn.Module, adapters: Sequence[str], task: TaskData, loader, seed: int
+) -> tuple[taps.TaskModel, int]:
+    """A rival as a model without a task, and the bytes that a task's own numbers take besides norms and head.
 
     Raises:
         UserError: if a package is missing.
     """
     net.requires_grad_(False)
-    layers = find_layers(net)
-    number = float(row.setting.split()[-1 if row.method == "lora" else 0])
+    layers, features = find_layers(net), net.num_features
+    if row.norms == "base":
+        net = freeze_batch_norm_2d(net)
     if row.method == "lora":
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise UserError("rows of LoRA need peft: pip install peft") from None
-        names = [layer.name for layer in layers if getattr(layer.module, "groups", 1) == 1]
-        config = LoraConfig(r=int(number), lora_alpha=int(number * row.scale), target_modules=names)
-        features = net.num_features
-        net = inject_adapter_in_model(config, net)
-        net.num_features = features
-        size = sum(2 * parameter.numel() for name, parameter in net.named_parameters() if "lora_" in name)
+        net = inject_lora(row, net, adapters)
+        size = sum(2 * own.numel() for name, own in net.named_parameters() if "lora_" in name) // len(adapters)
     elif row.method == "mask":
         for layer in layers:
             parametrize.register_parametrization(layer.module, "weight", Mask(layer.module.weight))
         size = sum(layer.module.weight.numel() for layer in layers) // 8
     else:
-        chosen = largest_gradients(net, task, loader, number / 100, seed)
+        chosen = largest_gradients(net, task, loader, row.number / 100, seed)
         size = 0
         for layer in layers:
             where = chosen[layer.name]
             parametrize.register_parametrization(layer.module, "weight", Chosen(where, row.scale))
             size += 2 * int(where.sum()) + math.ceil(entropy(where.numel(), int(where.sum())) / 8)
-    learned = [parameter for name, parameter in net.named_parameters() if "lora_" in name or name.endswith("learned")]
-    learned += [parameter for module in net.modules() if is_norm(module) for parameter in module.parameters()]
+    learned = [own for name, own in net.named_parameters() if "lora_" in name or name.endswith("learned")]
+    if row.norms == "own":
+        learned += [own for module in net.modules() if is_norm(module) for own in module.parameters()]
     model = taps.adapt(net, "hard_sharing", train_base=True)
     model.backbone.requires_grad_(False)
     for parameter in learned:
         parameter.requires_grad_(True)
-    model.num_features = features if row.method == "lora" else model.num_features
+    model.num_features = features
     return model, size
 
 
@@ -211,7 +253,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **preprocessing(base))
     own = taps.adapt(copy.deepcopy(base), row.method, norm=row.norm) if row.method in taps.METHODS else None
-    blank = taps.adapt(copy.deepcopy(base), "norm_only")
+    blank = taps.adapt(copy.deepcopy(base), "norm_only" if row.norms == "own" else "linear_probe")
+    shared = None
     result = {
         "row": row.name,
         "seed": seed,
@@ -222,7 +265,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         "tasks": {},
     }
     probe, answers = torch.randn(4, 3, given.input_size, given.input_size, generator=torch.manual_seed(0)), {}
-    for task in tasks_of(given, seed):
+    tasks = tasks_of(given, seed)
+    for task in tasks:
         tested = task.val if given.tune else task.test
         quiet = {"workers": 0, "seed": seed}
         loader, sampler = make_loader(
@@ -232,9 +276,14 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         torch.manual_seed(seed)
         model, name, extra = own, task.name, 0
         if own is None:
-            name = TASK
             plain, _ = make_loader(task.train, prepare.transform(False, task.squash), 64, train=False)
-            model, extra = rival(row, copy.deepcopy(base), task, plain, seed)
+            if row.norms == "shared":
+                names = [other.name for other in tasks]
+                model, extra = shared = shared or rival(row, copy.deepcopy(base), names, task, plain, seed)
+                use_adapter(model, name)
+            else:
+                name = TASK
+                model, extra = rival(row, copy.deepcopy(base), [TASK], task, plain, seed)
             torch.manual_seed(seed)
         model.add_task(name, num_classes=len(task.classes))
         budget = parse_budget(row.setting, model) if row.method == "taps_budget" else None
@@ -249,7 +298,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         with evaluating(model):
             score = accuracy(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
             evaluated = time.perf_counter()
-            answers[task.name] = (model, name, model(probe, name))
+            answers[task.name] = (model, name, model(probe, name), tests, len(task.classes))
         if own is None:
             blank.add_task(TASK, num_classes=len(task.classes))
             size = smallest(blank, TASK) + extra
@@ -259,12 +308,17 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         result["tasks"][task.name] = {
             "accuracy": score, "bytes": size, "train_seconds": trained - started, "test_seconds": evaluated - trained,
         }  # fmt: skip
+    result["drift"] = 0.0
     with torch.no_grad():
-        moved = []
-        for model, name, before in answers.values():
+        for task, (model, name, before, tests, classes) in answers.items():
+            use_adapter(model, name)
             with evaluating(model):
-                moved.append(float((model(probe, name) - before).abs().max()))
-    result["drift"] = max(moved)
+                moved = float((model(probe, name) - before).abs().max())
+                if moved:  # what counts is what a task answers after all are trained
+                    of = result["tasks"][task]
+                    of["when_trained"] = of["accuracy"]
+                    of["accuracy"] = accuracy(model, name, accelerator.prepare(tests), accelerator, classes)
+            result["drift"] = max(result["drift"], moved)
     return result
 
 
@@ -413,7 +467,15 @@ def main() -> None:
                 result["row"] += f" ({result['optimizer']}, lr {result['lr']:g}, scale {result['scale']:g})"
             results.append(result)
             score = statistics.mean(task["accuracy"] for task in result["tasks"].values())
-            print(f"{result['row']}, seed {result['seed']}: {score:.2f} %", flush=True)
+            text = f"{result['row']}, seed {result['seed']}: {score:.2f} %"
+            if result["drift"]:
+                before = statistics.mean(
+                    task.get("when_trained", task["accuracy"]) for task in result["tasks"].values()
+                )
+                text += f" after all tasks, {before:.2f} % each when it had been trained"
+            print(text, flush=True)
+        pool.close()
+        pool.join()
     for line in sorted(set(missing)):
         print(f"left out: {line}")
     if not results:

@@ -62,6 +62,8 @@ def _recipe(options: Namespace, steps: int, seed: int, **changes) -> Recipe:
     )
 
 
+#: of the last cycle, where no factor for each cycle is given: softer, gates say little; sharper, they have no gradients
+LAST_TEMPERATURE = 0.84
 #: options that are numbers of steps, or of passes over the training samples
 STEPS = ("iterations", "warmup_iterations", "retrain_iterations", "eval_iterations", "decay_iterations")
 
@@ -136,9 +138,12 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
         phases.append(phase)
         epochs = int(phase.epochs)
     every = max(round(options.eval_iterations / each), 1)
+    decay = options.temperature_decay
+    if decay is None:
+        decay = min(LAST_TEMPERATURE / options.init_temperature, 1.0) ** (1 / max(cycles - 1, 1))
     for cycle in range(cycles):
         opened = min(cycle // speed + 1, units) if speed else None
-        state = {"temperature": options.init_temperature * options.temperature_decay**cycle, "opened": opened}
+        state = {"temperature": options.init_temperature * decay**cycle, "opened": opened}
         last = cycle == cycles - 1
         phases.append(
             Phase(

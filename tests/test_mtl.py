@@ -20,7 +20,7 @@ from taps.benchmarks import open_benchmark
 from taps.data.brains import Recipe as Brains
 from taps.data.brains import make_brains
 from taps.data.scenes import Recipe, make_scenes
-from taps.plan import policy_plan, weights_plan
+from taps.plan import LAST_TEMPERATURE, policy_plan, weights_plan
 from taps.policy import Policy
 from taps.presets import preset
 from taps.signals import Interrupted, StopSignals
@@ -349,7 +349,9 @@ def test_weight_and_policy_steps_move_only_what_they_should(scenes, monkeypatch,
     }  # fmt: skip
     assert opened[0] == [False] * 4
     assert opened[1:9:2] == [[False] * (3 - n) + [True] * (n + 1) for n in range(4)]
-    assert temperatures[1:] == [5.0 * 0.8 ** (epoch // 2) for epoch in range(len(temperatures) - 1)]
+    cycles = len(temperatures) // 2
+    falling = [5.0 * (LAST_TEMPERATURE / 5.0) ** (cycle / (cycles - 1)) for cycle in range(cycles)]
+    assert temperatures[1::2] == temperatures[2::2] == pytest.approx(falling)
     assert all(gate.opened for gate in model.gates("depth"))
 
 
@@ -376,6 +378,7 @@ def test_plans_are_the_published_schedule():
     assert plan.phases[0].opened == 0
     assert [phase.opened for phase in plan.phases[1:]] == [min(c // 3 + 1, 8) for c in range(cycles) for _ in range(2)]
     assert [phase.competes for phase in plan.phases[2::2]] == [c >= 21 for c in range(cycles)]
+    assert plan.phases[-1].temperature == pytest.approx(5.0 * 0.965 ** (cycles - 1))
     assert plan.recipe.learning_rate(9) == 1.0
     assert plan.recipe.learning_rate(10) == 0.5
     again = weights_plan(options, {"weights": 636, "policy": 159}, 3)
