@@ -183,8 +183,9 @@ def training_parser(prog: str, description: str, published: dict) -> Parser:
     )
     method.add_argument(
         "--budget",
+        nargs="+",
         metavar="SIZE",
-        help="instead of --lam, --warmup_epochs and --settle_epochs: a size of the task file (5%% of the base, 600KB, 2MB). All layers learn for a third of the epochs; then its bytes go to the layers and bits a weight that keep most of what was learned, and the other layers back to the base (default: none; of taps_budget 10%%)",
+        help="instead of --lam, --warmup_epochs and --settle_epochs: a size of the task file (5%% of the base, 600KB, 2MB). All layers learn for a third of the epochs; then its bytes go to the layers and bits a weight that keep most of what was learned, and the other layers back to the base. Several sizes are a run each that begin with one open phase (default: none; of taps_budget 10%%)",
     )
     method.add_argument(
         "--layers", metavar="REGEX", help="only layers whose name matches can be tuned, e.g. 'layer[34]'"
@@ -365,6 +366,8 @@ def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:
     options = _with_method(parser, parser.parse_args(arguments))
     if options.method == "hard_sharing" and options.variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
+    if isinstance(options.budget, list) and options.variant == "lite":
+        parser.error("--variant lite takes one --budget")
     _refuse_policies(parser, options)
     demo = {**DEMO, "experiment_name": f"demo_{options.variant}"}
     options = _complete(parser, options, JOINT, demo, f"_{options.variant}")
@@ -374,7 +377,9 @@ def parse_joint(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _with_method(parser: Parser, options: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the method and its size."""
+    """Fill in the method and its size; several sizes stay a list."""
+    if options.budget is not None and len(options.budget) == 1:
+        options.budget = options.budget[0]
     if options.method is None:
         options.method = "taps" if options.budget is None else "taps_budget"
     row = METHODS[options.method]
@@ -618,9 +623,9 @@ def mtl_parser() -> Parser:
     )
     method.add_argument(
         "--curriculum_speed",
-        type=number(int, 0),
+        type=number(float, 0),
         metavar="N",
-        help="cycles until one more block, from the last, is opened; 0: all are open from the start, and warm-up mixes all choices in equal parts",
+        help="cycles until one more block, from the last, is opened (0.2: five a cycle); 0: all are open from the start, and warm-up mixes all choices in equal parts",
     )
     method.add_argument(
         "--preference_weight",

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 import taps
 from options import parse_joint
-from taps import commands
+from taps import commands, curve
 from taps.data import TaskData
 from taps.errors import UserError
 from taps.experiment import Experiment, check_budget, prepare_tasks
@@ -47,13 +47,20 @@ def together(
     """The base and every task's deltas, gates, norms and heads at once."""
     net = commands.make_base(options)
     prepare = commands.make_preprocessing(options, net)
-    model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=True)
-    check_budget(options, model, tasks)
-    path = Path(options.result_path) / options.experiment_name
-    with Experiment.start(options, accelerator, tasks, prepare, path, stop) as experiment:
-        experiment.announce(model)
-        experiment.train_together(model)
-        experiment.finish()
+    runs = curve.runs(options)
+    adapting = {"norm": options.norm, "layers": options.layers, "train_base": True}
+    model = taps.adapt(copy.deepcopy(net) if len(runs) > 1 else net, options.method, **adapting)
+    for own in runs:
+        check_budget(own, model, tasks)
+    with curve.shared_start(options, accelerator) as opened:
+        for own in runs:
+            if own is not runs[0]:
+                model = taps.adapt(copy.deepcopy(net), options.method, **adapting)
+            path = Path(own.result_path) / own.experiment_name
+            with Experiment.start(own, accelerator, tasks, prepare, path, stop, opened=opened) as experiment:
+                experiment.announce(model)
+                experiment.train_together(model)
+                experiment.finish()
 
 
 def lite(

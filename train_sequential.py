@@ -11,7 +11,7 @@ from pathlib import Path
 
 import taps
 from options import parse_sequential
-from taps import commands
+from taps import commands, curve
 from taps.experiment import Experiment, check_budget, prepare_tasks
 from taps.signals import StopSignals
 
@@ -25,12 +25,16 @@ def main(arguments: Sequence[str]) -> None:
     net = commands.make_base(options)
     prepare = commands.make_preprocessing(options, net)
     model = taps.adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False)
-    check_budget(options, model, tasks)
-    path = Path(options.result_path) / options.experiment_name
-    with StopSignals() as stop, Experiment.start(options, accelerator, tasks, prepare, path, stop) as experiment:
-        experiment.announce(model)
-        experiment.train_in_sequence(model)
-        experiment.finish()
+    runs = curve.runs(options)
+    for own in runs:
+        check_budget(own, model, tasks)
+    with StopSignals() as stop, curve.shared_start(options, accelerator) as opened:
+        for own in runs:
+            path = Path(own.result_path) / own.experiment_name
+            with Experiment.start(own, accelerator, tasks, prepare, path, stop, opened=opened) as experiment:
+                experiment.announce(model)
+                experiment.train_in_sequence(model)
+                experiment.finish()
     accelerator.end_training()
 
 

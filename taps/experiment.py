@@ -122,6 +122,7 @@ class Experiment:
         prepare: from images to the network's input.
         folder: the results folder.
         stop: signals to obey.
+        opened: where states at the end of a budget's open phase are kept for other sizes (:mod:`taps.curve`).
         writer: of TensorBoard; ``None`` where there is nothing left to train, and in processes but the first.
     """
 
@@ -131,6 +132,7 @@ class Experiment:
     prepare: Preprocessing
     folder: results.RunFolder
     stop: StopSignals
+    opened: Path | None = None
     writer: SummaryWriter | None = None
 
     @classmethod
@@ -144,6 +146,7 @@ class Experiment:
         path: Path,
         stop: StopSignals,
         stages: Sequence[str] = (),
+        opened: Path | None = None,
     ) -> Iterator[Experiment]:
         """Open the results folder and TensorBoard's file for the ``with`` block; ``stages`` as in ``RunFolder.open``."""
         settings = {**vars(options), "tasks": [task.name for task in tasks]}
@@ -152,7 +155,7 @@ class Experiment:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             folder = results.RunFolder(path)
-        experiment = cls(options, accelerator, tasks, prepare, folder, stop)
+        experiment = cls(options, accelerator, tasks, prepare, folder, stop, opened)
         wanted = bool(experiment.unfinished) and accelerator.is_main_process
         with commands.tensorboard(path, wanted) as experiment.writer:
             yield experiment
@@ -281,6 +284,7 @@ class Experiment:
             on_epoch=on_epoch,
             state_path=self.folder.state_path,
             resume=resume,
+            opened=self.opened and self.opened / f"{names[0] if len(names) == 1 else 'together'}.safetensors",
             stop=self.stop,
         )
 

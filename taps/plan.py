@@ -123,11 +123,11 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     each = weight_steps + policy_steps
     cycles = (options.iterations - options.warmup_iterations) // each
     speed = options.curriculum_speed
-    needed = speed * (units - 1) + 1
+    needed = math.ceil(speed * (units - 1)) + 1
     if cycles < needed:
         raise UserError(
             f"--iterations {options.iterations} leave {max(cycles, 0)} cycles of {weight_steps} + {policy_steps} steps after "
-            f"{options.warmup_iterations} of warm-up; to open {units} blocks at --curriculum_speed {speed} "
+            f"{options.warmup_iterations} of warm-up; to open {units} blocks at --curriculum_speed {speed:g} "
             f"takes {needed}: give at least {options.warmup_iterations + needed * each} iterations"
         )
     batches = {"weights": weight_steps, "policy": policy_steps}
@@ -142,7 +142,7 @@ def policy_plan(options: Namespace, sizes: dict[str, int], units: int) -> Plan:
     if decay is None:
         decay = min(LAST_TEMPERATURE / options.init_temperature, 1.0) ** (1 / max(cycles - 1, 1))
     for cycle in range(cycles):
-        opened = min(cycle // speed + 1, units) if speed else None
+        opened = min(math.floor(cycle / speed + 1e-9) + 1, units) if speed else None
         state = {"temperature": options.init_temperature * decay**cycle, "opened": opened}
         last = cycle == cycles - 1
         phases.append(

@@ -196,7 +196,10 @@ def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
 
 
 def trade_off(
-    runs: Mapping[str, Mapping], labels: Mapping[str, str] | None = None, groups: Mapping[str, str] | None = None
+    runs: Mapping[str, Mapping],
+    labels: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    size: str = "parameters_x_base",
 ) -> Figure:
     """Mean accuracy against size, one point a run.
 
@@ -204,6 +207,7 @@ def trade_off(
         runs: ``summary.json`` by run.
         labels: what is written at each point, e.g. λ; the run's name by default.
         groups: which line each run lies on, e.g. its way of training; one line by default.
+        size: what of a summary is the size: ``"parameters_x_base"`` or ``"bytes_x_base"``.
     """
     figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
@@ -211,7 +215,7 @@ def trade_off(
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for name, run in runs.items():
         line = (groups or {}).get(name, "")
-        lines.setdefault(line, []).append((run["parameters_x_base"], run["mean_accuracy"], name))
+        lines.setdefault(line, []).append((run[size], run["mean_accuracy"], name))
     for index, (line, points) in enumerate(sorted(lines.items())):
         points.sort()
         color = colors[index % len(colors)]
@@ -222,7 +226,7 @@ def trade_off(
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.margins(x=0.15, y=0.2)
-    axes.set_xlabel("size of base and tasks together, × base")
+    axes.set_xlabel(f"{size.partition('_')[0]} of base and tasks together, × base")
     axes.set_ylabel("mean accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -76,6 +76,7 @@ def fit(
     on_epoch: Callable[[list[dict], bool], None] | None = None,
     state_path: Path | None = None,
     resume: bool = False,
+    opened: Path | None = None,
     stop: StopSignals | None = None,
 ) -> Progress:
     """Train one task, or several together.
@@ -96,6 +97,7 @@ def fit(
             the best so far.
         state_path: where the checkpoint is kept, after each epoch and when the run is stopped.
         resume: continue from ``state_path``.
+        opened: the state just before a budget decides; written there if it is not, else begun with.
         stop: signals to obey.
 
     Returns:
@@ -107,8 +109,9 @@ def fit(
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
     run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop)
-    if resume:
-        run.resume()
+    run.opened = opened
+    if resume or (opened is not None and opened.is_file()):
+        run.resume(state_path if resume else opened)
     while run.progress.epoch < recipe.epochs:
         phase = run.train_epoch()
         run.check_finite(run.progress.epoch + 1)
@@ -188,24 +191,26 @@ class _Run:
         self.phase: Phase | None = None
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
+        self.opened: Path | None = None
 
-    def resume(self) -> None:
-        """Continue from the checkpoint."""
-        checkpoint.match(self.state_path, self.model, self.tasks)
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        checkpoint.match(path, self.model, self.tasks)
         self._forget_dropped()
         counters, self.random_state = checkpoint.restore(
-            self.state_path, self.model, self.tasks, self.optimizers, self.accelerator
+            path, self.model, self.tasks, self.optimizers, self.accelerator
         )
         if not self.accelerator.is_main_process:  # the sums over all processes go on in the first one
             counters.update(sums={})
         self.progress = Progress(**counters)
 
-    def save(self) -> None:
-        """Replace the checkpoint, unless the weights are lost."""
+    def save(self, path: Path | None = None) -> None:
+        """Replace the checkpoint, or another file, unless the weights are lost."""
         self.check_finite(self.progress.epoch + (self.progress.batch > 0))
-        if self.state_path is not None:
+        path = path or self.state_path
+        if path is not None:
             counters = {**vars(self.progress), "sums": self._sums()}
-            checkpoint.save(self.state_path, self.model, self.tasks, self.optimizers, self.accelerator, counters)
+            checkpoint.save(path, self.model, self.tasks, self.optimizers, self.accelerator, counters)
 
     def check_finite(self, epoch: int) -> None:
         """Raise a ``DivergedError`` before lost weights replace what is kept."""
@@ -279,6 +284,8 @@ class _Run:
 
     def _begin(self, phase: Phase) -> None:
         """What is done once when a phase begins; deltas that no gate can ask for any more are dropped."""
+        if phase.start == "choose" and self.opened is not None and not self.opened.is_file():
+            self.save(self.opened)
         self.progress.started += 1
         starts = {"choose": budget.keep_within, "round": budget.hold_within, "fix": self._fix}
         for task in self.tasks if phase.start else ():

@@ -16,6 +16,8 @@ import torch
 from conftest import ROOT, SMALL, trained_arguments
 from safetensors.torch import load_file
 
+from taps.results import read_run
+
 
 def task_files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("results/run/*/task.*"))}
@@ -132,6 +134,23 @@ def test_budget(tree, here, tmp_path):
         check=2,
     )
     assert "too small; norms, head and scores need" in done.stderr
+
+
+def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
+    """Each is what a run of its own would be, stopped or not; a size can be added later."""
+    arguments = trained_arguments(tree / "paint", "--epochs", 3)
+    curve = tmp_path / "results/run"
+    done = here("train_sequential.py", *arguments, "--budget", "3MB", "5MB", cwd=tmp_path)
+    assert "picture: results/run/trade_off.png" in done.stdout
+    assert sorted(path.name for path in curve.iterdir()) == ["3mb", "5mb", "trade_off.png"]
+    assert {row["phase"] for row in read_run(curve / "5mb").metrics} == {"settle", "round"}
+    here("train_sequential.py", *arguments, "--budget", "5MB", "--experiment_name", "alone", cwd=tmp_path)
+    stored = [path / "paint/task.safetensors" for path in (curve / "5mb", tmp_path / "results/alone")]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
+    done = here("train_sequential.py", *arguments, "--budget", "3MB", "4MB", cwd=tmp_path, check=2)
+    assert "exists; continue it or add sizes with --resume" in done.stderr
+    here("train_sequential.py", *arguments, "--budget", "4MB", "3MB", "--resume", cwd=tmp_path)
+    assert sorted(path.name for path in curve.iterdir()) == ["3mb", "4mb", "5mb", "trade_off.png"]
 
 
 def test_published_habit_of_selecting_on_test_is_said(tree, here, tmp_path):
@@ -370,6 +389,7 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--device", "cuda"), "--device cuda is not available"),
         (("--layers", "nothing"), "matches none"),
         (("--budget", "lots"), "is not a size"),
+        (("--budget", "3MB", "3mb"), "--budget names 3mb twice"),
         (("--model_path", "nothing.pth"), "nothing.pth does not exist"),
         (("--val_fraction", "0.001"), "leaves none to validate on"),
         (("--lr", "1e30"), "the loss is"),

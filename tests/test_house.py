@@ -40,6 +40,7 @@ LAYERS = {
     "commands": ("backbones", "data", "errors", "files", "model", "results", "signals"),
     "experiment": ("budget", "certificate", "checkpoint", "commands", "data", "errors", "files", "layer", "metrics", "model",
                    "plots", "recipe", "results", "signals", "taskfile", "train"),
+    "curve": ("errors", "plots", "results"),
     "policy": ("errors", "files", "gates", "model"), "plan": ("errors", "methods", "recipe"), "presets": (),
     "residual": ("errors",), "heads": ("backbones", "errors", "residual"), "losses": ("data",),
     "contours": ("data",), "record_meters": ("data", "errors", "losses"),

@@ -381,6 +381,9 @@ def test_plans_are_the_published_schedule():
     assert plan.phases[-1].temperature == pytest.approx(5.0 * 0.965 ** (cycles - 1))
     assert plan.recipe.learning_rate(9) == 1.0
     assert plan.recipe.learning_rate(10) == 0.5
+    options.curriculum_speed = 0.2
+    faster = policy_plan(options, {"weights": 636, "policy": 159}, 52)
+    assert [phase.opened for phase in faster.phases[1:29:2]] == [*range(1, 52, 5), 52, 52, 52]
     again = weights_plan(options, {"weights": 636, "policy": 159}, 3)
     assert (again.recipe.epochs, again.batches, again.recipe.seed) == (50, {"train": 400}, 3)
 

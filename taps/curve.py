@@ -1,0 +1,77 @@
+"""Accuracy against size from few runs: sizes of ``--budget`` that differ in nothing else begin with one open phase.
+
+<experiment>/<size>/…           a run as any other, one a size
+<experiment>/trade_off.png      mean accuracy against bytes
+<experiment>/opened/            states at the end of the open phase; gone when the last run is finished
+"""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from taps import plots, results
+from taps.errors import UserError
+
+
+def runs(options: Namespace) -> list[Namespace]:
+    """The options of each run: themselves, or with several sizes one a size, in a folder of the experiment's.
+
+    Raises:
+        UserError: if a size is named twice.
+    """
+    if not isinstance(options.budget, list):
+        return [options]
+    sizes = [size.replace(" ", "").lower() for size in options.budget]
+    twice = next((size for size in sizes if sizes.count(size) > 1), None)
+    if twice is not None:
+        raise UserError(f"--budget names {twice} twice")
+    name = options.experiment_name
+    return [Namespace(**{**vars(options), "budget": size, "experiment_name": f"{name}/{size}"}) for size in sizes]
+
+
+@contextmanager
+def shared_start(options: Namespace, accelerator: Accelerator) -> Iterator[Path | None]:
+    """The folder of the states that the runs begin with, for the ``with`` block that trains them; ``None`` for one run.
+
+    Raises:
+        UserError: if the experiment's folder is a run itself, or the states in it are those of other settings.
+    """
+    if not isinstance(options.budget, list):
+        yield None
+        return
+    path = Path(options.result_path) / options.experiment_name
+    if accelerator.is_main_process:
+        if (path / "settings.json").is_file():
+            raise UserError(f"{path} is a run of one size; choose another --experiment_name")
+        if any(path.glob("*/settings.json")) and not (options.resume or options.overwrite):
+            raise UserError(
+                f"experiment folder {path} exists; continue it or add sizes with --resume, replace it with --overwrite, or "
+                "choose another --experiment_name"
+            )
+        settings = {name: value for name, value in vars(options).items() if name != "budget"}
+        results.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
+    accelerator.wait_for_everyone()
+    yield path / "opened"
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(path / "opened")
+        _show(path, accelerator)
+
+
+def _show(path: Path, accelerator: Accelerator) -> None:
+    """The table and the picture of the finished runs."""
+    found = dict(sorted(results.find_runs(path).items(), key=lambda run: run[1].summary["bytes_x_base"]))
+    lines = ["size    accuracy %  tuned layers %  bytes a task"]
+    for size, run in found.items():
+        tasks = run.summary["tasks"].values()
+        tuned, of_task = (sum(task[key] for task in tasks) / len(tasks) for key in ("tuned_layers", "bytes"))
+        lines.append(f"{size:6}  {run.summary['mean_accuracy']:10.2f}  {100 * tuned:14.1f}  {of_task:12,.0f}")
+    figure = plots.trade_off({size: run.summary for size, run in found.items()}, size="bytes_x_base")
+    plots.save(figure, path / "trade_off.png")
+    accelerator.print("\n" + "\n".join(lines) + f"\npicture: {path / 'trade_off.png'}")
