@@ -24,7 +24,7 @@ from taps import commands, files, results  # noqa: E402
 from taps.encoding import decode, encode, encode_as, error_of  # noqa: E402
 from taps.experiment import score  # noqa: E402
 
-CASES = ("exact", "float16", "int8", "int6", "int4", "int3", "int2", "max_error 0.02", "max_error 0.2")
+CASES = ("exact", "float16", *(f"coded {error}" for error in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45)), "max_error 0.02")
 
 
 def main() -> None:
@@ -48,15 +48,16 @@ def main() -> None:
         stored_bytes, errors = 0, []
         for unit in model.units:
             for task in (task for task in names if task in unit.deltas):
-                for name in unit.parameter_names:
-                    delta = exact[unit.name, task, name]
+                for part in unit.parameter_names:
+                    delta = exact[unit.name, task, part]
                     found = None
                     if case.startswith("max_error"):
                         found = encode(delta, float(case.split()[1]))
                     elif case != "exact":
-                        found = (case, encode_as(case, delta))
+                        name, _, bound = case.partition(" ")
+                        found = (name, encode_as(name, delta, float(bound or 0)))
                     value = delta if found is None else decode(*found, delta.shape, delta.dtype)
-                    unit.deltas[task][name].data.copy_(value)
+                    unit.deltas[task][part].data.copy_(value)
                     stored_bytes += delta.nbytes if found is None else len(found[1])
                     errors.append(error_of(delta, value))
         scores = [score(model, data[task], data[task].test, prepare, accelerator, how, task) for task in names]

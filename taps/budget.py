@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from taps.encoding import BITS, encode_as, size_of, squared_error
+from taps.encoding import decode, encode_as
 from taps.errors import UserError
 from taps.taskfile import compact_norm
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
-#: how a unit's weights may be stored, from coarse to exact
-_LEVELS = (*(f"int{bits}" for bits in BITS if bits != 5), "float16", "exact")
+#: how a unit's weights may be stored: by the error that is allowed, from coarse to 0, which is exact
+_LEVELS = (1.2, 1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2, 0.16, 0.12, 0.08, 0.04, 0.02, 0.01, 0.0)
 
 
 def parse_budget(text: str, model: TaskModel) -> int:
@@ -76,16 +76,19 @@ def check_size(model: TaskModel, task: str, budget: int) -> int:
 
 
 class _Choice(NamedTuple):
-    """One way to store a unit: bytes, error that is left, name of the level (``None``: closed)."""
+    """One way to store a unit: bytes, error that is left, and the level (``None``: closed)."""
 
     size: int
     error: float
-    level: str | None
+    level: float | None
 
 
-def _encoding(level: str, delta: Tensor) -> str:
-    """Whole numbers are for matrices and kernels; a bias is few numbers."""
-    return level if delta.dim() > 1 or level == "exact" else "float16"
+def _encode(level: float, delta: Tensor) -> tuple[str, Tensor] | None:
+    """The encoding of a delta at a level and its bytes; ``None``: exact. A bias is few numbers: in half precision."""
+    if level == 0.0:
+        return None
+    name = "coded" if delta.dim() > 1 else "float16"
+    return name, encode_as(name, delta, level)
 
 
 def _choices(model: TaskModel, unit: GatedUnit, task: str) -> list[_Choice]:
@@ -101,11 +104,12 @@ def _choices(model: TaskModel, unit: GatedUnit, task: str) -> list[_Choice]:
     for level in _LEVELS:
         size, error = fixed, 0.0
         for delta in deltas.values():
-            if level == "exact":
+            found = _encode(level, delta)
+            if found is None:
                 size += delta.nbytes
                 continue
-            size += size_of(_encoding(level, delta), delta.shape)
-            error += squared_error(_encoding(level, delta), delta)
+            size += len(found[1])
+            error += float((decode(*found, delta.shape, delta.dtype) - delta).double().square().sum())
         new = _Choice(size, error / scale, level)
         if not new.error < hull[-1].error:
             continue
@@ -121,7 +125,7 @@ def _gain(one: _Choice, other: _Choice) -> float:
 
 
 @torch.no_grad()
-def allocate(model: TaskModel, task: str, budget: int) -> dict[str, str | None]:
+def allocate(model: TaskModel, task: str, budget: int) -> dict[str, float | None]:
     """The level at which each open unit's deltas are to be stored so that the task's file keeps the budget.
 
     Args:
@@ -130,7 +134,7 @@ def allocate(model: TaskModel, task: str, budget: int) -> dict[str, str | None]:
         budget: bytes of the compact task file.
 
     Returns:
-        ``"int1"`` … ``"int8"``, ``"float16"``, ``"exact"`` or ``None`` (closed) by unit.
+        By unit the error that rounding to steps is allowed (as in :func:`taps.encoding.encode_as`), 0.0: exact, ``None``: closed.
 
     Raises:
         UserError: if not even the head and the norms fit; the smallest possible size is named.
@@ -182,8 +186,8 @@ def hold_within(model: TaskModel, task: str, budget: int) -> list[str]:
     for unit in model.units:
         level = levels.get(unit.name)
         unit.gates[task].set(level is not None)
-        for name in unit.parameter_names if level not in (None, "exact") else ():
-            delta = unit.deltas[task][name].detach()
-            encoding = _encoding(level, delta)
-            unit.deltas[task].hold(name, encoding, encode_as(encoding, delta))
+        for name in unit.parameter_names if level is not None else ():
+            found = _encode(level, unit.deltas[task][name].detach())
+            if found is not None:
+                unit.deltas[task].hold(name, *found)
     return [name for name, level in levels.items() if level is not None]

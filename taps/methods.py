@@ -46,8 +46,6 @@ class Phase:
             ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`), or ``"fix"``, gates on single
             weights decide (:func:`taps.support.fix_support`).
         pull: weight of the distance between the task's activations and the base's (:mod:`taps.activations`).
-        restart: the factor at which the learning rates start anew in this phase, to fall to their end in it; ``None``: they
-            go on falling over all phases of the optimiser that do not start anew.
     """
 
     name: str
@@ -63,7 +61,6 @@ class Phase:
     competes: bool = False
     start: str | None = None
     pull: float = 0.0
-    restart: float | None = None
 
 
 #: everything but the gates: decisions stand, the rest goes on learning
@@ -92,11 +89,11 @@ def warmup_penalty_settle(epochs: float, warmup: float, settle: float) -> tuple[
 
 def open_choose_round(epochs: float) -> tuple[Phase, ...]:
     """The schedule of a budget: a third with every unit open, half with those it has bytes for, and a sixth in which deltas
-    are what files will hold and norms and head make up for the rounding, for which learning rates start anew at half."""
+    are what files will hold and norms and head make up for the rounding."""
     return (
         Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
         Phase("settle", epochs / 2, penalty=0.0, trains=SETTLED, start="choose"),
-        Phase("round", epochs / 6, penalty=0.0, trains=("norm", "head"), start="round", restart=0.5),
+        Phase("round", epochs / 6, penalty=0.0, trains=("norm", "head"), start="round"),
     )
 
 

@@ -92,7 +92,7 @@ class Recipe:
             return open_choose_round(self.epochs)
         return model.row.phases(self.epochs, self.warmup_epochs, self.settle_epochs)
 
-    def learning_rate(self, epoch: int, epochs: float | None = None) -> float:
+    def learning_rate(self, epoch: int, epochs: int | None = None) -> float:
         """The factor on ``lr`` in the 0-based ``epoch`` of ``epochs`` (all of the recipe's, or those that its optimiser has).
 
         ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1.

@@ -335,18 +335,9 @@ class _Run:
 
     def _decay(self, phase: Phase) -> float:
         """The factor on the learning rates of the phase's optimiser in this epoch, counted in epochs that it has."""
-        recipe = self.recipes[phase.optimizer]
-        if phase.restart is not None:
-            begins = sum(earlier.epochs for earlier in self.phases[: self.phases.index(phase)])
-            done = max(math.floor(self.progress.epoch - begins + 1e-9), 0)
-            return phase.restart * recipe.learning_rate(done, max(phase.epochs, 1))
-        own = [
-            epoch
-            for epoch, other in enumerate(self.epochs)
-            if other.optimizer == phase.optimizer and other.restart is None
-        ]
+        own = [epoch for epoch, other in enumerate(self.epochs) if other.optimizer == phase.optimizer]
         done = sum(epoch < self.progress.epoch for epoch in own)
-        return recipe.learning_rate(done, max(len(own), 1))
+        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1))
 
     def _step(self, window: list, phase: Phase) -> float:
         """One optimiser step over a window of batches; returns its loss, penalty included."""

@@ -1,6 +1,5 @@
 """The loop: averaging, flushing, resuming, phases, budgets, and what happens when the loss is lost."""
 
-import math
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -296,10 +295,6 @@ def test_budget_training_resumes_with_its_decisions(accelerator, tmp_path):
     recipe = Recipe(epochs=6, lr=0.1, budget=smallest(perceptron(), "a") + 330)
     whole, rows = run(accelerator, recipe)
     assert [row["phase"] for row in rows] == ["open", "open", "settle", "settle", "settle", "round"]
-    falling = [0.1 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(5)]
-    assert [row["lr"] for row in rows] == pytest.approx(
-        [*falling, 0.05]
-    )  # what makes up for rounding needs room to move
     assert 0 < rows[-1]["tuned_layers"] < 1
     assert any(unit.deltas["a"].encodings for unit in whole.units if "a" in unit.deltas)
     assert sum("a" in unit.deltas for unit in whole.units) == 1  # what is closed holds nothing
