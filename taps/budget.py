@@ -91,7 +91,7 @@ def _encode(level: float, delta: Tensor) -> tuple[str, Tensor] | None:
     return name, encode_as(name, delta, level)
 
 
-def _choices(model: TaskModel, unit: GatedUnit, task: str) -> list[_Choice]:
+def _choices(model: TaskModel, unit: GatedUnit, task: str, left: int) -> list[_Choice]:
     """The ways to store a unit that are on the lower convex hull of (bytes, error), from none on."""
     deltas = {name: unit.deltas[task][name].detach().cpu() for name in unit.parameter_names}
     spread = {
@@ -110,6 +110,8 @@ def _choices(model: TaskModel, unit: GatedUnit, task: str) -> list[_Choice]:
                 continue
             size += len(found[1])
             error += float((decode(*found, delta.shape, delta.dtype) - delta).double().square().sum())
+        if size > left:
+            break
         new = _Choice(size, error / scale, level)
         if not new.error < hull[-1].error:
             continue
@@ -141,7 +143,7 @@ def allocate(model: TaskModel, task: str, budget: int) -> dict[str, float | None
     """
     left = check_size(model, task, budget)
     units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
-    hulls = {unit.name: _choices(model, unit, task) for unit in units}
+    hulls = {unit.name: _choices(model, unit, task, left) for unit in units}
     chosen = dict.fromkeys(hulls, 0)
     queue = [(-_gain(*hull[:2]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(queue)

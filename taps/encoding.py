@@ -61,8 +61,22 @@ def _coded(delta: Tensor, max_error: float) -> Tensor:
             break
         step *= 0.97  # where weights are few, or all alike
     code = steps.to(torch.int16).numpy()
-    found = min((_huffman(code, largest) for largest in _LARGEST), key=len)
+    found = _huffman(code, _best_largest(code))
     return _bytes(scale.reshape(1), torch.frombuffer(bytearray(found), dtype=torch.uint8))
+
+
+def _best_largest(code: np.ndarray) -> int:
+    """The largest digit that is expected to take the fewest bits: the digits' entropy, or a bit a byte where that is more, and
+    two bytes for each that is written apart."""
+    sizes = np.bincount(np.minimum(abs(code), _LARGEST[-1]), minlength=_LARGEST[-1] + 1)
+
+    def bits(largest: int) -> float:
+        counts = np.append(sizes[:largest], sizes[largest:].sum())
+        share = counts[counts > 0] / max(len(code), 1)
+        entropy = float(-(share * np.log2(share)).sum()) + 1.0 - sizes[0] / max(len(code), 1)  # and the signs
+        return len(code) * max(entropy, 1 / int(math.log(256, 2 * largest + 1))) + 16.0 * int(counts[-1])
+
+    return min(_LARGEST, key=bits)
 
 
 def _huffman(code: np.ndarray, largest: int) -> bytes:

@@ -28,7 +28,7 @@ from taps.data.subjects import list_path
 from taps.errors import UserError
 from taps.files import write_text
 
-_VERSION = 4
+_VERSION = 3
 CATEGORIES, NUMBERS = ("diagnosis", "sex"), ("interview_age", "picvocab")
 #: the share of what two targets follow that is the same
 SHARED = {
@@ -52,12 +52,12 @@ class Recipe:
     """
 
     side: int = 24
-    train: int = 300
+    train: int = 200
     val: int = 200
     test: int = 300
     noise: float = 0.2
     label_noise: float = 0.35
-    missing: float = 0.75
+    missing: float = 0.6
     seed: int = 0
 
 
