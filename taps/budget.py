@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
 #: how a unit's weights may be stored: by the error that is allowed, from coarse to 0, which is exact
-_LEVELS = (1.2, 1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2, 0.16, 0.12, 0.08, 0.04, 0.02, 0.01, 0.0)
+_LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.06, 0.02, 0.0)
 
 
 def parse_budget(text: str, model: TaskModel) -> int:

@@ -57,7 +57,7 @@ def _coded(delta: Tensor, max_error: float) -> Tensor:
     for _ in range(40):
         steps = (flat / max(step, 1e-30)).round_().clamp_(-32767, 32767)
         scale = (flat * steps).sum() / steps.square().sum().clamp(min=1e-30)
-        if error_of(flat, steps * scale) <= max_error:
+        if float((steps * scale - flat).norm()) <= max_error * float(flat.norm()):
             break
         step *= 0.97  # where weights are few, or all alike
     code = steps.to(torch.int16).numpy()

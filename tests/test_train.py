@@ -281,7 +281,7 @@ def test_bytes_go_where_they_keep_most():
             torch.nn.init.normal_(parameter, std=size)
     for room in (0, 250, 300, 340, 500, 700, 5000):
         budget = smallest(model, "a") + room
-        hulls = [budget_module._choices(model, unit, "a") for unit in model.units]
+        hulls = [budget_module._choices(model, unit, "a", room) for unit in model.units]
         best = min(sum(c.error for c in both) for both in product(*hulls) if sum(c.size for c in both) <= room)
         levels = allocate(model, "a", budget)
         chosen = [next(c for c in h if c.level == levels[u.name]) for h, u in zip(hulls, model.units, strict=True)]
