@@ -48,14 +48,17 @@ def together(
     net = commands.make_base(options)
     prepare = commands.make_preprocessing(options, net)
     runs = curve.runs(options)
-    adapting = {"norm": options.norm, "layers": options.layers, "train_base": True}
-    model = taps.adapt(copy.deepcopy(net) if len(runs) > 1 else net, options.method, **adapting)
+
+    def adapted() -> taps.TaskModel:  # the base learns, so that each run needs its own
+        kind = {"norm": options.norm, "layers": options.layers, "train_base": True}
+        return taps.adapt(copy.deepcopy(net), options.method, **kind)
+
+    model = adapted()
     for own in runs:
         check_budget(own, model, tasks)
     with curve.shared_start(options, accelerator) as opened:
         for own in runs:
-            if own is not runs[0]:
-                model = taps.adapt(copy.deepcopy(net), options.method, **adapting)
+            model = model if own is runs[0] else adapted()
             path = Path(own.result_path) / own.experiment_name
             with Experiment.start(own, accelerator, tasks, prepare, path, stop, opened=opened) as experiment:
                 experiment.announce(model)

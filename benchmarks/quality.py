@@ -285,7 +285,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             torch.manual_seed(seed)
         model.add_task(name, num_classes=len(task.classes))
         budget = parse_budget(row.setting, model) if row.method == "taps_budget" else None
-        lam = float(row.setting.split()[1]) if row.method == "taps" else 0.0
+        lam = row.number if row.method == "taps" else 0.0
         recipe = Recipe(
             epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, penalty_weight=lam,
             budget=budget, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,

@@ -251,6 +251,9 @@ def read_tasks(path: Path) -> dict[str, dict]:
         command = f"python train_mtl.py --config {path / 'settings.json'} --resume --phases test"
         raise UserError(f"{path} is a multi-task run; print its table with: {command}")
     if not any(path.glob("*/task.json")):
+        runs = sorted(inner.parent for inner in path.glob("*/settings.json"))
+        if runs:
+            raise UserError(f"{path} holds several runs; name one of them, e.g. {runs[0]}")
         raise UserError(f"{path} holds no task files; train some tasks into it first")
     library = Library([path])
     if not library.folders:

@@ -108,8 +108,7 @@ def fit(
         Interrupted: after saving, if ``stop`` received a signal.
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
-    run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop)
-    run.opened = opened
+    run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop, opened)
     if resume or (opened is not None and opened.is_file()):
         run.resume(state_path if resume else opened)
     while run.progress.epoch < recipe.epochs:
@@ -164,10 +163,11 @@ class _Run:
         criterion: Criterion | Mapping[str, Criterion],
         state_path: Path | None,
         stop: StopSignals | None,
+        opened: Path | None,
     ) -> None:
         self.model, self.tasks, self.recipe = model, tasks, recipe
         self.name = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-        self.accelerator, self.state_path, self.stop = accelerator, state_path, stop
+        self.accelerator, self.state_path, self.stop, self.opened = accelerator, state_path, stop, opened
         self.criteria = dict(criterion) if isinstance(criterion, Mapping) else dict.fromkeys(tasks, criterion)
         self.phases = recipe.phases(model)
         self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
@@ -191,7 +191,6 @@ class _Run:
         self.phase: Phase | None = None
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
-        self.opened: Path | None = None
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint."""

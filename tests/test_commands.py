@@ -144,6 +144,8 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     assert "picture: results/run/trade_off.png" in done.stdout
     assert sorted(path.name for path in curve.iterdir()) == ["3mb", "5mb", "trade_off.png"]
     assert {row["phase"] for row in read_run(curve / "5mb").metrics} == {"settle", "round"}
+    done = here("evaluate.py", "results/run", cwd=tmp_path, check=2)
+    assert "results/run holds several runs; name one of them, e.g. results/run/3mb" in done.stderr
     here("train_sequential.py", *arguments, "--budget", "5MB", "--experiment_name", "alone", cwd=tmp_path)
     stored = [path / "paint/task.safetensors" for path in (curve / "5mb", tmp_path / "results/alone")]
     assert stored[0].read_bytes() == stored[1].read_bytes()
