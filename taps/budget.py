@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
+_SAMPLE = 1 << 16  # weights from which size and error of a delta's encodings are estimated
 #: how a unit's weights may be stored: by the error that is allowed, from coarse to 0, which is exact
 _LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.06, 0.02, 0.0)
 
@@ -92,24 +93,22 @@ def _encode(level: float, delta: Tensor) -> tuple[str, Tensor] | None:
 
 
 def _choices(model: TaskModel, unit: GatedUnit, task: str, left: int) -> list[_Choice]:
-    """The ways to store a unit that are on the lower convex hull of (bytes, error), from none on."""
+    """The ways to store a unit that are on the lower convex hull of (bytes, error), from none on; estimated from a sample."""
     deltas = {name: unit.deltas[task][name].detach().cpu() for name in unit.parameter_names}
-    spread = {
-        name: float(value.detach().float().square().mean().sqrt()) for name, value in unit.base_parameters().items()
-    }
-    scale = max(spread.values()) or 1.0
-    fixed = sum(_TENSOR_HEADER + len(f"delta/{unit.name}/{name}") for name in deltas)
-    fixed += sum(_compact_bytes(n, task) for n in model.task_norms if n.follows(unit) and task in n.norms)
+    scale = (
+        max(float(value.detach().float().square().mean().sqrt()) for value in unit.base_parameters().values()) or 1.0
+    )
     hull = [_Choice(0, sum(float(delta.square().sum()) for delta in deltas.values()) / scale, None)]
+    samples = [
+        (delta.numel() / _SAMPLE if delta.numel() > _SAMPLE else 1.0, _sampled(delta)) for delta in deltas.values()
+    ]
     for level in _LEVELS:
-        size, error = fixed, 0.0
-        for delta in deltas.values():
-            found = _encode(level, delta)
-            if found is None:
-                size += delta.nbytes
-                continue
-            size += len(found[1])
-            error += float((decode(*found, delta.shape, delta.dtype) - delta).double().square().sum())
+        size, error = _fixed_bytes(model, unit, task), 0.0
+        for share, sample in samples:
+            found = _encode(level, sample)
+            size += int(share * (sample.nbytes if found is None else len(found[1])))
+            if found is not None:
+                error += share * float((decode(*found, sample.shape, sample.dtype) - sample).double().square().sum())
         if size > left:
             break
         new = _Choice(size, error / scale, level)
@@ -119,6 +118,32 @@ def _choices(model: TaskModel, unit: GatedUnit, task: str, left: int) -> list[_C
             hull.pop()
         hull.append(new)
     return hull
+
+
+def _sampled(delta: Tensor) -> Tensor:
+    """As many of a delta's weights as tell size and error of all to about a per cent, in as many dimensions."""
+    if delta.numel() <= _SAMPLE:
+        return delta
+    where = torch.randint(delta.numel(), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+    return delta.flatten()[where].view(-1, *[1] * (delta.dim() - 1))
+
+
+def _fixed_bytes(model: TaskModel, unit: GatedUnit, task: str) -> int:
+    """What an open unit takes besides its weights: a header, and the norms that follow it."""
+    header = sum(_TENSOR_HEADER + len(f"delta/{unit.name}/{name}") for name in unit.parameter_names)
+    return header + sum(_compact_bytes(n, task) for n in model.task_norms if n.follows(unit) and task in n.norms)
+
+
+def _measured(model: TaskModel, unit: GatedUnit, task: str, choice: _Choice) -> _Choice:
+    """A choice with the bytes that it really takes."""
+    if choice.level is None:
+        return choice
+    size = _fixed_bytes(model, unit, task)
+    for name in unit.parameter_names:
+        delta = unit.deltas[task][name].detach().cpu()
+        found = _encode(choice.level, delta)
+        size += delta.nbytes if found is None else len(found[1])
+    return choice._replace(size=size)
 
 
 def _gain(one: _Choice, other: _Choice) -> float:
@@ -142,8 +167,20 @@ def allocate(model: TaskModel, task: str, budget: int) -> dict[str, float | None
         UserError: if not even the head and the norms fit; the smallest possible size is named.
     """
     left = check_size(model, task, budget)
-    units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
-    hulls = {unit.name: _choices(model, unit, task, left) for unit in units}
+    units = {u.name: u for u in model.units if task in u.deltas and u.gates[task].decide().uses_delta}
+    hulls = {name: _choices(model, unit, task, left) for name, unit in units.items()}
+    measured: set[tuple[str, int]] = set()
+    while True:  # sizes are estimates until they are chosen
+        chosen = _fill(hulls, left)
+        if measured.issuperset(chosen.items()):
+            return {name: hulls[name][index].level for name, index in chosen.items()}
+        for name, index in chosen.items() - measured:
+            hulls[name][index] = _measured(model, units[name], task, hulls[name][index])
+        measured |= chosen.items()
+
+
+def _fill(hulls: dict[str, list[_Choice]], left: int) -> dict[str, int]:
+    """By unit the index of its choice: bytes go where the next ones take away most error, as long as there are any."""
     chosen = dict.fromkeys(hulls, 0)
     queue = [(-_gain(*hull[:2]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(queue)
@@ -156,7 +193,7 @@ def allocate(model: TaskModel, task: str, budget: int) -> dict[str, float | None
         chosen[name] += 1
         if chosen[name] + 1 < len(hulls[name]):
             heapq.heappush(queue, (-_gain(more, hulls[name][chosen[name] + 1]), name))
-    return {name: hulls[name][index].level for name, index in chosen.items()}
+    return chosen
 
 
 def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
