@@ -1,9 +1,12 @@
 """A size instead of a penalty: the deltas as near to those trained as so many bytes of task file can bring them.
 
 Every unit may be closed (no bytes) or stored with more and more bits a weight (:mod:`taps.encoding`). Bytes go where they
-take away most of Σ ‖δ̂ − δ‖² / rms(W), the error that is left, W the unit's base weights: first to what has moved much for
-its size, and to all of it coarsely before to any of it finely. For normally distributed weights and ideal codes this rule
-is reverse water-filling (Cover and Thomas, Elements of Information Theory, §10.3.3).
+take away most of an error that is left, a sum over units: to all of it coarsely before to any of it finely. For normally
+distributed weights and ideal codes that is reverse water-filling (Cover and Thomas, Elements of Information Theory, §10.3.3).
+
+Where every unit can be kept finely, rounding is noise in each layer's answer: the error is Σ ‖δ̂ − δ‖² / ‖W + δ‖², W the
+unit's base weights, so that layers of few weights get more bits. Where it cannot, what a task learned has to be chosen from,
+by Σ ‖δ̂ − δ‖² / rms(W): first comes what has moved much for its size.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, 
 _TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
 _SAMPLE = 1 << 16  # weights from which size and error of a delta's encodings are estimated
 #: how a unit's weights may be stored: by the error that is allowed, from coarse to 0, which is exact
-_LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.06, 0.02, 0.0)
+_LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015, 0.005, 0.001, 0.0)
+#: the largest of them at which nothing has to be chosen: when gates are decided, and with room for changes when deltas are rounded
+_FINE, _STILL_FINE = 0.42, 0.7
 
 
 def parse_budget(text: str, model: TaskModel) -> int:
@@ -77,7 +82,7 @@ def check_size(model: TaskModel, task: str, budget: int) -> int:
 
 
 class _Choice(NamedTuple):
-    """One way to store a unit: bytes, error that is left, and the level (``None``: closed)."""
+    """One way to store a unit: bytes, ‖δ̂ − δ‖², and the level (``None``: closed)."""
 
     size: int
     error: float
@@ -95,10 +100,7 @@ def _encode(level: float, delta: Tensor) -> tuple[str, Tensor] | None:
 def _choices(model: TaskModel, unit: GatedUnit, task: str, left: int) -> list[_Choice]:
     """The ways to store a unit that are on the lower convex hull of (bytes, error), from none on; estimated from a sample."""
     deltas = {name: unit.deltas[task][name].detach().cpu() for name in unit.parameter_names}
-    scale = (
-        max(float(value.detach().float().square().mean().sqrt()) for value in unit.base_parameters().values()) or 1.0
-    )
-    hull = [_Choice(0, sum(float(delta.square().sum()) for delta in deltas.values()) / scale, None)]
+    hull = [_Choice(0, sum(float(delta.square().sum()) for delta in deltas.values()), None)]
     samples = [
         (delta.numel() / _SAMPLE if delta.numel() > _SAMPLE else 1.0, _sampled(delta)) for delta in deltas.values()
     ]
@@ -111,7 +113,7 @@ def _choices(model: TaskModel, unit: GatedUnit, task: str, left: int) -> list[_C
                 error += share * float((decode(*found, sample.shape, sample.dtype) - sample).double().square().sum())
         if size > left:
             break
-        new = _Choice(size, error / scale, level)
+        new = _Choice(size, error, level)
         if not new.error < hull[-1].error:
             continue
         while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], new):
@@ -151,14 +153,28 @@ def _gain(one: _Choice, other: _Choice) -> float:
     return (one.error - other.error) / max(other.size - one.size, 1)
 
 
+def _noise(unit: GatedUnit, task: str) -> float:
+    """‖W + δ‖²: rounding errors of this size are as large as the layer."""
+    base, deltas = unit.base_parameters(), unit.deltas[task]
+    return (
+        sum(float((base[name] + deltas[name]).detach().float().square().sum()) for name in unit.parameter_names) or 1.0
+    )
+
+
+def _motion(unit: GatedUnit, task: str) -> float:
+    """rms(W): a weight that moves by so much has moved much."""
+    return max(float(base.detach().float().square().mean().sqrt()) for base in unit.base_parameters().values()) or 1.0
+
+
 @torch.no_grad()
-def allocate(model: TaskModel, task: str, budget: int) -> dict[str, float | None]:
+def allocate(model: TaskModel, task: str, budget: int, fine: float = _FINE) -> dict[str, float | None]:
     """The level at which each open unit's deltas are to be stored so that the task's file keeps the budget.
 
     Args:
         model: has the task.
         task: its name.
         budget: bytes of the compact task file.
+        fine: the largest error of a unit's deltas that is taken for noise, else units have to be chosen.
 
     Returns:
         By unit the error that rounding to steps is allowed (as in :func:`taps.encoding.encode_as`), 0.0: exact, ``None``: closed.
@@ -170,19 +186,23 @@ def allocate(model: TaskModel, task: str, budget: int) -> dict[str, float | None
     units = {u.name: u for u in model.units if task in u.deltas and u.gates[task].decide().uses_delta}
     hulls = {name: _choices(model, unit, task, left) for name, unit in units.items()}
     measured: set[tuple[str, int]] = set()
-    while True:  # sizes are estimates until they are chosen
-        chosen = _fill(hulls, left)
-        if measured.issuperset(chosen.items()):
-            return {name: hulls[name][index].level for name, index in chosen.items()}
-        for name, index in chosen.items() - measured:
-            hulls[name][index] = _measured(model, units[name], task, hulls[name][index])
-        measured |= chosen.items()
+    levels: dict[str, float | None] = {}
+    for scale in (_noise, _motion):
+        scales = {name: scale(unit, task) for name, unit in units.items()}
+        while not measured.issuperset((chosen := _fill(hulls, scales, left)).items()):  # sizes are estimates until then
+            for name, index in chosen.items() - measured:
+                hulls[name][index] = _measured(model, units[name], task, hulls[name][index])
+            measured |= chosen.items()
+        levels = {name: hulls[name][index].level for name, index in chosen.items()}
+        if all(level is not None and level <= fine for level in levels.values()):
+            break
+    return levels
 
 
-def _fill(hulls: dict[str, list[_Choice]], left: int) -> dict[str, int]:
+def _fill(hulls: dict[str, list[_Choice]], scales: dict[str, float], left: int) -> dict[str, int]:
     """By unit the index of its choice: bytes go where the next ones take away most error, as long as there are any."""
     chosen = dict.fromkeys(hulls, 0)
-    queue = [(-_gain(*hull[:2]), name) for name, hull in hulls.items() if len(hull) > 1]
+    queue = [(-_gain(*hull[:2]) / scales[name], name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
@@ -192,7 +212,7 @@ def _fill(hulls: dict[str, list[_Choice]], left: int) -> dict[str, int]:
         left -= more.size - now.size
         chosen[name] += 1
         if chosen[name] + 1 < len(hulls[name]):
-            heapq.heappush(queue, (-_gain(more, hulls[name][chosen[name] + 1]), name))
+            heapq.heappush(queue, (-_gain(more, hulls[name][chosen[name] + 1]) / scales[name], name))
     return chosen
 
 
@@ -221,7 +241,7 @@ def hold_within(model: TaskModel, task: str, budget: int) -> list[str]:
 
     What is stored is then what is trained on and validated: norms and head can still make up for the rounding.
     """
-    levels = allocate(model, task, budget)
+    levels = allocate(model, task, budget, _STILL_FINE)
     for unit in model.units:
         level = levels.get(unit.name)
         unit.gates[task].set(level is not None)

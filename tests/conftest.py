@@ -86,7 +86,7 @@ def joint(tree, command, tmp_path_factory):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """A context in which training receives SIGTERM at its so-many-th step."""
+    """A context in which training receives SIGTERM at its so-many-th step (0: never), and a list as long as the steps taken."""
     from contextlib import contextmanager
 
     from taps import train
@@ -103,7 +103,7 @@ def stop_at(monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(train._Run, "_step", step)
-            yield
+            yield taken
 
     return stopping
 

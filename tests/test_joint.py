@@ -262,6 +262,28 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(variant, after, tree, here
     assert tensors(parts) == tensors(whole)
 
 
+def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path):
+    """Both begin with the one open phase of all tasks; what is left of it when a run is stopped serves the next."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    more = ("--epochs", 3, "--budget", "3MB", "5MB")
+    with stop_at(0) as steps:
+        here("train_joint.py", *arguments(tree, *more), cwd=whole)
+    run = whole / "results/run"
+    assert sorted(path.name for path in run.iterdir()) == ["3mb", "5mb", "trade_off.png"]
+    rows = [json.loads(line) for line in (run / "5mb/metrics.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in rows} == {"settle", "round"}
+    with stop_at(len(steps) - 3):
+        here("train_joint.py", *arguments(tree, *more), cwd=parts, check=143)
+    stopped = parts / "results/run"
+    assert (stopped / "3mb/summary.json").is_file()
+    assert (stopped / "5mb").is_dir()
+    assert not (stopped / "5mb/summary.json").exists()
+    here("train_joint.py", *arguments(tree, *more, "--resume"), cwd=parts)
+    assert tensors(parts) == tensors(whole)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -246,7 +246,7 @@ def test_a_budget_is_kept_and_well_used(tmp_path, norm):
 
     trained = network()
     smallest_size, full = smallest(trained, "a"), {u.name: u.deltas["a"]["weight"].detach() for u in trained.units}
-    errors = []
+    errors = {budget_module._motion: [], budget_module._noise: []}
     for budget in (smallest_size, 150_000, 600_000, 3_000_000, 12_000_000, 46_000_000):
         model = network()
         open_units = keep_within(model, "a", budget)
@@ -264,9 +264,11 @@ def test_a_budget_is_kept_and_well_used(tmp_path, norm):
         loaded.save_task("a", tmp_path / "again", compact=True)
         assert (tmp_path / "again/task.safetensors").read_bytes() == path.read_bytes()
         left = {u.name: u.deltas["a"]["weight"].detach() * float(u.name in kept) - full[u.name] for u in model.units}
-        errors.append(sum(float(delta.square().sum()) for delta in left.values()))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == 0.0 < errors[-2]
+        for scale, found in errors.items():
+            found.append(sum(float(left[u.name].square().sum()) / scale(u, "a") for u in trained.units))
+    for found in errors.values():
+        assert found[-1] == 0.0 < found[-2]
+        assert found == sorted(found, reverse=True)
     with pytest.raises(ValueError, match=rf"too small; norms, head and scores need {smallest_size:,}"):
         keep_within(network(), "a", 1000)
 
@@ -282,12 +284,39 @@ def test_bytes_go_where_they_keep_most():
     for room in (0, 250, 300, 340, 500, 700, 5000):
         budget = smallest(model, "a") + room
         hulls = [budget_module._choices(model, unit, "a", room) for unit in model.units]
-        best = min(sum(c.error for c in both) for both in product(*hulls) if sum(c.size for c in both) <= room)
-        levels = allocate(model, "a", budget)
-        chosen = [next(c for c in h if c.level == levels[u.name]) for h, u in zip(hulls, model.units, strict=True)]
-        assert sum(c.size for c in chosen) <= room
-        most = sum(hull[0].error for hull in hulls)
-        assert sum(c.error for c in chosen) <= best + 0.05 * most
+        ways = [both for both in product(*hulls) if sum(choice.size for choice in both) <= room]
+        for fine, scale in ((-1.0, lambda w, own: w.square().mean().sqrt()), (9.0, lambda w, own: own.square().sum())):
+            levels = allocate(model, "a", budget, fine)
+            if fine > 0 and None in levels.values():  # nothing is noise where layers are closed
+                assert levels == allocate(model, "a", budget, -1.0)
+                continue
+            weights = []
+            for unit in model.units:
+                base, deltas = unit.base_parameters(), unit.deltas["a"]
+                whole = torch.cat([(base[name] + deltas[name]).flatten() for name in base])
+                weights.append(1 / max(float(scale(base[name], whole)) for name in base))
+
+            def left(both, weights=weights):
+                return sum(weight * choice.error for weight, choice in zip(weights, both, strict=True))
+
+            both = [next(c for c in h if c.level == levels[u.name]) for h, u in zip(hulls, model.units, strict=True)]
+            assert sum(choice.size for choice in both) <= room
+            assert left(both) <= min(map(left, ways)) + 0.05 * left([hull[0] for hull in hulls])
+
+
+def test_where_all_can_be_kept_finely_nothing_is_closed():
+    """And layers of few weights get more bits; with fewer bytes units are chosen by how much they have moved."""
+    torch.manual_seed(0)
+    model = taps.adapt(taps.create_backbone("resnet18", pretrained=False), "taps_budget")
+    model.add_task("a", num_classes=5)
+    for index, unit in enumerate(model.units):
+        unit.deltas["a"]["weight"].data.normal_(std=0.002 if index % 3 else 0.02)
+    ample, scarce = (allocate(model, "a", parse_budget(size, model)) for size in ("12%", "2%"))
+    assert max(ample.values()) <= budget_module._FINE
+    assert ample["conv1"] < ample["layer4.1.conv2"]
+    open_units = [unit.name for unit in model.units if scarce[unit.name] is not None]
+    assert 0 < len(open_units) < len(model.units)
+    assert set(open_units) <= {unit.name for index, unit in enumerate(model.units) if not index % 3}
 
 
 def test_budget_training_resumes_with_its_decisions(accelerator, tmp_path):
