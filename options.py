@@ -23,6 +23,7 @@ from taps.mtl import PHASES
 from taps.plan import LAST_TEMPERATURE
 from taps.presets import preset
 from taps.recipe import DECAYS, OPTIMIZERS
+from taps.skips import SKIPS
 from taps.sparse import STRUCTURES
 
 #: defaults of the published program, and those of the demo where they differ
@@ -650,6 +651,11 @@ def mtl_parser() -> Parser:
         type=number(float, 0, above=True),
         metavar="X",
         help="automtl: what it is kept to, × one network a task",
+    )
+    method.add_argument(
+        "--skip",
+        choices=SKIPS,
+        help="automtl: what a task may leave out: single layers, where something cheaper can stand in, or whole residual blocks",
     )
     method.add_argument(
         "--target_rates",

@@ -32,6 +32,7 @@ class Unit:
         depth: l, units on the longest way from the input through this one, and ``depths`` L, the largest.
         skip: parameters of what takes its place where it is not run; ``None`` where it always has to be.
         stride: positions of the input by one of the output.
+        inside: index of the unit that holds it, without which it is not run; ``None`` if there is none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Unit:
     depths: int = 1
     skip: int | None = 0
     stride: int = 1
+    inside: int | None = None
 
     @property
     def size(self) -> int:
@@ -84,7 +86,14 @@ class Found:
             max(one.depth or place + 1 for place, one in enumerate(found)),
             None if self.kept else sum(p.numel() for p in adapter if id(p) not in outside),
             self.stride,
+            max((place for place in range(index) if found[place].holds(self)), default=None),
         )
+
+    def holds(self, other: Found) -> bool:
+        """Whether the other is a part of it, and none of its shortcut, which is run where it is not."""
+        within = other.name.startswith(f"{self.name}.") if self.name else other is not self
+        shortcut = self.shortcut.modules() if within and isinstance(self.shortcut, nn.Module) else ()
+        return within and all(module is not other.module for module in shortcut)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -205,6 +214,8 @@ def wrap(
         for child_name, child in list(parent._modules.items()):
             if id(child) in replacement:
                 parent._modules[child_name] = replacement[id(child)]
+    for wrapper in units:
+        wrapper.shortcut = replacement.get(id(wrapper.shortcut), wrapper.shortcut)
     return replacement.get(id(net), net), units, norms
 
 

@@ -8,6 +8,9 @@ Each task has three logits for each layer. With p = softmax((logits + Gumbel noi
 since convolutions and matrix products are linear in their weights: one run of the layer instead of two. The published
 program trains copies of W; here own weights are W + δ, which move with W while the task's δ says in what they differ.
 Pre-training, in which all choices count alike, is the limit τ → ∞.
+
+Where whole residual blocks are skipped instead of single layers (``skip="blocks"``), a layer chooses between shared and own, and
+the block around it whether it is run at all.
 """
 
 from __future__ import annotations
@@ -31,13 +34,16 @@ class ChoiceGate(Gate):
     """One task's choice for one layer: shared, own or skipped.
 
     Args:
-        unit: the layer; where nothing can stand in for it, skipping has probability 0.
+        unit: the layer; where nothing can stand in for it, skipping has probability 0. Or a block, whose layers have gates
+            of their own: then so has owning it.
     """
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(3))
-        self.size, self.skip, self.stride = unit.size, unit.skip, unit.stride
+        self.size, self.skip, self.stride, self.inside = unit.size, unit.skip, unit.stride, unit.inside
+        self.needs_delta = unit.size > 0
+        self.offered = (True, self.needs_delta, unit.skip is not None)
         self.products = sum(shape.numel() for shape in unit.shapes.values() if len(shape) > 1)  # not biases
         self.channel_dim = unit.channel_dim
         self.weight = (unit.depths - unit.depth) / unit.depths
@@ -45,10 +51,8 @@ class ChoiceGate(Gate):
         self._noise: tuple[Tensor, float] | None = None
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        """Probabilities of the choices that are offered, with a zero where skipping is not."""
-        if self.skip is not None:
-            return logits.softmax(0)
-        return torch.cat([logits[:2].softmax(0), logits.new_zeros(1)])
+        """Probabilities of the three choices, zero for those that are not offered."""
+        return logits.where(torch.tensor(self.offered, device=logits.device), -math.inf).softmax(0)
 
     @property
     def probabilities(self) -> Tensor:
@@ -68,12 +72,13 @@ class ChoiceGate(Gate):
         p = self.draw()
         run = p[0] + p[1]
         specific = p[1] / run.clamp(min=torch.finfo(run.dtype).tiny)
-        return Decision(run=1.0 if self.skip is None else run, specific=specific)
+        return Decision(run=1.0 if self.skip is None else run, specific=specific if self.needs_delta else 0.0)
 
     def decide(self, x: Tensor | None = None) -> Decision:
         self._see(x)
-        shared, own, skipped = self.logits.detach().tolist()
-        if self.skip is not None and skipped > max(shared, own):
+        logits = zip(self.logits.detach().tolist(), self.offered, strict=True)
+        shared, own, skipped = (value if offered else -math.inf for value, offered in logits)
+        if skipped > max(shared, own):
             return Decision(run=0.0)
         return Decision(specific=float(own > shared))
 
@@ -105,10 +110,12 @@ def preference(gates: Sequence[ChoiceGate], scale: float = 1.0) -> Tensor:
     Σ_l (L − l)/L · [softplus(c · (p₁ − p₀)) + softplus(c · (p₂ − p₀))]
 
     with the draw p that the forward pass used, depth l = 1..L of each layer and c = ``scale``: 1 in the paper, 6 in the
-    published program's policy steps. Where a layer cannot be skipped p₂ = 0 takes no part.
+    published program's policy steps. Where a layer cannot be skipped p₂ = 0 takes no part; blocks are no layers.
     """
     total = torch.zeros((), device=gates[0].logits.device)
     for gate in gates:
+        if not gate.needs_delta:
+            continue
         shared, own, skipped = gate.draw()
         term = softplus(scale * (own - shared))
         if gate.skip is not None:
@@ -126,12 +133,16 @@ def expected_cost(gates: Mapping[str, Sequence[ChoiceGate]], kind: str) -> Tenso
             any task skips; ``"macs"``: multiplications of every task's own pass.
     """
     needed, single = [], 0.0
+    running: list[Tensor] = []  # by unit, with what probability each task runs it
     for column in zip(*gates.values(), strict=True):
         p = torch.stack([gate.probabilities for gate in column])
+        if column[0].inside is not None:
+            p = p * running[column[0].inside][:, None]
+        running.append(p[:, 0] + p[:, 1])
         size, stand_in = column[0].costs(kind)
         single += size * len(column)
         if kind == "macs":
-            needed.append((size * (1 - p[:, 2]) + stand_in * p[:, 2]).sum())
+            needed.append((size * running[-1] + stand_in * p[:, 2]).sum())
         else:
             used = 1 - (1 - p).prod(0)
             needed.append(size * (used[0] + p[:, 1].sum()) + stand_in * used[2])

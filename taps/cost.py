@@ -111,16 +111,18 @@ def beside_single(model: TaskModel, x: Tensor) -> dict:
     used = model.base_parameters + own_norm_parameters(model, tasks)
     used += sum(accounting(model, task)["delta_parameters"] for task in tasks)
     if model.policies and model.row.learns_policy:
+        unused: dict[int, int] = {}  # a layer may be part of a block
         for index, unit in enumerate(model.units):
             gates = [gate for task in tasks for gate in unit.gates[task].parameters()]
             used += sum(parameter.numel() for parameter in gates)
-            stand_in = sum(parameter.numel() for parameter in unit.stand_in().values())
-            inside = sum(parameter.numel() for parameter in unit.shortcut.parameters()) - stand_in
             decisions = [model.policies[task][index] for task in tasks]
             if (1.0, 0.0) not in decisions:  # nobody shares it; the shortcut that is a part of it stays
-                used -= unit.size - inside
+                stays = {parameter.data_ptr() for parameter in unit.shortcut.parameters()}
+                held = {tensor.data_ptr(): tensor.numel() for tensor in unit.weights().values()}
+                unused.update((place, size) for place, size in held.items() if place not in stays)
             if any(run == 0.0 for run, _ in decisions):
-                used += stand_in
+                used += sum(parameter.numel() for parameter in unit.stand_in().values())
+        used -= sum(unused.values())
     heads = sum(parameter.numel() for task in tasks for parameter in model.heads[task].parameters())
     single = len(tasks) * model.base_parameters
     return {

@@ -134,12 +134,14 @@ class GatedUnit(TaskModule):
     def base_parameters(self) -> dict[str, Tensor]:
         return {name: self.base.get_parameter(name) for name in self.parameter_names}
 
+    def weights(self) -> dict[str, Tensor]:
+        """The base's parameters that a task may have of its own here; of a unit without deltas, those that it may leave out."""
+        return self.base_parameters() if self.parameter_names else plain_state(self.base, parameters_only=True)
+
     @property
     def size(self) -> int:
-        """Number of parameters that a task may have of its own here; of a unit without deltas, that it may leave out."""
-        names = self.parameter_names
-        parameters = self.base_parameters().values() if names else plain_state(self.base, parameters_only=True).values()
-        return sum(parameter.numel() for parameter in parameters)
+        """Number of :meth:`weights`."""
+        return sum(parameter.numel() for parameter in self.weights().values())
 
     def stand_in(self) -> dict[str, Tensor]:
         """The shortcut's own parameters: those that are none of the base module's."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taps.adapt import Found, Unit, find_everything, find_layers
 from taps.adashare import policy_penalty, select_gate
@@ -144,7 +144,7 @@ class Method:
         summary: one line for people.
         source: where it is published.
         gate: makes the gate of one task on one unit from the unit's description and the method's options.
-        select: finds the units of a network.
+        select: finds the units of a network; ``select_options``: names of the options that it takes too.
         penalty: from every task's gates in network order, a task's name and the method's options to a scalar.
         phases: from the numbers of all, of warm-up and of settling epochs to the phases of training.
         options: names and defaults of the options that ``gate``, ``fixed`` and ``penalty`` take.
@@ -158,7 +158,7 @@ class Method:
     summary: str
     source: str
     gate: Callable[..., Gate]
-    select: Callable[[nn.Module], list[Found]] = find_layers
+    select: Callable[..., list[Found]] = find_layers
     penalty: Callable[..., Tensor] = no_penalty
     phases: Callable[[float, float, float], tuple[Phase, ...]] = one_phase
     options: Mapping[str, object] = field(default_factory=dict)
@@ -166,6 +166,7 @@ class Method:
     trains_base: bool = False
     fixed: Callable[..., Gate] | None = None
     budget: str | None = None
+    select_options: tuple[str, ...] = ()
 
     @property
     def learns_policy(self) -> bool:
@@ -244,6 +245,7 @@ METHODS: dict[str, Method] = {
         source="AutoMTL, NeurIPS 2022, arXiv 2110.13076",
         gate=choice_gate,
         select=find_choices,
+        select_options=("skip",),
         penalty=choice_penalty,
         options={
             "preference_weight": 5e-4,
@@ -251,6 +253,7 @@ METHODS: dict[str, Method] = {
             "cost_weight": 0.0,
             "cost": "parameters",
             "cost_target": 0.5,
+            "skip": "layers",
         },
         norms=("follow", "frozen", "task"),
         trains_base=True,

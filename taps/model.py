@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -89,7 +89,7 @@ class TaskModel(nn.Module):
         train_base: bool,
     ) -> None:
         super().__init__()
-        found = choose(row.select(net), layers)
+        found = choose(row.select(net, **{name: options[name] for name in row.select_options}), layers)
         self.method = method
         self.row = row
         self.norm = norm
@@ -209,14 +209,28 @@ class TaskModel(nn.Module):
             raise UserError(f"method {self.method!r} learns no policies")
         if len(policy) != len(self._units):
             raise UserError(f"a policy of {len(policy)} units was given, the network has {len(self._units)}")
-        decisions = [_decision(entry) for entry in policy]
+        decisions = self._reached(map(_decision, policy))
         for unit, decision in zip(self._descriptions, decisions, strict=True):
-            if decision.run == 0.0 and unit.skip is None:
+            held = unit.inside is not None and decisions[unit.inside].run == 0.0
+            if decision.run == 0.0 and unit.skip is None and not held:
                 raise UserError(f"a policy skips {unit.name!r}, for which nothing can stand in")
         return [
             self.row.fixed(unit, decision, **self.options)
             for unit, decision in zip(self._descriptions, decisions, strict=True)
         ]
+
+    def _reached(self, decisions: Iterable[Decision]) -> list[Decision]:
+        """Decisions by unit; what is inside a unit that is not run is not run either."""
+        found: list[Decision] = []
+        for unit, decision in zip(self._descriptions, decisions, strict=True):
+            outer = 1.0 if unit.inside is None else found[unit.inside].run
+            found.append(Decision(run=0.0) if isinstance(outer, float) and outer == 0.0 else decision)
+        return found
+
+    @property
+    def inside(self) -> tuple[int | None, ...]:
+        """For each unit the index of the one that holds it, ``None`` where none does."""
+        return tuple(unit.inside for unit in self._descriptions)
 
     def follow(self, policies: Mapping[str, Sequence[float | Sequence[float]]]) -> None:
         """From now on tasks run and skip units, and use weights of their own, as policies say; their gates are replaced.
@@ -232,7 +246,7 @@ class TaskModel(nn.Module):
             self.check_task(task)
             for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
                 unit.change_gate(task, gate)
-            self.policies[task] = tuple(_decision(entry)[:2] for entry in policy)
+            self.policies[task] = tuple(decision[:2] for decision in self._reached(map(_decision, policy)))
         for norm in self._norms if self.norm == "follow" and self.row.learns_policy else ():
             ways: dict[tuple, list[str]] = {}
             for task, policy in self.policies.items():
@@ -378,11 +392,13 @@ class TaskModel(nn.Module):
         """One row a unit, in network order.
 
         Keys: ``name``, ``kind`` (class of the module), ``parameters`` (of the base unit), ``score`` (``None`` where the
-        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies).
+        gate has no single one), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies). What is
+        inside a unit that is not run has ``run`` 0.0.
         """
         rows = []
-        for unit, gate in zip(self._units, self.gates(task), strict=True):
-            decision = gate.decide()
+        gates = self.gates(task)
+        decisions = self._reached(gate.decide() for gate in gates)
+        for unit, gate, decision in zip(self._units, gates, decisions, strict=True):
             score = getattr(gate, "score", None)
             rows.append(
                 {

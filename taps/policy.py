@@ -3,7 +3,8 @@
 {"format": 1, "backbone": "resnet18", "units": ["layer1.0", …],
  "tasks": {"semseg": {"probability": [0.91, …], "run": [1, …], "own": [0.05, …], "specific": [0, …]}, …}}
 
-``own`` and ``specific`` are there where tasks may have weights of their own.
+``own`` and ``specific`` are there where tasks may have weights of their own, ``inside`` where units hold others: for each the
+index of its holder or null.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from taps.model import TaskModel
 FORMAT = 1
 #: share of the largest possible entropy above which a draw says more of its seed than of what was learned
 UNIFORM = 0.9
+#: how many more policies are looked at than are wanted, where some are the same
+_MOST = 1000
 
 #: (run, specific) of the three things a task can do with a unit: share it, have its own, skip it
 _CHOICES = ((1.0, 0.0), (1.0, 1.0), (0.0, 0.0))
@@ -40,6 +43,8 @@ class Policy:
         run: 1.0 or 0.0 for every unit by task.
         own: probability of running it with weights of the task's own, 0..probability; empty where no task has any.
         specific: 1.0 where the task does so, else 0.0; empty where no task has any.
+        inside: for each unit the index of the one that holds it and without which it is not run, or ``None``; empty where
+            no unit holds another.
     """
 
     backbone: str
@@ -48,6 +53,7 @@ class Policy:
     run: Mapping[str, tuple[float, ...]]
     own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     specific: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    inside: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, model: TaskModel) -> Policy:
@@ -61,7 +67,8 @@ class Policy:
             if any(chance is not None for chance in chances):
                 own[task] = tuple(0.0 if chance is None else chance[1] for chance in chances)
                 specific[task] = tuple(row["specific"] for row in rows)
-        return cls(model.base_name, tuple(unit.name for unit in model.units), probability, run, own, specific)
+        inside = model.inside if any(place is not None for place in model.inside) else ()
+        return cls(model.base_name, tuple(unit.name for unit in model.units), probability, run, own, specific, inside)
 
     def entries(self, task: str) -> tuple[tuple[float, float], ...]:
         """(run, specific) of every unit, as :meth:`taps.model.TaskModel.follow` takes them."""
@@ -74,7 +81,11 @@ class Policy:
         return [(max(run - mine, 0.0), mine, 1.0 - run) for run, mine in zip(self.probability[task], own, strict=True)]
 
     def _with(self, choices: Mapping[str, list[int]]) -> Policy:
-        decided = {task: [_CHOICES[index] for index in own] for task, own in choices.items()}
+        decided: dict[str, list[tuple[float, float]]] = {}
+        for task, own in choices.items():
+            entries = decided[task] = []
+            for index, holder in zip(own, self.inside or (None,) * len(own), strict=True):
+                entries.append(_CHOICES[index] if holder is None or entries[holder][0] else (0.0, 0.0))
         run = {task: tuple(entry[0] for entry in own) for task, own in decided.items()}
         specific = {task: tuple(entry[1] for entry in own) for task, own in decided.items() if task in self.own}
         return replace(self, run=run, specific=specific)
@@ -96,7 +107,22 @@ class Policy:
         return self.top(1)[0]
 
     def top(self, count: int) -> list[Policy]:
-        """The ``count`` most probable policies, the most probable one first; fewer where there are fewer."""
+        """The ``count`` most probable policies, the most probable one first; fewer where there are fewer.
+
+        Of those that differ only inside of units that are not run, the most probable one counts.
+        """
+        found: dict[tuple, Policy] = {}
+        asked, drawn = count, 0
+        while len(found) < count:
+            policies = self._most_probable(asked)
+            for policy in policies[drawn:]:
+                found.setdefault(tuple(policy.entries(task) for task in policy.run), policy)
+            if len(policies) < asked or asked > _MOST * count:
+                break
+            asked, drawn = 2 * asked, asked
+        return [*found.values()][:count]
+
+    def _most_probable(self, count: int) -> list[Policy]:
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for task in self.probability:
             for chances in self.chances(task):
@@ -147,7 +173,9 @@ class Policy:
             if task in self.own:
                 tasks[task]["own"] = [round(value, 6) for value in self.own[task]]
                 tasks[task]["specific"] = list(map(int, self.specific[task]))
-        write_json(path, {"format": FORMAT, "backbone": self.backbone, "units": list(self.units), "tasks": tasks})
+        nested = {"inside": list(self.inside)} if self.inside else {}
+        units = {"backbone": self.backbone, "units": list(self.units), **nested}
+        write_json(path, {"format": FORMAT, **units, "tasks": tasks})
 
     def check_fits(self, model: TaskModel, tasks: list[str], path: Path) -> None:
         """Raise a ``UserError`` unless the policy is for the model's units and has these tasks; ``path``: for the message."""
@@ -185,8 +213,11 @@ def read_policy(path: Path) -> Policy:
         own = {task: tuple(map(float, row["own"])) for task, row in having.items()}
         specific = {task: tuple(map(float, row["specific"])) for task, row in having.items()}
         backbone = str(stored["backbone"])
+        inside = tuple(None if place is None else int(place) for place in stored.get("inside", ()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    if inside and (len(inside) != len(units) or any(p is not None and not 0 <= p < i for i, p in enumerate(inside))):
+        raise UserError(f'{path}: "inside" must name for each of the {len(units)} units an earlier one, or null')
     for task in run:
         columns = {"run": run[task], "probability": probability[task]}
         if task in own:
@@ -200,4 +231,4 @@ def read_policy(path: Path) -> Policy:
             raise UserError(f"{path}: task {task!r} has entries that are no 0 or 1, or probabilities outside of 0..1")
         if any(specific > run for run, specific in zip(run[task], specific.get(task, ()), strict=False)):
             raise UserError(f"{path}: task {task!r} has weights of its own in a unit that it does not run")
-    return Policy(backbone, units, probability, run, own, specific)
+    return Policy(backbone, units, probability, run, own, specific, inside)

@@ -109,7 +109,7 @@ _AUTOMTL: dict[str | tuple[str, bool], dict] = {
     "": {
         "norm": "task", "curriculum_speed": 0, "weight_iterations": 400, "policy_iterations": 100, "weights_lr": 1e-4,
         "iterations": 30_000, "warmup_iterations": 10_000, "retrain_iterations": 30_000, "preference_weight": 5e-4,
-        "policy_scale": 1.0, "cost_weight": 0.0, "cost_target": 0.5,
+        "policy_scale": 1.0, "cost_weight": 0.0, "cost_target": 0.5, "skip": "layers",
     },
     "nyuv2": {
         "lr": 1e-3, "base_lr": 1e-3, "preference_weight": 1e-3, "task_weights": {"semseg": 5.0, "normals": 20.0, "depth": 5.0},

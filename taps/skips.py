@@ -4,6 +4,9 @@ AutoMTL (arXiv 2110.13076, §3.1) skips by the identity where the layer keeps th
 norm. In networks made of 1×1 convolutions that costs more than the layer. Here the stand-in is average pooling where the
 layer strides, and where it changes the channels a 1×1 convolution in as many groups as both sides allow, which starts as the
 mean of each group. It is one for all tasks, and offered only where it has fewer parameters than the layer.
+
+In networks whose residual blocks are narrow outside and wide inside, any such stand-in loses most of what a layer knows. There
+whole blocks are the better thing to skip, and what stands in for them is their own shortcut.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from timm.layers import Conv2dSame
 from torch import fx, nn
 
 from taps.adapt import Found, find_layers, is_norm
+from taps.blocks import find_blocks
 from taps.errors import UserError
+
+SKIPS = ("layers", "blocks")
 
 _POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, Conv2dSame: 2}
@@ -66,33 +72,50 @@ def find_depths(net: nn.Module, names: list[str]) -> dict[str, int] | None:
     return found
 
 
-def find_choices(net: nn.Module) -> list[Found]:
-    """Every convolution and linear layer with its stand-in, or with why it has none, in network order."""
+def find_choices(net: nn.Module, skip: str = "layers") -> list[Found]:
+    """Every convolution and linear layer, in network order, and what can be skipped.
+
+    Args:
+        net: the network.
+        skip: ``"layers"``, each with its stand-in, or with why it has none; ``"blocks"``, whole residual blocks, which come
+            before the layers in them, and no layer by itself.
+
+    Raises:
+        UserError: for another ``skip``, or a network without blocks that can be skipped.
+    """
+    if skip not in SKIPS:
+        raise UserError(f"skip must be one of {', '.join(SKIPS)}, not {skip!r}")
     layers = find_layers(net)
     depths = find_depths(net, [layer.name for layer in layers])
     found = []
     for layer in layers:
-        kept = None
+        shortcut = kept = None
         try:
-            shortcut, stride = stand_in(layer.module)
-            shortcut = shortcut.to(next(layer.module.parameters()))  # its device and type
+            if skip == "blocks":
+                raise UserError("only whole blocks are skipped")
+            shortcut = stand_in(layer.module).to(next(layer.module.parameters()))  # its device and type
         except UserError as error:
-            shortcut, stride, kept = None, 1, str(error)
+            kept = str(error)
         if depths is not None and layer.name not in depths:
             kept = "its weights are read instead of it being called"
         depth = None if depths is None else depths.get(layer.name, 1)
         inputs = getattr(layer.module, "in_channels", getattr(layer.module, "in_features", None))
-        tokens = 1 if isinstance(layer.module, nn.modules.conv._ConvNd) else -1
+        convolves = isinstance(layer.module, nn.modules.conv._ConvNd)
+        tokens, stride = (1, math.prod(layer.module.stride)) if convolves else (-1, 1)
         found.append(
             replace(
                 layer, shortcut=shortcut, channels=inputs, channel_dim=tokens, depth=depth, stride=stride, kept=kept
             )
         )
-    return found
+    for block in find_blocks(net) if skip == "blocks" else ():
+        inside = [layer.depth for layer in found if layer.name.startswith(f"{block.name}.") and layer.depth]
+        found.append(replace(block, depth=min(inside, default=None)))
+    order = {id(module): place for place, module in enumerate(net.modules())}
+    return sorted(found, key=lambda unit: order[id(unit.module)])
 
 
-def stand_in(layer: nn.Module) -> tuple[nn.Module, int]:
-    """What can take the layer's place, and positions of its input by one of its output.
+def stand_in(layer: nn.Module) -> nn.Module:
+    """What can take the layer's place.
 
     Raises:
         UserError: that says why there is nothing.
@@ -100,9 +123,9 @@ def stand_in(layer: nn.Module) -> tuple[nn.Module, int]:
     if type(layer) is nn.Linear:
         inputs, outputs, groups = layer.in_features, layer.out_features, math.gcd(layer.in_features, layer.out_features)
         if inputs == outputs:
-            return copied(), 1
+            return copied()
         _check_saves(layer, inputs * outputs // groups)
-        return grouped_linear(inputs, outputs, groups), 1
+        return grouped_linear(inputs, outputs, groups)
     dimensions = _CONVOLUTIONS.get(type(layer))
     if dimensions is None:
         raise UserError(f"nothing is known to stand in for a {type(layer).__name__}")
@@ -114,8 +137,7 @@ def stand_in(layer: nn.Module) -> tuple[nn.Module, int]:
         adapter = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions](inputs, outputs, 1, groups=groups, bias=False)
         nn.init.constant_(adapter.weight, groups / inputs)
         parts.append(adapter)
-    stride = math.prod(layer.stride)
-    return (copied() if not parts else parts[0] if len(parts) == 1 else nn.Sequential(*parts)), stride
+    return copied() if not parts else parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
 def _check_saves(layer: nn.Module, size: int) -> None:

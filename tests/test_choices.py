@@ -23,6 +23,10 @@ MORE = {
     "mnasnet": (lambda: timm.create_model("mnasnet_050", num_classes=0), (3, 64, 64), 52),
 }
 ALL = {**{name: row for name, row in NETWORKS.items() if name != "torchvision_vit"}, **MORE}
+#: what may be skipped in which networks, and the number of units
+BLOCKS = {"resnet": 8, "lite": 9, "vit": 4, "convnext": 4, "torchvision_resnet": 8, "mobilenet": 10}
+CASES = [(network, "layers", row[2]) for network, row in ALL.items()]
+CASES += [(network, "blocks", ALL[network][2] + count) for network, count in BLOCKS.items()]
 
 
 def model_of(network: str, **options) -> taps.TaskModel:
@@ -33,11 +37,10 @@ def model_of(network: str, **options) -> taps.TaskModel:
 
 
 def skipping(model, own=False) -> list[tuple[int, int]]:
-    """Skip every second unit that can be skipped; own the others or share them."""
-    return [
-        (0, 0) if index % 2 and unit.skip is not None else (1, int(own))
-        for index, unit in enumerate(model._descriptions)
-    ]
+    """Skip every second unit that can be skipped; own the others, where they have weights, or share them."""
+    units, free = model._descriptions, [unit.index for unit in model._descriptions if unit.skip is not None]
+    wanted = [index for index in free if index % 2] if len(free) == len(units) else free[1::2]
+    return [(0, 0) if index in wanted else (1, int(own and unit.size > 0)) for index, unit in enumerate(units)]
 
 
 def move(model, task: str) -> None:
@@ -47,14 +50,15 @@ def move(model, task: str) -> None:
                 nn.init.normal_(delta, std=0.05)
 
 
-@pytest.mark.parametrize("network", ALL)
-def test_all_shared_is_the_network_bit_for_bit(network):
+@pytest.mark.parametrize(("network", "skip", "units"), CASES)
+def test_all_shared_is_the_network_bit_for_bit(network, skip, units):
     net = ALL[network][0]().eval()
     x = torch.randn(2, *ALL[network][1])
     with torch.no_grad():
         expected = net(x)
-    model = taps.adapt(net, "automtl").eval()
-    assert len(model.units) == ALL[network][2]
+    model = taps.adapt(net, "automtl", skip=skip).eval()
+    assert len(model.units) == units
+    assert [unit.name for unit in model.units] == [unit.name for unit in model._descriptions]
     model.add_task("a", num_classes=3)
     with torch.no_grad():
         assert torch.equal(model.features(x, "a"), expected)
@@ -62,9 +66,9 @@ def test_all_shared_is_the_network_bit_for_bit(network):
         assert torch.equal(model.features(x, "a"), expected)
 
 
-@pytest.mark.parametrize("network", ALL)
-def test_every_choice_runs_learns_and_can_be_merged(network):
-    model = model_of(network)
+@pytest.mark.parametrize(("network", "skip", "units"), CASES)
+def test_every_choice_runs_learns_and_can_be_merged(network, skip, units):
+    model = model_of(network, skip=skip)
     x = torch.randn(2, *ALL[network][1])
     (model(x, "a").sum() + model(x, "b").sum() + model.penalty("a")).backward()
     gradients = [unit.gates["a"].logits.grad for unit in model.units]
@@ -84,11 +88,15 @@ def test_every_choice_runs_learns_and_can_be_merged(network):
             torch.testing.assert_close(together[task], expected[task])
             torch.testing.assert_close(model.merge(task)(x), expected[task])
             torch.testing.assert_close(gone(x)[task], expected[task])
+        names = ["a", "b"] * (len(x) // 2)
+        for output, row, task in zip(model(x, names), range(len(x)), names, strict=True):
+            torch.testing.assert_close(output, expected[task][row], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("skip", ["layers", "blocks"])
 @pytest.mark.parametrize("network", ["resnet", "mobilenet", "vit"])
-def test_what_is_left_is_exported_and_holds_nothing_that_is_skipped(network):
-    model = model_of(network).eval()
+def test_what_is_left_is_exported_and_holds_nothing_that_is_skipped(network, skip):
+    model = model_of(network, skip=skip).eval()
     model.follow({"a": skipping(model, own=True), "b": skipping(model)})
     x = torch.randn(2, *ALL[network][1])
     gone = model.predictor()
@@ -151,11 +159,10 @@ def test_norms_are_a_tasks_own_from_where_ways_part():
     ],
 )
 def test_a_stand_in_has_the_layers_shape_and_starts_as_a_mean(layer, shape, parameters):
-    found, stride = stand_in(layer)
+    found = stand_in(layer)
     x = torch.randn(shape)
     assert found(x).shape == layer(x).shape
     assert sum(p.numel() for p in found.parameters()) == parameters
-    assert stride == math.prod(getattr(layer, "stride", (1,)))
     torch.testing.assert_close(found(torch.ones(shape)), torch.ones_like(layer(x)))
 
 
@@ -230,6 +237,7 @@ def test_depth_is_the_longest_way():
     depths = find_depths(net, [layer.name for layer in find_choices(net)])
     assert max(depths.values()) == 33
     assert depths["conv1"] == 1
+    assert {layer.name: layer.stride for layer in find_choices(net)}["layer2.0.conv1"] == 4  # positions of two by two
     assert depths["layer2.0.downsample.0"] == depths["layer2.0.conv1"] == 8
 
 
@@ -291,6 +299,59 @@ def test_published_regulariser(scale):
     model.penalty("a").backward()  # as often as one likes
     pi = preference(model_of("resnet").gates("a"), scale)  # without a draw by the probabilities
     assert pi.item() == pytest.approx(sum(u.gates["a"].weight * 2 * math.log(2) for u in model.units), rel=1e-6)
+
+
+def test_layers_go_with_the_block_around_them(tmp_path):
+    model = model_of("mobilenet", skip="blocks").eval()
+    names = [unit.name for unit in model.units]
+    block = names.index("blocks.1.1")
+    held = [index for index, place in enumerate(model.inside) if place == block]
+    assert [names[index] for index in held] == [f"blocks.1.1.conv_{part}" for part in ("pw", "dw", "pwl")]
+    model.follow({"a": [(int(index != block), int(index != block and index in held)) for index in range(len(names))]})
+    assert all(model.policies["a"][index] == (0.0, 0.0) for index in [block, *held])
+    model.follow({"b": model.policies["a"]})  # as it is read back from a file
+    assert {row["run"] for row in model.report("a") if row["name"].startswith("blocks.1.1")} == {0.0}
+    account = taps.cost.beside_single(model, torch.randn(2, 3, 64, 64))
+    norms = taps.cost.own_norm_parameters(model, "ab")
+    left_out = sum(parameter.numel() for parameter in model.units[block].weights().values())
+    assert left_out > sum(model.units[index].size for index in held) > 0
+    assert account["parameters"] == model.base_parameters + norms - left_out
+
+
+def test_of_a_resnets_block_the_projection_stays():
+    model = model_of("resnet", skip="blocks").eval()
+    names = [unit.name for unit in model.units]
+    projection, block = names.index("layer2.0.downsample.0"), names.index("layer2.0")
+    assert model.inside[projection] is None
+    assert model.inside[names.index("layer2.0.conv1")] == block
+    model.follow({task: [(int(index != block), 0) for index in range(len(names))] for task in "ab"})
+    called = []
+    for index in (projection, names.index("layer2.0.conv1")):
+        model.units[index].base.register_forward_hook(lambda *_, index=index: called.append(names[index]))
+    model.predict(torch.randn(2, 3, 40, 40))
+    assert called == ["layer2.0.downsample.0"]
+
+
+@pytest.mark.parametrize("kind", ["parameters", "macs"])
+def test_what_a_block_holds_is_expected_to_cost_as_often_as_it_is_run(kind):
+    model = model_of("resnet", skip="blocks")
+    with torch.no_grad():
+        model(torch.randn(1, 3, 40, 40), "a"), model(torch.randn(1, 3, 40, 40), "b")
+    gates = {task: model.gates(task) for task in "ab"}
+    block = [unit.name for unit in model.units].index("layer3.1")
+    held = [index for index, place in enumerate(model.inside) if place == block]
+    single = sum(2 * gate.costs(kind)[0] for gate in gates["a"])
+    sizes = sum(gates["a"][index].costs(kind)[0] for index in held)
+
+    def cost(never: str) -> float:
+        for task in "ab":
+            gates[task][block].logits.data = torch.tensor([0.0, 0.0, 50.0 if task in never else -50.0])
+        return float(expected_cost(gates, kind).detach())
+
+    both = {"macs": 2.0, "parameters": 1 - 0.25 + 1.0}[kind]  # each task shares or owns, one time in two
+    one = {"macs": 1.0, "parameters": 0.5 + 0.5}[kind]
+    assert cost("") - cost("ab") == pytest.approx(both * sizes / single, rel=1e-4)
+    assert cost("a") - cost("ab") == pytest.approx(one * sizes / single, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["parameters", "macs"])
@@ -355,6 +416,26 @@ def test_the_most_probable_policies_are_those_of_brute_force():
 
     assert [chance(one) for one in found] == pytest.approx(expected)
     assert policy.argmax() == found[0]
+
+
+def test_policies_that_differ_where_nothing_is_run_count_once(tmp_path):
+    policy = Policy(
+        "net", ("block", "block.layer", "last"), {"a": (0.1, 1.0, 1.0)}, {"a": (0.0, 0.0, 1.0)},
+        {"a": (0.0, 0.45, 0.3)}, {"a": (0.0, 0.0, 0.0)}, (None, 0, None),
+    )  # fmt: skip
+    skipped, whole = ((0.0, 0.0), (0.0, 0.0)), ((1.0, 0.0), (1.0, 0.0))
+    assert [one.entries("a")[:2] for one in policy.top(4)] == [skipped, skipped, whole, ((1.0, 0.0), (1.0, 1.0))]
+    assert len(policy.top(100)) == 6
+    assert len({one.entries("a") for one in policy.top(100)}) == 6
+    drawn = {policy.sample(torch.Generator().manual_seed(seed)).entries("a")[:2] for seed in range(100)}
+    assert skipped in drawn
+    assert ((0.0, 0.0), (1.0, 1.0)) not in drawn
+    policy.write(tmp_path / "policy.json")
+    assert read_policy(tmp_path / "policy.json") == policy
+    stored = json.loads((tmp_path / "policy.json").read_text())
+    (tmp_path / "policy.json").write_text(json.dumps({**stored, "inside": [None, 2, None]}))
+    with pytest.raises(ValueError, match="must name for each of the 3 units an earlier one"):
+        read_policy(tmp_path / "policy.json")
 
 
 def test_draws_follow_the_probabilities_and_depend_on_the_seed():
@@ -436,6 +517,8 @@ def test_own_weights_stay_when_a_policy_is_followed():
     [
         ({"cost": "bytes"}, "cost must be one of parameters, macs"),
         ({"cost_target": 0.0}, "cost_target must be above 0"),
+        ({"skip": "stages"}, "skip must be one of layers, blocks, not 'stages'"),
+        ({"skip": "blocks"}, "Sequential has no residual block that can be skipped"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options, message):

@@ -15,7 +15,7 @@ LAYERS = {
     "errors": (), "gates": ("errors",), "delta": ("encoding",), "layer": ("delta", "errors", "gates"),
     "mixed": ("errors", "gates", "layer"), "branches": ("errors", "gates"),
     "together": ("branches", "errors", "gates", "layer"), "adapt": ("errors", "gates", "layer"),
-    "blocks": ("adapt", "errors"), "skips": ("adapt", "errors"), "adashare": ("adapt", "errors", "gates"),
+    "blocks": ("adapt", "errors"), "skips": ("adapt", "blocks", "errors"), "adashare": ("adapt", "errors", "gates"),
     "sparse": ("adapt", "errors", "gates"), "support": ("cost", "errors", "model", "sparse"),
     "activations": ("gates", "layer", "model"),
     "products": ("gates", "layer"),
