@@ -293,7 +293,7 @@ def test_bytes_go_where_they_keep_most():
             weights = []
             for unit in model.units:
                 base, deltas = unit.base_parameters(), unit.deltas["a"]
-                whole = torch.cat([(base[name] + deltas[name]).flatten() for name in base])
+                whole = torch.cat([(base[name] + deltas[name]).detach().flatten() for name in base])
                 weights.append(1 / max(float(scale(base[name], whole)) for name in base))
 
             def left(both, weights=weights):
