@@ -132,8 +132,9 @@ def test_every_option_is_read():
                 assert re.search(rf"\b(options|given)(\.{action.dest}\b|\.get\(.{action.dest})", source), action.dest
 
 
-def test_readme_names_what_exists():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
+def test_pages_name_what_exists(page):
+    text = (ROOT / page).read_text()
     from options import evaluate_parser, joint_parser, mtl_parser, sequential_parser
 
     parsers = (sequential_parser(), joint_parser(), evaluate_parser(), mtl_parser())
@@ -142,7 +143,7 @@ def test_readme_names_what_exists():
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
     for path in re.findall(r"\]\(([^)#]+)\)", text):
-        assert path.startswith("http") or (ROOT / path).exists(), path
+        assert path.startswith("http") or ((ROOT / page).parent / path).exists(), path
     for target in re.findall(r"`make (\w+)`", text):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text()
 
