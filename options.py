@@ -655,7 +655,7 @@ def mtl_parser() -> Parser:
     method.add_argument(
         "--skip",
         choices=SKIPS,
-        help="automtl: what a task may leave out: single layers, where something cheaper can stand in, or whole residual blocks",
+        help="automtl: what a task may leave out: single layers, where something cheaper can stand in (published), or whole residual blocks; auto: blocks where the network has any",
     )
     method.add_argument(
         "--target_rates",

@@ -120,7 +120,7 @@ _AUTOMTL: dict[str | tuple[str, bool], dict] = {
     },
     "scenes": {
         "norm": "follow", "iterations": 262, "warmup_iterations": 100, "retrain_iterations": 180, "weight_iterations": 12,
-        "policy_iterations": 6, "weights_lr": None, "preference_weight": 0.002, "sample": False,
+        "policy_iterations": 6, "weights_lr": None, "preference_weight": 0.002, "sample": False, "skip": "auto",
     },
 }  # fmt: skip
 

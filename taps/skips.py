@@ -22,7 +22,7 @@ from taps.adapt import Found, find_layers, is_norm
 from taps.blocks import find_blocks
 from taps.errors import UserError
 
-SKIPS = ("layers", "blocks")
+SKIPS = ("layers", "blocks", "auto")
 
 _POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, Conv2dSame: 2}
@@ -78,24 +78,24 @@ def find_choices(net: nn.Module, skip: str = "layers") -> list[Found]:
     Args:
         net: the network.
         skip: ``"layers"``, each with its stand-in, or with why it has none; ``"blocks"``, whole residual blocks, which come
-            before the layers in them, and no layer by itself.
+            before the layers in them, and no layer by itself; ``"auto"``, blocks where there are any, else layers.
 
     Raises:
         UserError: for another ``skip``, or a network without blocks that can be skipped.
     """
     if skip not in SKIPS:
         raise UserError(f"skip must be one of {', '.join(SKIPS)}, not {skip!r}")
+    blocks: list[Found] = []
+    try:
+        blocks = find_blocks(net) if skip != "layers" else []
+    except UserError:
+        if skip == "blocks":
+            raise
     layers = find_layers(net)
     depths = find_depths(net, [layer.name for layer in layers])
     found = []
     for layer in layers:
-        shortcut = kept = None
-        try:
-            if skip == "blocks":
-                raise UserError("only whole blocks are skipped")
-            shortcut = stand_in(layer.module).to(next(layer.module.parameters()))  # its device and type
-        except UserError as error:
-            kept = str(error)
+        shortcut, kept = (None, "only whole blocks are skipped") if blocks else _offered(layer.module)
         if depths is not None and layer.name not in depths:
             kept = "its weights are read instead of it being called"
         depth = None if depths is None else depths.get(layer.name, 1)
@@ -107,11 +107,19 @@ def find_choices(net: nn.Module, skip: str = "layers") -> list[Found]:
                 layer, shortcut=shortcut, channels=inputs, channel_dim=tokens, depth=depth, stride=stride, kept=kept
             )
         )
-    for block in find_blocks(net) if skip == "blocks" else ():
+    for block in blocks:
         inside = [layer.depth for layer in found if layer.name.startswith(f"{block.name}.") and layer.depth]
         found.append(replace(block, depth=min(inside, default=None)))
     order = {id(module): place for place, module in enumerate(net.modules())}
     return sorted(found, key=lambda unit: order[id(unit.module)])
+
+
+def _offered(layer: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """What can take the layer's place, of its device and type, or why nothing can."""
+    try:
+        return stand_in(layer).to(next(layer.parameters())), None
+    except UserError as error:
+        return None, str(error)
 
 
 def stand_in(layer: nn.Module) -> nn.Module:

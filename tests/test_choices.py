@@ -318,6 +318,12 @@ def test_layers_go_with_the_block_around_them(tmp_path):
     assert account["parameters"] == model.base_parameters + norms - left_out
 
 
+@pytest.mark.parametrize(("network", "what"), [("resnet", "blocks"), ("perceptron", "layers")])
+def test_blocks_are_skipped_where_there_are_any(network, what):
+    net = NETWORKS[network][0]()
+    assert [unit.name for unit in find_choices(net, "auto")] == [unit.name for unit in find_choices(net, what)]
+
+
 def test_of_a_resnets_block_the_projection_stays():
     model = model_of("resnet", skip="blocks").eval()
     names = [unit.name for unit in model.units]
@@ -517,7 +523,7 @@ def test_own_weights_stay_when_a_policy_is_followed():
     [
         ({"cost": "bytes"}, "cost must be one of parameters, macs"),
         ({"cost_target": 0.0}, "cost_target must be above 0"),
-        ({"skip": "stages"}, "skip must be one of layers, blocks, not 'stages'"),
+        ({"skip": "stages"}, "skip must be one of layers, blocks, auto, not 'stages'"),
         ({"skip": "blocks"}, "Sequential has no residual block that can be skipped"),
     ],
 )
