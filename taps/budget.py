@@ -236,12 +236,24 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     return kept
 
 
+def hold_coarse(model: TaskModel, task: str, budget: int) -> list[str]:
+    """:func:`hold_within` for a task that cannot keep all of its deltas finely; any other goes on learning them."""
+    levels = allocate(model, task, budget, _STILL_FINE)
+    fine = all(level is not None and level <= _STILL_FINE for level in levels.values())
+    return [] if fine else _hold(model, task, levels)
+
+
 def hold_within(model: TaskModel, task: str, budget: int) -> list[str]:
     """Replace a task's deltas by what a budget lets its file store of them; see :func:`keep_within`.
 
-    What is stored is then what is trained on and validated: norms and head can still make up for the rounding.
+    What is stored is then what is trained on and validated: norms and head can still make up for the rounding. Nothing is
+    done where it is held already.
     """
-    levels = allocate(model, task, budget, _STILL_FINE)
+    held = [unit.name for unit in model.units if task in unit.deltas and unit.deltas[task].held()]
+    return held or _hold(model, task, allocate(model, task, budget, _STILL_FINE))
+
+
+def _hold(model: TaskModel, task: str, levels: dict[str, float | None]) -> list[str]:
     for unit in model.units:
         level = levels.get(unit.name)
         unit.gates[task].set(level is not None)

@@ -169,3 +169,7 @@ class Deltas(nn.Module):
         encoding, stored, delta = self.encodings[name], self.get_submodule(name).stored, self[name].detach()
         same = torch.equal(decode(encoding, stored, delta.shape, delta.dtype), delta.cpu())
         return (encoding, stored) if same else None
+
+    def held(self) -> list[nn.Parameter]:
+        """The deltas that are held in an encoding and have not moved since."""
+        return [self[name] for name in self.encodings if self.stored(name) is not None]

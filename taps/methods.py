@@ -43,8 +43,9 @@ class Phase:
         validates: whether its epochs count when the loop validates every so many.
         competes: whether its epochs compete for the best one, as those of the last phase always do.
         start: what is done once when it begins: ``"choose"``, a budget closes gates (:func:`taps.budget.keep_within`), or
-            ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`), or ``"fix"``, gates on single
-            weights decide (:func:`taps.support.fix_support`).
+            ``"round coarse"`` and ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_coarse`,
+            :func:`taps.budget.hold_within`) and stand still from then on, or ``"fix"``, gates on single weights decide
+            (:func:`taps.support.fix_support`).
         pull: weight of the distance between the task's activations and the base's (:mod:`taps.activations`).
     """
 
@@ -89,11 +90,12 @@ def warmup_penalty_settle(epochs: float, warmup: float, settle: float) -> tuple[
 
 def open_choose_round(epochs: float) -> tuple[Phase, ...]:
     """The schedule of a budget: a third with every unit open, half with those it has bytes for, and a sixth in which deltas
-    are what files will hold and norms and head make up for the rounding."""
+    are what files will hold and norms and head make up for the rounding, or, where all of it is fine, a twelfth."""
     return (
         Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
         Phase("settle", epochs / 2, penalty=0.0, trains=SETTLED, start="choose"),
-        Phase("round", epochs / 6, penalty=0.0, trains=("norm", "head"), start="round"),
+        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round coarse"),
+        Phase("round", epochs / 12, penalty=0.0, trains=("norm", "head"), start="round"),
     )
 
 

@@ -35,6 +35,8 @@ from taps.model import TaskModel
 from taps.recipe import Recipe, make_optimizer, phase_at
 from taps.signals import Interrupted, StopSignals
 
+#: starts of phases after which deltas are what files will hold
+ROUNDING = {"round coarse": budget.hold_coarse, "round": budget.hold_within}
 #: mean loss of a batch from outputs and labels
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -271,6 +273,8 @@ class _Run:
         if phase is not self.phase:
             self.phase = phase
             set_trainable(self.roles, phase.trains)
+            if any(begun.start in ROUNDING for begun in self.phases[: self.progress.started]):
+                self._hold_still()
             self._set_modes(phase)
             self.open_units(phase.opened)
             self.model.state.temperature = phase.temperature
@@ -286,7 +290,7 @@ class _Run:
         if phase.start == "choose" and self.opened is not None and not self.opened.is_file():
             self.save(self.opened)
         self.progress.started += 1
-        starts = {"choose": budget.keep_within, "round": budget.hold_within, "fix": self._fix}
+        starts = {"choose": budget.keep_within, "fix": self._fix, **ROUNDING}
         for task in self.tasks if phase.start else ():
             starts[phase.start](self.model, task, self.recipe.budget)
         if not any("gate" in later.trains for later in self.phases[self.phases.index(phase) :]):
@@ -294,6 +298,13 @@ class _Run:
                 for task in self.tasks:
                     unit.release(task)
             self._forget_dropped()
+
+    def _hold_still(self) -> None:
+        """Deltas that are what files will hold learn no more."""
+        for unit in self.model.units:
+            for task in self.tasks:
+                for delta in unit.deltas[task].held() if task in unit.deltas else ():
+                    delta.requires_grad_(False)
 
     def _fix(self, model: TaskModel, task: str, size: int | None) -> None:
         """Fix the support of a task's deltas; averages of gradients, which would move weights outside of it, start anew."""

@@ -155,7 +155,8 @@ def test_phases_count_epochs_exactly():
     assert [(p.name, p.epochs, p.start) for p in within] == [
         ("open", 2, None),
         ("settle", 3, "choose"),
-        ("round", 1, "round"),
+        ("round", 0.5, "round coarse"),
+        ("round", 0.5, "round"),
     ]
     assert not any("gate" in p.trains or p.penalty for p in within)
     assert METHODS["finetune"].phases(3, 2, 1) == (Phase("train", 3),)

@@ -319,15 +319,25 @@ def test_where_all_can_be_kept_finely_nothing_is_closed():
     assert set(open_units) <= {unit.name for index, unit in enumerate(model.units) if not index % 3}
 
 
-def test_budget_training_resumes_with_its_decisions(accelerator, tmp_path):
-    """Whatever phase it is stopped in: before the choice, after it, and after rounding."""
-    recipe = Recipe(epochs=6, lr=0.1, budget=smallest(perceptron(), "a") + 330)
+@pytest.mark.parametrize(("room", "kept", "coarse"), [(252, 1, True), (330, 1, False), (900, 2, False)])
+def test_budget_training_resumes_with_its_decisions(room, kept, coarse, accelerator, tmp_path):
+    """Whatever phase it is stopped in: before the choice, after it, after rounding what is coarse, and after rounding all."""
+    recipe = Recipe(epochs=6, lr=0.1, budget=smallest(perceptron(), "a") + room)
     whole, rows = run(accelerator, recipe)
     assert [row["phase"] for row in rows] == ["open", "open", "settle", "settle", "settle", "round"]
-    assert 0 < rows[-1]["tuned_layers"] < 1
+    assert rows[-1]["tuned_layers"] == kept / len(whole.units)
     assert any(unit.deltas["a"].encodings for unit in whole.units if "a" in unit.deltas)
-    assert sum("a" in unit.deltas for unit in whole.units) == 1  # what is closed holds nothing
-    for steps_before in (9, 20, 34):
+    assert sum("a" in unit.deltas for unit in whole.units) == kept  # what is closed holds nothing
+    learning, watched = [], perceptron()
+
+    def watch(output, labels):
+        deltas = [delta for unit in watched.units if "a" in unit.deltas for delta in unit.deltas["a"].parameters()]
+        learning.append({delta.requires_grad for delta in deltas})
+        return nn.functional.cross_entropy(output, labels)
+
+    run(accelerator, recipe, watched, criterion=watch)
+    assert learning == [{True}] * 30 + [{not coarse}] * 3 + [{False}] * 3
+    for steps_before in (9, 20, 32, 34):
         stop, model, steps = StopSignals(), perceptron(), []
 
         def criterion(output, labels, stop=stop, steps=steps, steps_before=steps_before):
