@@ -205,8 +205,8 @@ def wrap(
             feeder = wrapper if unit.parameter_names and not by_policy else None
             replacement[id(module)] = wrapper
         elif id(module) not in inside_norm and is_norm(module):
-            inside_unit = any(name.startswith(f"{unit.name}.") for unit in units[-1:])
-            wrapper = TaskNorm(name, module, state, norm, feeder, frozen, len(units) - inside_unit)
+            around = [index for index, unit in enumerate(found) if unit.holds(Found(name, module, ()))]
+            wrapper = TaskNorm(name, module, state, norm, feeder, frozen, len(units), max(around, default=None))
             inside_norm.update(id(inner) for inner in module.modules())
             norms.append(wrapper)
             replacement[id(module)] = wrapper

@@ -100,7 +100,7 @@ class ChoiceGate(Gate):
 
 
 def choice_gate(unit: Unit, **options) -> Gate:
-    """One three-way gate a layer."""
+    """One three-way gate a layer, or a two-way one a block."""
     return ChoiceGate(unit)
 
 
@@ -146,7 +146,7 @@ def expected_cost(gates: Mapping[str, Sequence[ChoiceGate]], kind: str) -> Tenso
         else:
             used = 1 - (1 - p).prod(0)
             needed.append(size * (used[0] + p[:, 1].sum()) + stand_in * used[2])
-    return torch.stack(needed).sum() / single
+    return torch.stack(needed).sum() / max(single, 1)
 
 
 def choice_penalty(

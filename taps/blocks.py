@@ -96,7 +96,7 @@ def find_blocks(net: nn.Module) -> list[Found]:
             inner = getattr(module, part, None) if part else module
             if not isinstance(inner, nn.Module):
                 continue
-            where = f"{name}.{part}" if part else name
+            where = f"{name}.{part}".strip(".")
             found.append(Found(where, inner, (), shortcut, _channels(inner), -1 if kind in _TOKENS else 1))
     if not found:
         known = ", ".join(BLOCKS)

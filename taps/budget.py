@@ -178,6 +178,7 @@ def allocate(model: TaskModel, task: str, budget: int, fine: float = _FINE) -> d
 
     Returns:
         By unit the error that rounding to steps is allowed (as in :func:`taps.encoding.encode_as`), 0.0: exact, ``None``: closed.
+        Units that have not moved are left out.
 
     Raises:
         UserError: if not even the head and the norms fit; the smallest possible size is named.
@@ -185,6 +186,8 @@ def allocate(model: TaskModel, task: str, budget: int, fine: float = _FINE) -> d
     left = check_size(model, task, budget)
     units = {u.name: u for u in model.units if task in u.deltas and u.gates[task].decide().uses_delta}
     hulls = {name: _choices(model, unit, task, left) for name, unit in units.items()}
+    hulls = {name: hull for name, hull in hulls.items() if hull[0].error}
+    units = {name: units[name] for name in hulls}
     measured: set[tuple[str, int]] = set()
     levels: dict[str, float | None] = {}
     for scale in (_noise, _motion):
@@ -194,9 +197,13 @@ def allocate(model: TaskModel, task: str, budget: int, fine: float = _FINE) -> d
                 hulls[name][index] = _measured(model, units[name], task, hulls[name][index])
             measured |= chosen.items()
         levels = {name: hulls[name][index].level for name, index in chosen.items()}
-        if all(level is not None and level <= fine for level in levels.values()):
+        if _are_fine(levels, fine):
             break
     return levels
+
+
+def _are_fine(levels: dict[str, float | None], fine: float) -> bool:
+    return all(level is not None and level <= fine for level in levels.values())
 
 
 def _fill(hulls: dict[str, list[_Choice]], scales: dict[str, float], left: int) -> dict[str, int]:
@@ -233,21 +240,22 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     kept = [name for name, level in allocate(model, task, budget).items() if level is not None]
     for unit in model.units:
         unit.gates[task].set(unit.name in kept)
+        if task in unit.deltas:
+            unit.deltas[task].let_go()
     return kept
 
 
 def hold_coarse(model: TaskModel, task: str, budget: int) -> list[str]:
-    """:func:`hold_within` for a task that cannot keep all of its deltas finely; any other goes on learning them."""
+    """:func:`hold_within` for a task that cannot keep all open units finely; any other goes on learning them."""
     levels = allocate(model, task, budget, _STILL_FINE)
-    fine = all(level is not None and level <= _STILL_FINE for level in levels.values())
-    return [] if fine else _hold(model, task, levels)
+    return [] if _are_fine(levels, _STILL_FINE) else _hold(model, task, levels)
 
 
 def hold_within(model: TaskModel, task: str, budget: int) -> list[str]:
     """Replace a task's deltas by what a budget lets its file store of them; see :func:`keep_within`.
 
-    What is stored is then what is trained on and validated: norms and head can still make up for the rounding. Nothing is
-    done where it is held already.
+    What is stored is then what is trained on and validated: norms and head can still make up for the rounding. A task whose
+    deltas are held already, which :func:`keep_within` ends, stays as it is.
     """
     held = [unit.name for unit in model.units if task in unit.deltas and unit.deltas[task].held()]
     return held or _hold(model, task, allocate(model, task, budget, _STILL_FINE))

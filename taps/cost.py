@@ -37,7 +37,7 @@ def accounting(model: TaskModel, task: str) -> dict:
     """
     rows = model.report(task)
     tuned = [row for row in rows if is_tuned(row)]
-    deltas = sum(unit.own(task) for unit in model.units)
+    deltas = sum(unit.own(task) for unit, row in zip(model.units, rows, strict=True) if is_tuned(row))
     owned = [norm.own(task) for norm in model.task_norms]
     norms = sum(tensor.numel() for norm in owned if norm is not None for tensor in norm_tensors(norm).values())
     return {

@@ -162,6 +162,12 @@ class Deltas(nn.Module):
         self.encodings[name] = encoding
         self._held[name] = (encoding, delta._version)
 
+    def let_go(self) -> None:
+        """Hold nothing any more; values stay."""
+        for name in self.encodings:
+            del self.get_submodule(name).stored
+        self.encodings, self._held = {}, {}
+
     def stored(self, name: str) -> tuple[str, Tensor] | None:
         """The encoding of a delta and its bytes; ``None`` where none is held or the delta has moved since."""
         if name not in self.encodings:

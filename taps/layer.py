@@ -348,7 +348,8 @@ class TaskNorm(TaskModule):
         policy: ``"task"``, ``"follow"`` or ``"frozen"``.
         feeder: the layer that comes before it in network order, if that is a unit.
         frozen: whether the base is frozen.
-        position: number of units that end before it, in network order.
+        position: number of units that begin before it, in network order.
+        inside: index of the unit that holds it, ``None`` if there is none.
     """
 
     def __init__(
@@ -360,13 +361,14 @@ class TaskNorm(TaskModule):
         feeder: GatedUnit | None,
         frozen: bool,
         position: int = 0,
+        inside: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.policy = policy
         self.state = state
         self.frozen = frozen
-        self.position = position
+        self.position, self.inside = position, inside
         self.base = base
         self.norms = TaskDict()
         self._contents: dict[int, tuple] = {}

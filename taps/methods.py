@@ -44,7 +44,7 @@ class Phase:
         competes: whether its epochs compete for the best one, as those of the last phase always do.
         start: what is done once when it begins: ``"choose"``, a budget closes gates (:func:`taps.budget.keep_within`), or
             ``"round coarse"`` and ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_coarse`,
-            :func:`taps.budget.hold_within`) and stand still from then on, or ``"fix"``, gates on single weights decide
+            :func:`taps.budget.hold_within`), and rounded ones learn no more, or ``"fix"``, gates on single weights decide
             (:func:`taps.support.fix_support`).
         pull: weight of the distance between the task's activations and the base's (:mod:`taps.activations`).
     """
@@ -149,7 +149,7 @@ class Method:
         select: finds the units of a network; ``select_options``: names of the options that it takes too.
         penalty: from every task's gates in network order, a task's name and the method's options to a scalar.
         phases: from the numbers of all, of warm-up and of settling epochs to the phases of training.
-        options: names and defaults of the options that ``gate``, ``fixed`` and ``penalty`` take.
+        options: names and defaults of the options that ``gate``, ``fixed``, ``penalty`` and ``select`` take.
         norms: the norm policies that make sense, the default one first.
         trains_base: whether the base network learns too, unless :func:`taps.adapt` is told otherwise.
         fixed: for a method that first learns a policy and then trains under it, makes the gate of a unit from its
@@ -243,7 +243,7 @@ METHODS: dict[str, Method] = {
         fixed=fixed_gate,
     ),
     "automtl": Method(
-        summary="each task shares, owns or skips every single layer",
+        summary="each task shares, owns or skips every single layer, or skips whole blocks",
         source="AutoMTL, NeurIPS 2022, arXiv 2110.13076",
         gate=choice_gate,
         select=find_choices,

@@ -220,11 +220,15 @@ class TaskModel(nn.Module):
         ]
 
     def _reached(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """Decisions by unit; what is inside a unit that is not run is not run either."""
+        """Decisions by unit, carried out: what is inside a unit that is not run is not run either."""
         found: list[Decision] = []
         for unit, decision in zip(self._descriptions, decisions, strict=True):
             outer = 1.0 if unit.inside is None else found[unit.inside].run
-            found.append(Decision(run=0.0) if isinstance(outer, float) and outer == 0.0 else decision)
+            if isinstance(outer, float) and outer == 0.0:
+                decision = Decision(run=0.0)
+            elif not unit.size:  # nothing that could be the task's own
+                decision = decision._replace(specific=0.0)
+            found.append(decision)
         return found
 
     @property
@@ -250,6 +254,9 @@ class TaskModel(nn.Module):
         for norm in self._norms if self.norm == "follow" and self.row.learns_policy else ():
             ways: dict[tuple, list[str]] = {}
             for task, policy in self.policies.items():
+                if norm.inside is not None and policy[norm.inside][0] == 0.0:  # it never comes here
+                    norm.remove_task(task)
+                    continue
                 way = tuple((run, specific and task) for run, specific in policy[: norm.position])
                 ways.setdefault(way, []).append(task)
             norm.share(list(ways.values()))

@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -230,8 +230,9 @@ class MultiTask:
         if not path.is_file():
             raise UserError(f"{path} does not exist; learn a policy first with --phases policy")
         policy = read_policy(path)
-        policy.check_fits(self.model(()), self.benchmark.tasks, path)
-        return policy
+        model = self.model(())
+        policy.check_fits(model, self.benchmark.tasks, path)
+        return replace(policy, inside=model.inside if policy.inside or any(model.inside) else ())
 
     def _train_single(self) -> None:
         alone = Namespace(**{**vars(self.options), "method": "single_task"})

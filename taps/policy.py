@@ -25,11 +25,10 @@ from taps.model import TaskModel
 FORMAT = 1
 #: share of the largest possible entropy above which a draw says more of its seed than of what was learned
 UNIFORM = 0.9
-#: how many more policies are looked at than are wanted, where some are the same
-_MOST = 1000
 
 #: (run, specific) of the three things a task can do with a unit: share it, have its own, skip it
 _CHOICES = ((1.0, 0.0), (1.0, 1.0), (0.0, 0.0))
+_SKIPPED = 2
 
 
 @dataclass(frozen=True)
@@ -111,25 +110,19 @@ class Policy:
 
         Of those that differ only inside of units that are not run, the most probable one counts.
         """
-        found: dict[tuple, Policy] = {}
-        asked, drawn = count, 0
-        while len(found) < count:
-            policies = self._most_probable(asked)
-            for policy in policies[drawn:]:
-                found.setdefault(tuple(policy.entries(task) for task in policy.run), policy)
-            if len(policies) < asked or asked > _MOST * count:
-                break
-            asked, drawn = 2 * asked, asked
-        return [*found.values()][:count]
-
-    def _most_probable(self, count: int) -> list[Policy]:
         best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-        for task in self.probability:
-            for chances in self.chances(task):
-                offered = [(-math.log(p), index) for index, p in enumerate(chances) if p > 0]
-                longer = [(cost + own, (*path, index)) for cost, path in best for own, index in offered]
-                best = heapq.nsmallest(count, longer)
         length = len(self.units)
+        for task in self.probability:
+            for unit, chances in enumerate(self.chances(task)):
+                offered = [(-math.log(p), index) for index, p in enumerate(chances) if p > 0]
+                held = [(min(offered)[0], _SKIPPED)]  # whatever is chosen there
+                holder = self.inside[unit] if self.inside else None
+                longer = [
+                    (cost + own, (*path, index))
+                    for cost, path in best
+                    for own, index in (offered if holder is None or path[holder - unit] != _SKIPPED else held)
+                ]
+                best = heapq.nsmallest(count, longer)
         return [
             self._with({t: list(path[i * length : (i + 1) * length]) for i, t in enumerate(self.probability)})
             for _, path in best

@@ -101,7 +101,8 @@ def find_choices(net: nn.Module, skip: str = "layers") -> list[Found]:
         depth = None if depths is None else depths.get(layer.name, 1)
         inputs = getattr(layer.module, "in_channels", getattr(layer.module, "in_features", None))
         convolves = isinstance(layer.module, nn.modules.conv._ConvNd)
-        tokens, stride = (1, math.prod(layer.module.stride)) if convolves else (-1, 1)
+        tokens = 1 if convolves else -1
+        stride = math.prod(layer.module.stride) if convolves and not layer.module.transposed else 1
         found.append(
             replace(
                 layer, shortcut=shortcut, channels=inputs, channel_dim=tokens, depth=depth, stride=stride, kept=kept

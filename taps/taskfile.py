@@ -252,7 +252,8 @@ def check_fits(model: TaskModel, description: dict, path: Path) -> None:
                 f"{path} was made with {key}={description.get(key)!r}, this model has {key}={value!r}: "
                 f"adapt the base with {key}={description.get(key)!r}"
             )
-    if description["options"] != json.loads(json.dumps(model.options)):
+    made = {**model.row.options, **description["options"]}  # an option that is younger than the file has its default
+    if json.loads(json.dumps(made)) != json.loads(json.dumps(model.options)):
         raise UserError(f"{path} was made with options {description['options']}, this model has {model.options}")
 
 

@@ -65,8 +65,9 @@ class PolicyTrainer:
         metrics: by task, from outputs and labels of a batch to a number; shown in :attr:`history`.
         method: ``"automtl"``, ``"adashare"`` or ``"dynashare"``.
         seed: of everything random.
-        **options: of the method (e.g. ``cost_weight``), of :func:`taps.adapt` (``norm``), or of training, named as those of
-            ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …), with the defaults that these have for Scenes.
+        **options: of the method (e.g. ``cost_weight``, ``skip``) or of :func:`taps.adapt` (``norm``), with their own defaults;
+            or of training, named as those of ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …), with the defaults
+            that these have for Scenes.
 
     Attributes:
         model: the shared network with gates.

@@ -270,7 +270,7 @@ def test_tasks_have_their_own_norms_from_where_their_ways_part():
     position = {unit.name: index for index, unit in enumerate(model.units)}
     for norm in model.task_norms:
         inside = [index for name, index in position.items() if norm.name.startswith(f"{name}.")]
-        parted = bool(inside) and inside[0] > 5
+        parted = bool(inside) and inside[0] > 5 and "downsample" in norm.name  # c never comes to the others
         assert ("a" in norm.norms) == parted, norm.name
         assert not parted or (norm.own("a") is norm.own("b") and norm.own("a") is not norm.own("c"))
     x = batch("resnet", 8)
@@ -288,7 +288,9 @@ def test_tasks_have_their_own_norms_from_where_their_ways_part():
 
 def test_new_policies_regroup_norms_and_leave_those_of_others():
     model = make("resnet", "adashare", {"a": [1.0] * 8, "b": [0.0] * 8})
-    last = model.task_norms[-1]
+    last = next(
+        norm for norm in model.task_norms if norm.name == "layer4.0.downsample.1"
+    )  # which a skipped block keeps
     first = last.own("a")
     model.add_task("c", num_classes=2)
     model.follow({"c": [0.0] * 8})

@@ -301,7 +301,7 @@ def test_published_regulariser(scale):
     assert pi.item() == pytest.approx(sum(u.gates["a"].weight * 2 * math.log(2) for u in model.units), rel=1e-6)
 
 
-def test_layers_go_with_the_block_around_them(tmp_path):
+def test_layers_go_with_the_block_around_them():
     model = model_of("mobilenet", skip="blocks").eval()
     names = [unit.name for unit in model.units]
     block = names.index("blocks.1.1")
@@ -309,19 +309,54 @@ def test_layers_go_with_the_block_around_them(tmp_path):
     assert [names[index] for index in held] == [f"blocks.1.1.conv_{part}" for part in ("pw", "dw", "pwl")]
     model.follow({"a": [(int(index != block), int(index != block and index in held)) for index in range(len(names))]})
     assert all(model.policies["a"][index] == (0.0, 0.0) for index in [block, *held])
-    model.follow({"b": model.policies["a"]})  # as it is read back from a file
+    model.follow({"b": model.policies["a"]})  # as its file would say
     assert {row["run"] for row in model.report("a") if row["name"].startswith("blocks.1.1")} == {0.0}
     account = taps.cost.beside_single(model, torch.randn(2, 3, 64, 64))
-    norms = taps.cost.own_norm_parameters(model, "ab")
+    assert taps.cost.own_norm_parameters(model, "ab") == 0  # both go the same way
     left_out = sum(parameter.numel() for parameter in model.units[block].weights().values())
     assert left_out > sum(model.units[index].size for index in held) > 0
-    assert account["parameters"] == model.base_parameters + norms - left_out
+    assert account["parameters"] == model.base_parameters - left_out
 
 
 @pytest.mark.parametrize(("network", "what"), [("resnet", "blocks"), ("perceptron", "layers")])
 def test_blocks_are_skipped_where_there_are_any(network, what):
     net = NETWORKS[network][0]()
     assert [unit.name for unit in find_choices(net, "auto")] == [unit.name for unit in find_choices(net, what)]
+
+
+def test_norms_inside_of_a_block_belong_to_those_who_run_it():
+    model = taps.adapt(NETWORKS["resnet"][0](), "automtl", skip="blocks")
+    for task in "abc":
+        model.add_task(task, num_classes=3)
+    names = [unit.name for unit in model.units]
+    block = names.index("layer4.1")
+    model.follow({task: [(int(task != "a" or index != block), 0) for index in range(len(names))] for task in "abc"})
+    assert not any(norm.own(task) for norm in model.task_norms for task in "abc")  # it is the last one
+    block = names.index("layer4.0")
+    model.follow({"a": [(int(index != block), 0) for index in range(len(names))]})
+    own = {norm.name: {task: norm.own(task) for task in "abc"} for norm in model.task_norms}
+    assert not any(own["layer4.0.bn1"].values())
+    assert own["layer4.0.downsample.1"]["a"] is not own["layer4.0.downsample.1"]["b"]
+    assert own["layer4.1.bn1"]["b"] is own["layer4.1.bn1"]["c"] is not own["layer4.1.bn1"]["a"]
+
+
+def test_own_weights_in_a_skipped_block_count_for_nothing():
+    model = model_of("resnet", skip="blocks")
+    for name, logits in (("layer1.0", [0.0, 0.0, 1.0]), ("layer1.0.conv1", [0.0, 1.0, 0.0])):
+        unit = next(unit for unit in model.units if unit.name == name)
+        unit.gates["a"].logits.data = torch.tensor(logits)
+    account = taps.cost.accounting(model, "a")
+    assert account["tuned_units"] == account["delta_parameters"] == 0
+    model.follow({"a": [(1, 1)] * len(model.units)})  # blocks have nothing of their own
+    assert taps.cost.accounting(model, "a")["tuned_units"] == len(model.units) - BLOCKS["resnet"]
+
+
+def test_a_network_that_is_a_block_holds_its_layers():
+    block = timm.models.vision_transformer.Block(8, 2)
+    model = taps.adapt(block, "automtl", skip="blocks")
+    names = [unit.name for unit in model.units]
+    assert names[0] == "attn"
+    assert model.inside[names.index("attn.qkv")] == 0
 
 
 def test_of_a_resnets_block_the_projection_stays():
@@ -425,6 +460,11 @@ def test_the_most_probable_policies_are_those_of_brute_force():
 
 
 def test_policies_that_differ_where_nothing_is_run_count_once(tmp_path):
+    undecided = Policy(
+        "net", ("block", *(f"block.{index}" for index in range(16))), {"a": (0.4, *[1.0] * 16)}, {"a": (1.0,) * 17},
+        {"a": (0.0, *[0.5] * 16)}, {"a": (0.0,) * 17}, (None, *[0] * 16),
+    )  # fmt: skip
+    assert len({one.entries("a") for one in undecided.top(4)}) == 4
     policy = Policy(
         "net", ("block", "block.layer", "last"), {"a": (0.1, 1.0, 1.0)}, {"a": (0.0, 0.0, 1.0)},
         {"a": (0.0, 0.45, 0.3)}, {"a": (0.0, 0.0, 0.0)}, (None, 0, None),

@@ -278,10 +278,12 @@ def test_bytes_go_where_they_keep_most():
     from itertools import product
 
     model = perceptron()
+    model.units[0].base.weight.data.mul_(30)  # so that noise and motion are different measures
     for unit, size in zip(model.units, (0.3, 0.01), strict=True):
         for parameter in unit.deltas["a"].parameters():
             torch.nn.init.normal_(parameter, std=size)
-    for room in (0, 250, 300, 340, 500, 700, 5000):
+    differ = 0
+    for room in (0, 250, 300, 340, 500, 600, 700, 800, 5000):
         budget = smallest(model, "a") + room
         hulls = [budget_module._choices(model, unit, "a", room) for unit in model.units]
         ways = [both for both in product(*hulls) if sum(choice.size for choice in both) <= room]
@@ -302,6 +304,17 @@ def test_bytes_go_where_they_keep_most():
             both = [next(c for c in h if c.level == levels[u.name]) for h, u in zip(hulls, model.units, strict=True)]
             assert sum(choice.size for choice in both) <= room
             assert left(both) <= min(map(left, ways)) + 0.05 * left([hull[0] for hull in hulls])
+            other = allocate(model, "a", budget, 9.0 if fine < 0 else -1.0)
+            if levels != other and None not in levels.values():
+                theirs = [
+                    next(c for c in h if c.level == other[u.name]) for h, u in zip(hulls, model.units, strict=True)
+                ]
+                assert left(both) < left(theirs)
+                differ += 1
+    assert differ == 4  # at two sizes, by both
+    for parameter in model.units[0].deltas["a"].parameters():
+        parameter.data.zero_()
+    assert allocate(model, "a", smallest(model, "a") + 600).keys() == {"4"}  # what has not moved needs nothing
 
 
 def test_where_all_can_be_kept_finely_nothing_is_closed():
