@@ -383,19 +383,20 @@ def table(lines: list[dict]) -> str:
 
 
 def picture(lines: list[dict], path: Path) -> None:
-    """Accuracy against bytes, on a logarithmic axis; what has several settings is a line."""
+    """Accuracy against bytes, on a logarithmic axis; what has several settings is a line, for each kind of norms one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     families: dict[str, list[dict]] = {}
     for line in lines:
-        families.setdefault(line["row"].split()[0], []).append(line)
+        setting, _, norms = line["row"].partition(",")
+        families.setdefault(setting.split()[0] + (f",{norms}" if norms else ""), []).append(line)
     for index, (family, own) in enumerate(families.items()):
         own = sorted(own, key=lambda line: line["percent_of_base"])
         ours = family == "taps_budget"
         for line in own:
-            setting = line["row"].removeprefix(family).strip()
+            setting = line["row"].partition(",")[0].partition(" ")[2]
             place = (line["percent_of_base"], line["accuracy"])
             axes.annotate(setting, place, xytext=(4, -11), textcoords="offset points", fontsize=7, color="dimgray")
         axes.errorbar(
