@@ -10,7 +10,7 @@ from pathlib import Path
 
 from taps.adashare import SAMPLINGS as GATE_SAMPLINGS
 from taps.adashare import VARIANTS
-from taps.arguments import Parser
+from taps.arguments import Parser, number
 from taps.automtl import COSTS
 from taps.benchmarks import BENCHMARKS
 from taps.data.formatted import ALIASES
@@ -39,24 +39,6 @@ DEMO = {
 }  # fmt: skip
 #: the demo's learning rate with a budget, where all layers learn at first
 DEMO_BUDGET_LR = 0.02
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """A parser of numbers in [low, high], or (low, high] if ``above``."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > low if above else value >= low) or value > high:
-            wanted = "a whole number" if kind is int else "a number"
-            limit = f"above {low}" if above else f"of at least {low}"
-            upper = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {limit}{upper}")
-        return value
-
-    return parse
 
 
 def steps(low: int) -> Callable[[str], int | str]:
@@ -893,6 +875,12 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; values come from the command line, then from ``--config``, then from the benchmark's preset."""
     parser = mtl_parser()
     options = parser.parse_args(arguments)
+    methods = {name: {*row.options, *(["base_task"] if row.builds_on_base else [])} for name, row in METHODS.items()}
+    for name in sorted({name for own in methods.values() for name in own}):
+        takes = [method for method in MULTI_TASK_METHODS if name in methods.get(method, ())]
+        given = getattr(options, name, None) not in (None, parser.get_default(name))
+        if given and options.method not in takes and not options.config:
+            parser.error(f"--{name} is for --method {' or '.join(takes)}, not {options.method}")
     if options.config:
         options = parser.parse_args([*config_arguments(parser, Path(options.config)), *arguments])
     aliases = {"mimic3": STAY_ALIASES, "volumes": {}, "domainnet": {}}.get(options.benchmark, ALIASES)

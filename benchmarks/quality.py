@@ -478,6 +478,7 @@ def main() -> None:
     for line in sorted(set(missing)):
         print(f"left out: {line}")
     if not results:
+        print(f"error: no row could be measured: {missing[0]}", file=sys.stderr)
         raise SystemExit(2)
     if given.tune:
         print(table(summarise(results)))

@@ -158,5 +158,7 @@ def create_dense_backbone(
     except (TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name} cannot be made with output stride {output_stride} and channels {channels}: {reason}"
+            f"{name} cannot be made with output stride {output_stride}"
+            + (f" and channels {' '.join(map(str, channels))}" if channels else "")
+            + f" ({reason}); try --output_stride 32"
         ) from None

@@ -245,10 +245,15 @@ class TaskModel(nn.Module):
 
         Args:
             policies: by task, as in :meth:`make_gates`.
+
+        Raises:
+            UserError: for an unknown task, or a policy that does not fit; no task has changed then.
         """
-        for task, policy in policies.items():
+        for task in policies:
             self.check_task(task)
-            for unit, gate in zip(self._units, self.make_gates(policy), strict=True):
+        gates = {task: self.make_gates(policy) for task, policy in policies.items()}  # all, before anything changes
+        for task, policy in policies.items():
+            for unit, gate in zip(self._units, gates[task], strict=True):
                 unit.change_gate(task, gate)
             self.policies[task] = tuple(decision[:2] for decision in self._reached(map(_decision, policy)))
         for norm in self._norms if self.norm == "follow" and self.row.learns_policy else ():
@@ -601,7 +606,10 @@ class TaskModel(nn.Module):
 
 def _decision(entry: float | Sequence[float]) -> Decision:
     """An entry of a policy: (run, specific), or ``run`` alone."""
-    return Decision(*map(float, entry)) if isinstance(entry, Sequence) else Decision(float(entry))
+    values = tuple(entry) if isinstance(entry, Sequence) else (entry,)
+    if any(value not in (0, 1) for value in values) or not 1 <= len(values) <= 2:
+        raise UserError(f"a policy has the entry {entry!r}; give 1 or 0, or a pair (run, specific) of them")
+    return Decision(*map(float, values))
 
 
 def _mean(value) -> float:

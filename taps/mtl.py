@@ -232,6 +232,11 @@ class MultiTask:
         policy = read_policy(path)
         model = self.model(())
         policy.check_fits(model, self.benchmark.tasks, path)
+        for task in self.benchmark.tasks:
+            try:
+                model.make_gates(policy.entries(task))
+            except UserError as error:
+                raise UserError(f"{path}: task {task!r}: {error}") from None
         return replace(policy, inside=model.inside if policy.inside or any(model.inside) else ())
 
     def _train_single(self) -> None:

@@ -14,6 +14,7 @@ Video uses the same arithmetic with a frame's own past in the place of the base:
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -256,14 +257,22 @@ class Reuse:
             rounds: measurements of each product.
 
         Raises:
-            UserError: for fewer than two images, or a negative error.
+            UserError: for fewer than two images, what is no batch of images, or an error or number of rounds out of range.
         """
         batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        images = sum(len(batch) for batch in batches)
+        for batch in batches:
+            if not isinstance(batch, Tensor) or not batch.isfinite().all():
+                raise UserError(
+                    f"thresholds are calibrated on batches of finite images, not on a {type(batch).__name__}"
+                )
+        batches = [batch for batch in batches if len(batch)]
+        images = sum(map(len, batches))
         if images < 2:
             raise UserError(f"thresholds cannot be calibrated on {images} images: give two or more held-out ones")
-        if not error >= 0:
-            raise UserError(f"the error that thresholds may cause has to be at least 0, not {error!r}")
+        if not (isinstance(error, (int, float)) and 0 <= error < math.inf):
+            raise UserError(f"the error that thresholds may cause has to be a number of at least 0, not {error!r}")
+        if rounds < 1:
+            raise UserError(f"products have to be measured in 1 round or more, not {rounds!r}")
         self.whole = {}
         for task in self.tasks:
             seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)

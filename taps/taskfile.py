@@ -51,7 +51,7 @@ def save(
     model: TaskModel, task: str, folder: Path, about: dict, max_error: float | None = None, compact: bool = False
 ) -> Path:
     """Write one task; see :meth:`taps.model.TaskModel.save_task`."""
-    if max_error is not None and not 0 <= max_error < 1:
+    if max_error is not None and not (isinstance(max_error, (int, float)) and 0 <= max_error < 1):
         raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, str] = {}

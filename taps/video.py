@@ -33,7 +33,8 @@ class VideoReuse:
 
     def __init__(self, reuse: Reuse, threshold: float = 0.0, key_every: int = 8, split: int | None = None) -> None:
         names = [unit.name for unit in reuse.model.units if is_product(unit)]
-        if threshold < 0 or key_every < 1 or not 0 <= (len(names) if split is None else split) <= len(names):
+        wrong = not (isinstance(threshold, (int, float)) and threshold >= 0) or key_every != int(key_every)
+        if wrong or key_every < 1 or not 0 <= (len(names) if split is None else split) <= len(names):
             raise UserError(
                 f"video reuse needs a threshold of at least 0, key frames every 1 or more, and a split in 0..{len(names)}, "
                 f"not {threshold!r}, {key_every!r}, {split!r}"

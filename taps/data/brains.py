@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from taps.arguments import Parser
+from taps.arguments import Parser, number
 from taps.data.generated import make_tree
 from taps.data.subjects import list_path
 from taps.errors import UserError
@@ -168,12 +168,12 @@ def main(arguments: Sequence[str]) -> None:
         ("val", "subjects of this split"),
         ("test", "subjects of this split"),
     ):
-        number = getattr(default, name)
-        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{text} (default: {number})")
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
     for name, text in (("noise", "of a voxel"), ("label_noise", "of the targets"), ("missing", "share of the labels")):
-        number = getattr(default, name)
-        parser.add_argument(f"--{name}", type=float, default=number, metavar="X", help=f"{text} (default: {number})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (default: {value})")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default: 0)")
     given = vars(parser.parse_args(arguments))
     make_brains(given.pop("folder"), Recipe(**given))
 

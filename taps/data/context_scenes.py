@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from taps.arguments import Parser
+from taps.arguments import Parser, number
 from taps.commands import run
 from taps.data.context import CLASS_FILES
 from taps.data.context_labels import PERSON
@@ -187,9 +187,9 @@ def main(arguments: Sequence[str]) -> None:
         help="in pixels (default: 96 128)",
     )
     for name in ("train", "val"):
-        number = getattr(default, name)
-        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"images (default: {number})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"images (default: {value})")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default: 0)")
     given = vars(parser.parse_args(arguments))
     folder = given.pop("folder")
     make_look_alike(folder, Recipe(**{**given, "size": tuple(given["size"])}))

@@ -175,7 +175,8 @@ def read_normalizer(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
             stored = read_json(path)
             means, stds = np.asarray(stored["means"], float), np.asarray(stored["stds"], float)
     except (KeyError, ValueError, TypeError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(f"{path} does not hold numbers 'means' and 'stds': {error}") from None
+        reason = "" if isinstance(error, KeyError) else f": {error}"
+        raise UserError(f"{path} does not hold numbers 'means' and 'stds'{reason}") from None
     if means.shape != (columns,) or stds.shape != (columns,) or not (np.isfinite(means).all() and (stds > 0).all()):
         raise UserError(
             f"{path} has means of shape {means.shape} and stds of shape {stds.shape}; {columns} each, above 0, are needed"

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from taps.arguments import Parser
+from taps.arguments import Parser, number
 from taps.commands import run
 from taps.data.formatted import SCENE_CLASSES
 from taps.data.generated import make_tree
@@ -320,8 +320,8 @@ def clip(
     random = np.random.default_rng((seed, 1))
     direction = random.uniform(-1, 1, 3) * (1.0, 0.3, 1.0)
     direction *= speed / np.linalg.norm(direction)
-    for number in range(frames):
-        yield render(np.random.default_rng(seed), size, difficulty, direction * number, random)
+    for frame in range(frames):
+        yield render(np.random.default_rng(seed), size, difficulty, direction * frame, random)
 
 
 def make_scenes(root: Path, recipe: Recipe | None = None) -> None:
@@ -343,11 +343,11 @@ def _write(root: Path, recipe: Recipe) -> None:
     for column in columns:
         (root / column).mkdir()
     entries = []
-    for number in tqdm(
+    for index in tqdm(
         range(recipe.train + recipe.val + recipe.test), desc="rendering scenes", disable=None, leave=False
     ):
         scene = render(random, recipe.size, recipe.difficulty)
-        paths = [f"{column}/{number + 1:04d}.{'npy' if column == 'depth' else 'png'}" for column in columns]
+        paths = [f"{column}/{index + 1:04d}.{'npy' if column == 'depth' else 'png'}" for column in columns]
         entries.append(paths)
         normals = np.where(np.isnan(scene["normals"]), 1.0, scene["normals"])
         stored = (
@@ -389,12 +389,12 @@ def main(arguments: Sequence[str]) -> None:
         help="in pixels (default: 64 64)",
     )
     for name in ("train", "val", "test"):
-        number = getattr(default, name)
+        value = getattr(default, name)
         parser.add_argument(
-            f"--{name}", type=int, default=number, metavar="N", help=f"scenes of this split (default: {number})"
+            f"--{name}", type=int, default=value, metavar="N", help=f"scenes of this split (default: {value})"
         )
     parser.add_argument("--difficulty", type=float, default=default.difficulty, metavar="X", help="0..1 (default: 0.5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default: 0)")
     given = vars(parser.parse_args(arguments))
     folder = given.pop("folder")
     make_scenes(folder, Recipe(**{**given, "size": tuple(given["size"])}))

@@ -110,7 +110,9 @@ def _numbers(path: Path, number: int, name: str, texts: Sequence[str]) -> np.nda
     try:
         values = np.array(texts, np.float64)
     except ValueError as error:
-        raise UserError(f"{path} row {number}: {name}: {error}") from None
+        raise UserError(
+            f"{path} row {number}: {name} holds {str(error).rpartition(': ')[2]}, which is no number"
+        ) from None
     if not np.isfinite(values).all():
         raise UserError(f"{path} row {number}: {name} holds {values[~np.isfinite(values)][0]}")
     return values
@@ -134,10 +136,13 @@ def read_labels(path: Path, row: int, cells: Sequence[str], crop: int) -> dict[s
     if mortality[1] and mortality[0] < crop:
         labels["ihm"][0, int(mortality[0])] = mortality[2]
     phenotypes = _numbers(path, row, "phenotypes", cells[4].split(";"))
-    if len(phenotypes) != PHENOTYPES or not np.isin(phenotypes, (0, 1)).all():
+    if len(phenotypes) != PHENOTYPES:
         raise UserError(
             f"{path} row {row}: phenotypes has {len(phenotypes)} entries, {PHENOTYPES} of 0 or 1 are needed"
         )
+    if not np.isin(phenotypes, (0, 1)).all():
+        place = int(np.argmin(np.isin(phenotypes, (0, 1))))
+        raise UserError(f"{path} row {row}: entry {place + 1} of phenotypes is {phenotypes[place]:g}, not 0 or 1")
     if count:
         labels["pheno"][:, min(count, crop) - 1] = phenotypes
     for name, text, target in (
@@ -257,7 +262,8 @@ def one_answer(found: Lists, splits: Mapping[str, Sequence[Stay]], names: Sequen
             both = (found.positives.get(key, np.zeros(1)) > 0) & (found.negatives.get(key, np.zeros(1)) > 0)
             if not both.any():
                 raise UserError(
-                    f"{split}_listfile.csv has only one answer for task {name} within the hours that are kept of its stays"
+                    f"{split}_listfile.csv has only one answer for task {name} within the hours that are kept of its stays: keep "
+                    "more (--hours), or leave it out (--tasks)"
                 )
             if not both.all():
                 yield f"{split}: {int((~both).sum())} of {len(both)} phenotypes have one answer only and no AUC"

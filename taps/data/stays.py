@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from taps.arguments import Parser
+from taps.arguments import Parser, number
 from taps.data.generated import make_tree
 from taps.data.mimic3 import fit_normalizer
 from taps.data.stay_lists import PHENOTYPES
@@ -250,14 +250,14 @@ def main(arguments: Sequence[str]) -> None:
     default = Recipe()
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     for name in ("train", "val", "test"):
-        number = getattr(default, name)
+        value = getattr(default, name)
         parser.add_argument(
-            f"--{name}", type=int, default=number, metavar="N", help=f"stays of this split (default: {number})"
+            f"--{name}", type=int, default=value, metavar="N", help=f"stays of this split (default: {value})"
         )
     parser.add_argument(
         "--noise", type=float, default=default.noise, metavar="X", help=f"of measurements (default: {default.noise})"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default: 0)")
     given = vars(parser.parse_args(arguments))
     make_stays(given.pop("folder"), Recipe(**given))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from taps.arguments import Parser
+from taps.arguments import number as parse_number
 from taps.errors import UserError, unknown
 from taps.files import write_text
 
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str]) -> None:
         "--val_size", type=float, default=0.1, metavar="F", help="share, in steps of 1/50 (default: 0.1)"
     )
     parser.add_argument("--test_size", type=float, default=0.1, metavar="F", help="(default: 0.1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (default: 0)")
+    parser.add_argument("--seed", type=parse_number(int, 0), default=0, metavar="N", help="of the shuffle (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace lists that are there")
     given = parser.parse_args(arguments)
     if not (given.val_size > 0 and given.test_size > 0 and given.val_size + given.test_size < 1):

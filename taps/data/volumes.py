@@ -64,6 +64,9 @@ def _open(path: Path):
     """A memory-mapped array, or an image of nibabel; both have a shape."""
     try:
         if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                if file.read(6) != b"\x93NUMPY":
+                    raise UserError(f"{path} is no .npy file")
             return np.load(path, mmap_mode="r", allow_pickle=False)
         try:
             import nibabel
@@ -180,7 +183,8 @@ def _scaled(table: Table, name: str, splits: Mapping[str, Sequence[str]]):
     for split, subjects in splits.items():
         if len({values[subject] for subject in subjects if not math.isnan(values[subject])}) < 2:
             raise UserError(
-                f"{table.path}: {name} has less than two different values among the {len(subjects)} subjects of {split}"
+                f"{table.path}: {name} has less than two different values among the {len(subjects)} subjects of {split}: "
+                "divide again, or leave it out"
             )
     known = np.array([values[subject] for subject in splits["train"]])
     mean, std = float(np.nanmean(known)), float(np.nanstd(known))
