@@ -875,12 +875,10 @@ def parse_mtl(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; values come from the command line, then from ``--config``, then from the benchmark's preset."""
     parser = mtl_parser()
     options = parser.parse_args(arguments)
-    methods = {name: {*row.options, *(["base_task"] if row.builds_on_base else [])} for name, row in METHODS.items()}
-    for name in sorted({name for own in methods.values() for name in own}):
-        takes = [method for method in MULTI_TASK_METHODS if name in methods.get(method, ())]
-        given = getattr(options, name, None) not in (None, parser.get_default(name))
-        if given and options.method not in takes and not options.config:
-            parser.error(f"--{name} is for --method {' or '.join(takes)}, not {options.method}")
+    for method in MULTI_TASK_METHODS:
+        for name in METHODS[method].select_options if method in METHODS else ():
+            if getattr(options, name) is not None and options.method != method:
+                parser.error(f"--{name} is for --method {method}, not {options.method}")
     if options.config:
         options = parser.parse_args([*config_arguments(parser, Path(options.config)), *arguments])
     aliases = {"mimic3": STAY_ALIASES, "volumes": {}, "domainnet": {}}.get(options.benchmark, ALIASES)

@@ -270,7 +270,7 @@ class Reuse:
         if images < 2:
             raise UserError(f"thresholds cannot be calibrated on {images} images: give two or more held-out ones")
         if not (isinstance(error, (int, float)) and 0 <= error < math.inf):
-            raise UserError(f"the error that thresholds may cause has to be a number of at least 0, not {error!r}")
+            raise UserError(f"the error that thresholds may cause has to be at least 0, not {error!r}")
         if rounds < 1:
             raise UserError(f"products have to be measured in 1 round or more, not {rounds!r}")
         self.whole = {}

@@ -71,12 +71,14 @@ def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here,
     same(tmp_path / "results/run", complete[0] / "results/run")
 
 
-def test_every_layer_is_shared_owned_or_skipped(scenes, here, tmp_path):
-    done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--method", "automtl", "--curriculum_speed", 0, "--sample")
+@pytest.mark.parametrize(("more", "units"), [(("--skip", "layers"), 13), ((), 13 + 4)])
+def test_every_layer_is_shared_owned_or_skipped(more, units, scenes, here, tmp_path):
+    given = ("--method", "automtl", "--curriculum_speed", 0, "--sample", *more)
+    done = here("train_mtl.py", "--dataset", scenes, *SMALL, *given)
     run = tmp_path / "results/run"
     policy = json.loads((run / "retrain_001/policy.json").read_text())
     row = policy["tasks"]["depth"]
-    assert len(policy["units"]) == len(row["own"]) == len(row["specific"]) == 13
+    assert len(policy["units"]) == len(row["own"]) == len(row["specific"]) == units
     assert "the policy is nearly uniform" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert 0 < summary["own_units"] < 1

@@ -110,9 +110,7 @@ def _numbers(path: Path, number: int, name: str, texts: Sequence[str]) -> np.nda
     try:
         values = np.array(texts, np.float64)
     except ValueError as error:
-        raise UserError(
-            f"{path} row {number}: {name} holds {str(error).rpartition(': ')[2]}, which is no number"
-        ) from None
+        raise UserError(f"{path} row {number}: {name}: {str(error).rpartition(': ')[2]} is no number") from None
     if not np.isfinite(values).all():
         raise UserError(f"{path} row {number}: {name} holds {values[~np.isfinite(values)][0]}")
     return values
@@ -136,13 +134,12 @@ def read_labels(path: Path, row: int, cells: Sequence[str], crop: int) -> dict[s
     if mortality[1] and mortality[0] < crop:
         labels["ihm"][0, int(mortality[0])] = mortality[2]
     phenotypes = _numbers(path, row, "phenotypes", cells[4].split(";"))
-    if len(phenotypes) != PHENOTYPES:
+    wrong = np.flatnonzero(~np.isin(phenotypes, (0, 1)))
+    if len(phenotypes) != PHENOTYPES or len(wrong):
+        where = f"; entry {wrong[0] + 1} is {phenotypes[wrong[0]]:g}" if len(wrong) else ""
         raise UserError(
-            f"{path} row {row}: phenotypes has {len(phenotypes)} entries, {PHENOTYPES} of 0 or 1 are needed"
+            f"{path} row {row}: phenotypes has {len(phenotypes)} entries, {PHENOTYPES} of 0 or 1 are needed{where}"
         )
-    if not np.isin(phenotypes, (0, 1)).all():
-        place = int(np.argmin(np.isin(phenotypes, (0, 1))))
-        raise UserError(f"{path} row {row}: entry {place + 1} of phenotypes is {phenotypes[place]:g}, not 0 or 1")
     if count:
         labels["pheno"][:, min(count, crop) - 1] = phenotypes
     for name, text, target in (

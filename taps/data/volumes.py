@@ -65,8 +65,8 @@ def _open(path: Path):
     try:
         if path.suffix == ".npy":
             with open(path, "rb") as file:
-                if file.read(6) != b"\x93NUMPY":
-                    raise UserError(f"{path} is no .npy file")
+                if file.read(6)[:2] not in (b"\x93N", b"PK"):  # an .npz is told what is wrong with it below
+                    raise UserError(f"{path} cannot be read: it is no .npy file")
             return np.load(path, mmap_mode="r", allow_pickle=False)
         try:
             import nibabel
