@@ -559,6 +559,23 @@ def test_own_weights_stay_when_a_policy_is_followed():
 
 
 @pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ([1], "a policy of 1 units was given, the network has 2"),
+        ([1, 0.5], "a policy has the entry 0.5; give 1 or 0"),
+        ([1, math.nan], "a policy has the entry nan"),
+        (["1", "1"], "a policy has the entry '1'"),
+    ],
+)
+def test_a_policy_that_cannot_be_followed_changes_no_task(policy, message):
+    model = model_of("perceptron")
+    with pytest.raises(ValueError, match=message):
+        model.follow({"a": [(1, 1)] * 2, "b": policy})
+    assert not model.policies
+    assert all(isinstance(gate, ChoiceGate) for gate in model.gates("a"))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"cost": "bytes"}, "cost must be one of parameters, macs"),

@@ -376,6 +376,11 @@ def test_a_task_that_gains_nothing_is_run_as_its_merged_network(monkeypatch):
     [
         (lambda r, m: r.calibrate([torch.randn(1, 3, 32, 32)], 0.1), "cannot be calibrated on 1 images"),
         (lambda r, m: r.calibrate([torch.randn(2, 3, 32, 32)], -0.1), "has to be at least 0"),
+        (lambda r, m: r.calibrate([torch.randn(2, 3, 32, 32)], "5%"), "has to be at least 0, not '5%'"),
+        (lambda r, m: r.calibrate([torch.randn(2, 3, 32, 32)], 0.1, rounds=0), "in 1 round or more"),
+        (lambda r, m: r.calibrate([torch.randn(0, 3, 32, 32), torch.randn(1, 3, 32, 32)], 0.1), "on 1 images"),
+        (lambda r, m: r.calibrate([(torch.randn(2, 3, 32, 32), torch.zeros(2))], 0.1), "images, not on a tuple"),
+        (lambda r, m: VideoReuse(r, threshold=float("nan")), "a threshold of at least 0"),
         (lambda r, m: Reuse(m, "sub"), "task 'sub' has weights of its own"),
         (lambda r, m: Reuse(m, "bse"), "did you mean 'base'"),
         (

@@ -290,8 +290,8 @@ LABELS = {
     "steps": (3, lengthened, r"row 2: remaining hours has \d+ steps, a stay of .* hours has \d+"),
     "few steps": (3, "1;2.5", r"row 2: remaining hours has 1 steps, a stay of .* hours has \d+"),
     "position": (2, "200;1;1", r"row 2: mortality is asked at hour 200 of a stay of"),
-    "phenotype": (4, ";".join(["2"] * 25), r"row 2: phenotypes has 25 entries, 25 of 0 or 1 are needed"),
-    "number": (3, "1;x", r"row 2: remaining hours: "),
+    "phenotype": (4, ";".join(["2"] * 25), r"row 2: phenotypes has 25 entries, 25 of 0 or 1 are needed; entry 1 is 2"),
+    "number": (3, "1;x", r"row 2: remaining hours: 'x' is no number"),
     "nan": (3, "1;nan", r"row 2: remaining hours holds nan"),
     "mask": (5, "3;1", r"row 2: decompensation holds entries that are no 0 or 1"),
 }

@@ -92,6 +92,21 @@ def test_every_layer_is_shared_owned_or_skipped(more, units, scenes, here, tmp_p
     }
 
 
+def test_what_a_policy_cannot_skip_is_named_before_anything_is_written(scenes, here, tmp_path):
+    first = ("train_mtl.py", "--dataset", scenes, *SMALL, "--method", "automtl", "--curriculum_speed", 0)
+    here(*first, "--phases", "policy", "--single_task", "none")
+    policy = json.loads((tmp_path / "results/run/policy/policy.json").read_text())
+    policy["tasks"]["depth"].update(run=[0] * len(policy["units"]), specific=[0] * len(policy["units"]))
+    (tmp_path / "mine.json").write_text(json.dumps(policy))
+    again = (*first, "--experiment_name", "again", "--phases", "retrain", "--retrain_from", "scratch")
+    done = here(*again, "--policy", tmp_path / "mine.json", check=2)
+    assert "mine.json: task 'depth': a policy skips 'conv1.0', for which nothing can stand in" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "results/again").exists()
+    done = here("train_mtl.py", "--skip", "blocks", "--experiment_name", "again", check=2)
+    assert done.stderr == "error: --skip is for --method automtl, not adashare\n"
+
+
 def test_two_processes_agree_on_the_support(scenes, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(

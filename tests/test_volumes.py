@@ -239,6 +239,9 @@ def test_volumes_that_are_none_are_refused(tmp_path, array, message):
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
     with pytest.raises(ValueError, match="holds several arrays; a volume is one"):
         volume_shape(tmp_path / "several.npy")
+    (tmp_path / "text.npy").write_text("no array")
+    with pytest.raises(ValueError, match=r"text.npy cannot be read: it is no .npy file"):
+        volume_shape(tmp_path / "text.npy")
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         read_volume(tmp_path / "a.npy")
