@@ -35,7 +35,7 @@ class ChoiceGate(Gate):
 
     Args:
         unit: the layer; where nothing can stand in for it, skipping has probability 0. Or a block, whose layers have gates
-            of their own: then so has owning it.
+            of their own: then owning has probability 0.
     """
 
     def __init__(self, unit: Unit) -> None:

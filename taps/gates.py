@@ -11,7 +11,7 @@ A gate has two faces. In training mode it is *relaxed*: tensors that gradients f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -70,6 +70,20 @@ class Decision(NamedTuple):
     def uses_delta(self) -> bool:
         """Whether any of the delta is used: false only where ``specific`` is the number 0."""
         return not (isinstance(self.specific, float) and self.specific == 0.0)
+
+
+def reached(decisions: Iterable[Decision], inside: Sequence[int | None]) -> list[Decision]:
+    """Decisions by unit, carried out: what is inside a unit that is not run is not run either.
+
+    Args:
+        decisions: in network order.
+        inside: for each unit the index of the one that holds it, an earlier one, or ``None``.
+    """
+    found: list[Decision] = []
+    for decision, holder in zip(decisions, inside, strict=True):
+        outer = 1.0 if holder is None else found[holder].run
+        found.append(Decision(run=0.0) if isinstance(outer, float) and outer == 0.0 else decision)
+    return found
 
 
 class Gate(nn.Module):

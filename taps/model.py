@@ -14,7 +14,7 @@ from taps import cost, mixed, taskfile, together
 from taps.adapt import choose, out_features, wrap
 from taps.backbones import attach_head
 from taps.errors import UserError, unknown
-from taps.gates import Decision, Gate, State
+from taps.gates import Decision, Gate, State, reached
 from taps.layer import GatedUnit, TaskDict, TaskNorm, evaluating, inner_first, plain_state
 from taps.library import Library, Shelf
 from taps.methods import METHODS, Method
@@ -220,16 +220,11 @@ class TaskModel(nn.Module):
         ]
 
     def _reached(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """Decisions by unit, carried out: what is inside a unit that is not run is not run either."""
-        found: list[Decision] = []
-        for unit, decision in zip(self._descriptions, decisions, strict=True):
-            outer = 1.0 if unit.inside is None else found[unit.inside].run
-            if isinstance(outer, float) and outer == 0.0:
-                decision = Decision(run=0.0)
-            elif not unit.size:  # nothing that could be the task's own
-                decision = decision._replace(specific=0.0)
-            found.append(decision)
-        return found
+        """Decisions by unit, carried out; a unit without weights has nothing that could be the task's own."""
+        return [
+            decision if unit.size else decision._replace(specific=0.0)
+            for unit, decision in zip(self._descriptions, reached(decisions, self.inside), strict=True)
+        ]
 
     @property
     def inside(self) -> tuple[int | None, ...]:

@@ -19,7 +19,7 @@ import torch
 
 from taps.errors import UserError
 from taps.files import read_json, write_json
-from taps.gates import Gate
+from taps.gates import Decision, Gate, reached
 from taps.model import TaskModel
 
 FORMAT = 1
@@ -80,11 +80,11 @@ class Policy:
         return [(max(run - mine, 0.0), mine, 1.0 - run) for run, mine in zip(self.probability[task], own, strict=True)]
 
     def _with(self, choices: Mapping[str, list[int]]) -> Policy:
-        decided: dict[str, list[tuple[float, float]]] = {}
-        for task, own in choices.items():
-            entries = decided[task] = []
-            for index, holder in zip(own, self.inside or (None,) * len(own), strict=True):
-                entries.append(_CHOICES[index] if holder is None or entries[holder][0] else (0.0, 0.0))
+        inside = self.inside or (None,) * len(self.units)
+        decided = {
+            task: [decision[:2] for decision in reached((Decision(*_CHOICES[index]) for index in own), inside)]
+            for task, own in choices.items()
+        }
         run = {task: tuple(entry[0] for entry in own) for task, own in decided.items()}
         specific = {task: tuple(entry[1] for entry in own) for task, own in decided.items() if task in self.own}
         return replace(self, run=run, specific=specific)
