@@ -108,7 +108,8 @@ ROWS = (
     Row("taps_budget", "1%"),
     Row("taps_budget", "3%"),
     Row("taps_budget", "10%", lr=3e-3, optimizer="adam"),
-    Row("taps_budget", "35%", lr=3e-3, optimizer="adam", norm="task"),
+    Row("taps_budget", "35%", lr=3e-3, optimizer="adam"),
+    Row("taps_budget", "50%", lr=3e-3, optimizer="adam"),
 )
 TUNED = {"sgd": (0.01, 0.02, 0.05), "adam": (1e-3, 3e-3, 1e-2)}
 SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}

@@ -33,6 +33,8 @@ _SAMPLE = 1 << 16  # weights from which size and error of a delta's encodings ar
 _LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015, 0.005, 0.001, 0.0)
 #: the largest of them at which nothing has to be chosen: when gates are decided, and with room for changes when deltas are rounded
 _FINE, _STILL_FINE = 0.42, 0.7
+#: rounding by more than this needs repair, of norms and head, for a sixth of the training, or for a twelfth; by less none
+COARSE, UNNOTICED = _STILL_FINE, 0.05
 
 
 def parse_budget(text: str, model: TaskModel) -> int:
@@ -245,20 +247,20 @@ def keep_within(model: TaskModel, task: str, budget: int) -> list[str]:
     return kept
 
 
-def hold_coarse(model: TaskModel, task: str, budget: int) -> list[str]:
-    """:func:`hold_within` for a task that cannot keep all open units finely; any other goes on learning them."""
-    levels = allocate(model, task, budget, _STILL_FINE)
-    return [] if _are_fine(levels, _STILL_FINE) else _hold(model, task, levels)
-
-
-def hold_within(model: TaskModel, task: str, budget: int) -> list[str]:
+def hold_within(model: TaskModel, task: str, budget: int, beyond: float = -1.0) -> list[str]:
     """Replace a task's deltas by what a budget lets its file store of them; see :func:`keep_within`.
 
     What is stored is then what is trained on and validated: norms and head can still make up for the rounding. A task whose
     deltas are held already, which :func:`keep_within` ends, stays as it is.
+
+    Args:
+        beyond: do nothing, and return nothing, where no unit is rounded by a larger error than this; a closed one is.
     """
     held = [unit.name for unit in model.units if task in unit.deltas and unit.deltas[task].held()]
-    return held or _hold(model, task, allocate(model, task, budget, _STILL_FINE))
+    levels = {} if held else allocate(model, task, budget, _STILL_FINE)
+    if held or _are_fine(levels, beyond):
+        return held
+    return _hold(model, task, levels)
 
 
 def _hold(model: TaskModel, task: str, levels: dict[str, float | None]) -> list[str]:

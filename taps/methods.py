@@ -16,6 +16,7 @@ from taps.adapt import Found, Unit, find_everything, find_layers
 from taps.adashare import policy_penalty, select_gate
 from taps.automtl import choice_gate, choice_penalty
 from taps.blocks import find_blocks
+from taps.budget import COARSE, UNNOTICED
 from taps.dynashare import instance_gate, policy_and_rate_penalty
 from taps.gates import ConstantGate, Decision, Gate, ThresholdGate
 from taps.skips import find_choices
@@ -31,7 +32,8 @@ class Phase:
 
     Attributes:
         name: shown in progress bars and metrics.
-        epochs: its length, > 0; fractions of an epoch are allowed where only one stream of data is used.
+        epochs: its length, > 0; fractions of an epoch are allowed where only one stream of data is used. The last one has what
+            the others leave of a run, its last step at least where it or one before it has a ``start``.
         penalty: factor on the penalty weight λ during this phase.
         trains: the roles that learn; the others stand still, batch statistics of a base that stands still too.
         data: the stream of batches it takes, by name.
@@ -43,9 +45,9 @@ class Phase:
         validates: whether its epochs count when the loop validates every so many.
         competes: whether its epochs compete for the best one, as those of the last phase always do.
         start: what is done once when it begins: ``"choose"``, a budget closes gates (:func:`taps.budget.keep_within`), or
-            ``"round coarse"`` and ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_coarse`,
-            :func:`taps.budget.hold_within`), and rounded ones learn no more, or ``"fix"``, gates on single weights decide
-            (:func:`taps.support.fix_support`).
+            ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`), and rounded ones learn no more,
+            or ``"fix"``, gates on single weights decide (:func:`taps.support.fix_support`).
+        beyond: where it starts with ``"round"``: only tasks are rounded in which that makes a larger error than this.
         pull: weight of the distance between the task's activations and the base's (:mod:`taps.activations`).
     """
 
@@ -61,6 +63,7 @@ class Phase:
     validates: bool = True
     competes: bool = False
     start: str | None = None
+    beyond: float = -1.0
     pull: float = 0.0
 
 
@@ -89,13 +92,15 @@ def warmup_penalty_settle(epochs: float, warmup: float, settle: float) -> tuple[
 
 
 def open_choose_round(epochs: float) -> tuple[Phase, ...]:
-    """The schedule of a budget: a third with every unit open, half with those it has bytes for, and a sixth in which deltas
-    are what files will hold and norms and head make up for the rounding, or, where all of it is fine, a twelfth."""
+    """The schedule of a budget: a third with every unit open, then with those it has bytes for; at last deltas are what files
+    will hold and norms and head make up for the rounding: in the last sixth where that is coarse, in the last twelfth where it
+    can be noticed, else in the last step."""
     return (
         Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
         Phase("settle", epochs / 2, penalty=0.0, trains=SETTLED, start="choose"),
-        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round coarse"),
-        Phase("round", epochs / 12, penalty=0.0, trains=("norm", "head"), start="round"),
+        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round", beyond=COARSE),
+        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round", beyond=UNNOTICED),
+        Phase("round", 0.0, penalty=0.0, trains=("norm", "head"), start="round"),
     )
 
 

@@ -35,8 +35,6 @@ from taps.model import TaskModel
 from taps.recipe import Recipe, make_optimizer, phase_at
 from taps.signals import Interrupted, StopSignals
 
-#: starts of phases after which deltas are what files will hold
-ROUNDING = {"round coarse": budget.hold_coarse, "round": budget.hold_within}
 #: mean loss of a batch from outputs and labels
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -273,7 +271,7 @@ class _Run:
         if phase is not self.phase:
             self.phase = phase
             set_trainable(self.roles, phase.trains)
-            if any(begun.start in ROUNDING for begun in self.phases[: self.progress.started]):
+            if any(begun.start == "round" for begun in self.phases[: self.progress.started]):
                 self._hold_still()
             self._set_modes(phase)
             self.open_units(phase.opened)
@@ -290,9 +288,13 @@ class _Run:
         if phase.start == "choose" and self.opened is not None and not self.opened.is_file():
             self.save(self.opened)
         self.progress.started += 1
-        starts = {"choose": budget.keep_within, "fix": self._fix, **ROUNDING}
-        for task in self.tasks if phase.start else ():
-            starts[phase.start](self.model, task, self.recipe.budget)
+        for task in self.tasks:
+            if phase.start == "choose":
+                budget.keep_within(self.model, task, self.recipe.budget)
+            elif phase.start == "round":
+                budget.hold_within(self.model, task, self.recipe.budget, phase.beyond)
+            elif phase.start == "fix":
+                self._fix(task)
         if not any("gate" in later.trains for later in self.phases[self.phases.index(phase) :]):
             for unit in self.model.units:
                 for task in self.tasks:
@@ -306,10 +308,10 @@ class _Run:
                 for delta in unit.deltas[task].held() if task in unit.deltas else ():
                     delta.requires_grad_(False)
 
-    def _fix(self, model: TaskModel, task: str, size: int | None) -> None:
+    def _fix(self, task: str) -> None:
         """Fix the support of a task's deltas; averages of gradients, which would move weights outside of it, start anew."""
-        support.fix_support(model, task)
-        for unit in model.units:
+        support.fix_support(self.model, task)
+        for unit in self.model.units:
             for parameter in unit.deltas[task].parameters() if task in unit.deltas else ():
                 for optimizer in self.optimizers.values():
                     optimizer.state.pop(parameter, None)

@@ -152,12 +152,14 @@ def test_phases_count_epochs_exactly():
     assert [(p.name, p.epochs) for p in settled] == [("warm-up", 1), ("train", 1.5), ("settle", 2.5)]
     assert "gate" not in settled[-1].trains
     within = Recipe(epochs=6, budget=10).phases(model)
-    assert [(p.name, p.epochs, p.start) for p in within] == [
-        ("open", 2, None),
-        ("settle", 3, "choose"),
-        ("round", 0.5, "round coarse"),
-        ("round", 0.5, "round"),
+    assert [(p.name, p.epochs, p.start, p.beyond) for p in within[1:]] == [
+        ("settle", 3, "choose", -1.0),
+        ("round", 0.5, "round", 0.7),
+        ("round", 0.5, "round", 0.05),
+        ("round", 0.0, "round", -1.0),
     ]
+    assert (within[0].name, within[0].epochs, within[0].start) == ("open", 2, None)
+    assert [phase_at(within, e).beyond for e in (4.9, 5, 5.4, 5.5, 5.99)] == [-1.0, 0.7, 0.7, 0.05, 0.05]
     assert not any("gate" in p.trains or p.penalty for p in within)
     assert METHODS["finetune"].phases(3, 2, 1) == (Phase("train", 3),)
 
