@@ -20,7 +20,8 @@ from torch import Tensor
 
 from taps.encoding import decode, encode_as
 from taps.errors import UserError
-from taps.taskfile import compact_norm
+from taps.files import tensors_size
+from taps.taskfile import besides_deltas, compact_norm
 
 if TYPE_CHECKING:
     from taps.layer import GatedUnit
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
+_HEADER_GROWTH = 4 * (
+    _TENSOR_HEADER + len("norm/running_mean")
+)  # by norms that come with open units, and longer offsets
 _SAMPLE = 1 << 16  # weights from which size and error of a delta's encodings are estimated
 #: how a unit's weights may be stored: by the error that is allowed, from coarse to 0, which is exact
 _LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015, 0.005, 0.001, 0.0)
 #: the largest of them at which nothing has to be chosen: when gates are decided, and with room for changes when deltas are rounded
 _FINE, _STILL_FINE = 0.42, 0.7
-#: rounding by more than this needs repair, of norms and head, for a sixth of the training, or for a twelfth; by less none
-COARSE, UNNOTICED = _STILL_FINE, 0.05
 
 
 def parse_budget(text: str, model: TaskModel) -> int:
@@ -56,13 +58,9 @@ def parse_budget(text: str, model: TaskModel) -> int:
 
 
 def smallest(model: TaskModel, task: str) -> int:
-    """Bytes of the task's compact file with every unit closed: norms, head, scores and the header."""
-    numbers = sum(
-        _compact_bytes(norm, task) for norm in model.task_norms if model.norm == "task" and task in norm.norms
-    )
-    numbers += sum(2 * tensor.numel() for tensor in model.heads[task].state_dict().values())
-    numbers += sum(tensor.nbytes for gate in model.gates(task) for tensor in gate.state_dict().values())
-    return numbers + 12 * (_TENSOR_HEADER + 24)
+    """Bytes of the task's compact file with every unit closed: norms that it has all the same, head, scores and the header."""
+    norms = [norm for norm in model.task_norms if task in norm.norms and not any(map(norm.follows, model.units))]
+    return tensors_size(besides_deltas(model, task, norms, compact=True))
 
 
 def _compact_bytes(norm, task: str) -> int:
@@ -80,7 +78,7 @@ def check_size(model: TaskModel, task: str, budget: int) -> int:
         raise UserError(
             f"task {task}: a budget of {budget:,} bytes is too small; norms, head and scores need {needed:,}"
         )
-    return budget - needed
+    return max(budget - needed - _HEADER_GROWTH, 0)
 
 
 class _Choice(NamedTuple):

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from taps.errors import UserError
+
+_METADATA = {"format": "pt"}
 
 
 @contextmanager
@@ -66,9 +68,17 @@ def read_json(path: Path) -> dict:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; tensors are copied to the CPU and made contiguous."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(_plain(tensors), temporary, metadata={**_METADATA, **(metadata or {})})
+
+
+def tensors_size(tensors: dict[str, Tensor]) -> int:
+    """Bytes of the file that :func:`write_tensors` would make."""
+    return len(save(_plain(tensors), metadata=_METADATA))
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

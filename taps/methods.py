@@ -16,7 +16,6 @@ from taps.adapt import Found, Unit, find_everything, find_layers
 from taps.adashare import policy_penalty, select_gate
 from taps.automtl import choice_gate, choice_penalty
 from taps.blocks import find_blocks
-from taps.budget import COARSE, UNNOTICED
 from taps.dynashare import instance_gate, policy_and_rate_penalty
 from taps.gates import ConstantGate, Decision, Gate, ThresholdGate
 from taps.skips import find_choices
@@ -67,6 +66,8 @@ class Phase:
     pull: float = 0.0
 
 
+#: errors of rounding, ‖δ̂ − δ‖ / ‖δ‖ of a layer, beyond which norms and head have much, or anything, to make up for
+_COARSE, _NOTICED = 0.7, 0.05
 #: everything but the gates: decisions stand, the rest goes on learning
 SETTLED = tuple(role for role in ROLES if role != "gate")
 
@@ -98,8 +99,8 @@ def open_choose_round(epochs: float) -> tuple[Phase, ...]:
     return (
         Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
         Phase("settle", epochs / 2, penalty=0.0, trains=SETTLED, start="choose"),
-        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round", beyond=COARSE),
-        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round", beyond=UNNOTICED),
+        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round", beyond=_COARSE),
+        Phase("round", epochs / 12, penalty=0.0, trains=SETTLED, start="round", beyond=_NOTICED),
         Phase("round", 0.0, penalty=0.0, trains=("norm", "head"), start="round"),
     )
 

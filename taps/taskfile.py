@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from taps.errors import UserError
 from taps.files import read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
+    from taps.layer import TaskNorm
     from taps.model import TaskModel
 
 FORMAT = 1
@@ -65,15 +67,9 @@ def save(
                     held = ("sparse32", encode_as("sparse32", deltas[name]))  # exact
                 tensors[key] = deltas[name] if held is None else held[1]
                 encodings.update({} if held is None else {key: held[0]})
-    tensors.update(_pack("gate", [unit.gates[task].state_dict() for unit in model.units]))
     norms = [norm for norm in model.task_norms if norm.own(task) is not None]
-    states = [compact_norm(norm.own(task), norm.base) if compact else norm_tensors(norm.own(task)) for norm in norms]
+    tensors.update(besides_deltas(model, task, norms, compact))
     head = model.heads[task]
-    small = _pack("norm", states)
-    small.update((f"head/{name}", tensor) for name, tensor in head.state_dict().items())
-    tensors.update(
-        (key, tensor.half() if compact and tensor.is_floating_point() else tensor) for key, tensor in small.items()
-    )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
@@ -112,6 +108,20 @@ def save(
         },
     )
     return folder
+
+
+def besides_deltas(model: TaskModel, task: str, norms: Sequence[TaskNorm], compact: bool) -> dict[str, Tensor]:
+    """What a task's file holds besides deltas: its gates, its copies of these norms and its head."""
+    states = [
+        compact_norm(norm.norms[task], norm.base) if compact else norm_tensors(norm.norms[task]) for norm in norms
+    ]
+    small = _pack("norm", states)
+    small.update((f"head/{name}", tensor) for name, tensor in model.heads[task].state_dict().items())
+    tensors = _pack("gate", [unit.gates[task].state_dict() for unit in model.units])
+    tensors.update(
+        (key, tensor.half() if compact and tensor.is_floating_point() else tensor) for key, tensor in small.items()
+    )
+    return tensors
 
 
 def compact_norm(norm: nn.Module, base: nn.Module) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def test_a_run_always_ends_with_a_task(accelerator):
         on_epoch=lambda r, b: kept.append(b),
     )
     assert kept == [False, True]
-    recipe = Recipe(epochs=1, accumulate=8, lr=0.1, budget=smallest(perceptron(), "a") + 100)
+    recipe = Recipe(epochs=1, accumulate=8, lr=0.1, budget=smallest(perceptron(), "a") + 500)
     model, rows = run(accelerator, recipe)  # one step: nothing was learned that would be worth its bytes
     assert rows[-1]["phase"] == "round"
     assert sum(row["specific"] for row in model.report("a")) == 0
@@ -254,7 +254,8 @@ def test_a_budget_is_kept_and_well_used(tmp_path, norm):
         assert kept == open_units  # nothing has moved in between
         path = model.save_task("a", tmp_path / str(budget), compact=True) / "task.safetensors"
         size = path.stat().st_size
-        assert 0.985 * min(budget, 44_900_000) - 2_000 <= size <= budget
+        assert 0.985 * min(budget, 44_900_000) - 1_000 <= size <= budget
+        assert budget > smallest_size or size == smallest_size
         assert [row["name"] for row in model.report("a") if row["specific"]] == kept
         loaded = network()
         loaded.remove_task("a")
@@ -284,7 +285,7 @@ def test_bytes_go_where_they_keep_most():
             torch.nn.init.normal_(parameter, std=size)
     differ = 0
     for room in (0, 250, 300, 340, 500, 600, 700, 800, 5000):
-        budget = smallest(model, "a") + room
+        budget = smallest(model, "a") + budget_module._HEADER_GROWTH + room
         hulls = [budget_module._choices(model, unit, "a", room) for unit in model.units]
         ways = [both for both in product(*hulls) if sum(choice.size for choice in both) <= room]
         for fine, scale in ((-1.0, lambda w, own: w.square().mean().sqrt()), (9.0, lambda w, own: own.square().sum())):
@@ -314,7 +315,7 @@ def test_bytes_go_where_they_keep_most():
     assert differ == 4  # at two sizes, by both
     for parameter in model.units[0].deltas["a"].parameters():
         parameter.data.zero_()
-    assert allocate(model, "a", smallest(model, "a") + 600).keys() == {"4"}  # what has not moved needs nothing
+    assert allocate(model, "a", smallest(model, "a") + 1000).keys() == {"4"}  # what has not moved needs nothing
 
 
 def test_where_all_can_be_kept_finely_nothing_is_closed():
@@ -332,7 +333,7 @@ def test_where_all_can_be_kept_finely_nothing_is_closed():
     assert set(open_units) <= {unit.name for index, unit in enumerate(model.units) if not index % 3}
 
 
-@pytest.mark.parametrize(("room", "kept", "still"), [(252, 1, 6), (275, 1, 3), (330, 1, 1), (600, 2, 3), (900, 2, 1)])
+@pytest.mark.parametrize(("room", "kept", "still"), [(652, 1, 6), (675, 1, 3), (730, 1, 1), (1000, 2, 3), (1300, 2, 1)])
 def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerator, tmp_path):
     """Whatever phase it is stopped in: before the choice, after it, after rounding what is coarse, what can be noticed, or all;
     the coarser the rounding, the longer are deltas what files will hold."""
