@@ -5,7 +5,8 @@
     python benchmarks/quality.py --dataset A B --model_type resnet34 --input_size 224 --epochs 30 --images 0
     python benchmarks/quality.py --tune                 # which learning rate suits each row, on validation images
 
-Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets; LoRA
+Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets, with
+``--controls`` also with layers that are not chosen but taken at random, from the first on or from the last; LoRA
 by ``peft`` (Hu et al., 2022) on every convolution and linear layer that is not grouped; a mask of the base's weights (Piggyback,
 Mallya et al., 2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024). Each task has its own
 head, and its own norms but in the linear probe and where a row says otherwise: ``frozen norms`` are the base's, ``as documented``
@@ -24,12 +25,14 @@ import argparse
 import copy
 import math
 import multiprocessing
+import random
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,13 +46,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import taps  # noqa: E402
-from taps import files  # noqa: E402
+from taps import budget, files  # noqa: E402
 from taps.adapt import find_layers, is_norm  # noqa: E402
 from taps.backbones import preprocessing  # noqa: E402
 from taps.budget import parse_budget, smallest  # noqa: E402
 from taps.cost import accounting  # noqa: E402
 from taps.data import Preprocessing, TaskData, find_tasks, make_loader, split_validation  # noqa: E402
 from taps.data.demo import make_demo, read_demo  # noqa: E402
+from taps.encoding import encode_as  # noqa: E402
 from taps.errors import UserError  # noqa: E402
 from taps.layer import evaluating  # noqa: E402
 from taps.metrics import accuracy  # noqa: E402
@@ -72,6 +76,7 @@ class Row:
         lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
         norm: norm policy of this library's methods; ``None``: the method's own.
         scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
+        layers: a control: which layers a budget's bytes go to, ``"random"``, ``"first"`` or ``"last"``.
         norms: a rival's: ``"own"``; ``"base"``, which stand still; or ``"shared"``, the one base's, running statistics and all.
     """
 
@@ -82,10 +87,12 @@ class Row:
     norm: str | None = None
     scale: float = 1.0
     norms: str = "own"
+    layers: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.setting}{_NORMS[self.norms]}".strip()
+        control = f", {self.layers} layers" if self.layers else ""
+        return f"{self.method} {self.setting}{_NORMS[self.norms]}{control}".strip()
 
     @property
     def number(self) -> float:
@@ -111,6 +118,7 @@ ROWS = (
     Row("taps_budget", "35%", lr=3e-3, optimizer="adam"),
     Row("taps_budget", "50%", lr=3e-3, optimizer="adam"),
 )
+CONTROLS = tuple(Row("taps_budget", "3%", layers=layers) for layers in ("random", "first", "last"))
 TUNED = {"sgd": (0.01, 0.02, 0.05), "adam": (1e-3, 3e-3, 1e-2)}
 SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
 
@@ -230,6 +238,35 @@ def rival(
     return model, size
 
 
+@contextmanager
+def controlled(layers: str | None, seed: int) -> Iterator[None]:
+    """For the ``with`` block a budget's bytes go to layers in this order, each at about 1.3 bits a weight, until they are spent."""
+    chosen = budget.allocate
+
+    def allocate(model: taps.TaskModel, task: str, size: int, fine: float = 0.0) -> dict[str, float | None]:
+        units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
+        if layers == "random":
+            random.Random(seed).shuffle(units)
+        elif layers == "last":
+            units.reverse()
+        left, levels = budget.check_size(model, task, size), {}
+        for unit in units:
+            deltas = [unit.deltas[task][name].detach() for name in unit.parameter_names]
+            norms = sum(
+                4 * n.norms[task].weight.numel() for n in model.task_norms if n.follows(unit) and task in n.norms
+            )
+            needs = norms + sum(150 + len(encode_as("coded", delta, 0.42)) for delta in deltas)
+            levels[unit.name] = 0.42 if needs <= left else None
+            left -= needs if needs <= left else 0
+        return levels
+
+    budget.allocate = allocate if layers else chosen
+    try:
+        yield
+    finally:
+        budget.allocate = chosen
+
+
 def entropy(count: int, kept: int) -> float:
     """Bits that say which ``kept`` of ``count`` weights: log₂ of the number of ways to choose them."""
     return (math.lgamma(count + 1) - math.lgamma(kept + 1) - math.lgamma(count - kept + 1)) / math.log(2)
@@ -285,14 +322,15 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
                 model, extra = rival(row, copy.deepcopy(base), [TASK], task, plain, seed)
             torch.manual_seed(seed)
         model.add_task(name, num_classes=len(task.classes))
-        budget = parse_budget(row.setting, model) if row.method == "taps_budget" else None
+        size = parse_budget(row.setting, model) if row.method == "taps_budget" else None
         lam = row.number if row.method == "taps" else 0.0
         recipe = Recipe(
             epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, penalty_weight=lam,
-            budget=budget, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
+            budget=size, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
         )  # fmt: skip
         started = time.perf_counter()
-        fit(model, name, loader, sampler, recipe, accelerator)
+        with controlled(row.layers, seed):
+            fit(model, name, loader, sampler, recipe, accelerator)
         trained = time.perf_counter()
         with evaluating(model):
             score = accuracy(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
@@ -434,6 +472,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=0, help="how many of the tasks (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="only rows whose name begins so; results of others are kept")
+    parser.add_argument("--controls", action="store_true", help="budgets whose layers are not chosen as well")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a process (default: 1)")
     parser.add_argument("--quick", action="store_true")
@@ -445,7 +484,8 @@ def main() -> None:
         given.tasks, given.seeds, given.epochs = given.tasks or 2, [0], 3
     if not given.dataset:
         make_demo(given.demo)
-    rows = [row for row in ROWS if not given.rows or any(row.name.startswith(own) for own in given.rows)]
+    rows = (*ROWS, *CONTROLS) if given.controls else ROWS
+    rows = [row for row in rows if not given.rows or any(row.name.startswith(own) for own in given.rows)]
     if given.tune:
         given.seeds = [100]  # a split that no reported run has
         rows = [
@@ -492,7 +532,7 @@ def main() -> None:
     if before.get("how") == how:  # rows that were not asked for stay as they are
         done = {result["row"] for result in results}
         results += [result for result in before["runs"] if result["row"] not in done]
-    order = {row.name: index for index, row in enumerate(ROWS)}
+    order = {row.name: index for index, row in enumerate((*ROWS, *CONTROLS))}
     results.sort(key=lambda result: (order.get(result["row"], len(order)), result["seed"]))
     lines = summarise(results)
     print(table(lines))

@@ -39,8 +39,8 @@ _LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.05, 0.03, 
 _FINE, _STILL_FINE = 0.42, 0.7
 
 
-def parse_budget(text: str, model: TaskModel) -> int:
-    """Bytes of a task file: ``"5%"`` of the base's parameters, or a size such as ``"600KB"``.
+def read_size(text: str) -> tuple[float, bool]:
+    """A size as (share of the base, True) for ``"5%"`` or (bytes, False) for ``"600KB"``.
 
     Raises:
         UserError: if the text is neither or the percentage is not above 0 and at most 100.
@@ -50,11 +50,21 @@ def parse_budget(text: str, model: TaskModel) -> int:
         raise UserError(f"--budget {text!r} is not a size; write a part of the base (5%) or bytes (600KB, 2MB)")
     value, unit = float(match.group(1)), match.group(2)
     if unit != "%":
-        return int(value * _UNITS[unit])
+        return float(round(value * _UNITS[unit])), False
     if not 0 < value <= 100:
         raise UserError(f"--budget {text!r}: a part of the base must be above 0 % and at most 100 %")
+    return value / 100, True
+
+
+def parse_budget(text: str, model: TaskModel) -> int:
+    """Bytes of a task file: ``"5%"`` of the base's parameters, or a size such as ``"600KB"``.
+
+    Raises:
+        UserError: as :func:`read_size`.
+    """
+    value, is_share = read_size(text)
     element = next(model.backbone.parameters()).element_size()
-    return int(value / 100 * model.base_parameters * element)
+    return int(value * model.base_parameters * element) if is_share else int(value)
 
 
 def smallest(model: TaskModel, task: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from taps import plots, results
+from taps.budget import read_size
 from taps.errors import UserError
 
 
@@ -28,9 +29,12 @@ def runs(options: Namespace) -> list[Namespace]:
     if not isinstance(options.budget, list):
         return [options]
     sizes = [size.replace(" ", "").lower() for size in options.budget]
-    twice = next((size for size in sizes if sizes.count(size) > 1), None)
-    if twice is not None:
-        raise UserError(f"--budget names {twice} twice")
+    known: dict[tuple[float, bool], str] = {}
+    for size in sizes:
+        other = known.get(read_size(size))
+        if other is not None:
+            raise UserError(f"--budget names one size twice: {other} and {size}")
+        known[read_size(size)] = size
     name = options.experiment_name
     return [Namespace(**{**vars(options), "budget": size, "experiment_name": f"{name}/{size}"}) for size in sizes]
 

@@ -63,11 +63,12 @@ def command():
 
 #: options of a run that takes seconds
 SMALL = ("--model_type", "resnet18", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
-SMALL += ("--warmup_epochs", "1", "--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
+SMALL += ("--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
 
 
 def trained_arguments(tree: Path, *more: object) -> tuple:
-    return ("--dataset", tree, *SMALL, "--epochs", 2, "--lam", 4, "--experiment_name", "run", *more)
+    penalty = () if {"--budget", "taps_budget"} & set(more) else ("--warmup_epochs", 1, "--lam", 4)
+    return ("--dataset", tree, *SMALL, "--epochs", 2, *penalty, "--experiment_name", "run", *more)
 
 
 @pytest.fixture(scope="session")

@@ -138,20 +138,20 @@ def test_budget(tree, here, tmp_path):
 
 def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     """Each is what a run of its own would be, stopped or not; a size can be added later."""
-    arguments = trained_arguments(tree / "paint", "--epochs", 3)
+    arguments = trained_arguments(tree / "paint", "--epochs", 3, "--budget")
     curve = tmp_path / "results/run"
-    done = here("train_sequential.py", *arguments, "--budget", "3MB", "5MB", cwd=tmp_path)
+    done = here("train_sequential.py", *arguments, "3MB", "5MB", cwd=tmp_path)
     assert "picture: results/run/trade_off.png" in done.stdout
     assert sorted(path.name for path in curve.iterdir()) == ["3mb", "5mb", "trade_off.png"]
     assert {row["phase"] for row in read_run(curve / "5mb").metrics} == {"settle", "round"}
     done = here("evaluate.py", "results/run", cwd=tmp_path, check=2)
     assert "results/run holds several runs; name one of them, e.g. results/run/3mb" in done.stderr
-    here("train_sequential.py", *arguments, "--budget", "5MB", "--experiment_name", "alone", cwd=tmp_path)
+    here("train_sequential.py", *arguments, "5MB", "--experiment_name", "alone", cwd=tmp_path)
     stored = [path / "paint/task.safetensors" for path in (curve / "5mb", tmp_path / "results/alone")]
     assert stored[0].read_bytes() == stored[1].read_bytes()
-    done = here("train_sequential.py", *arguments, "--budget", "3MB", "4MB", cwd=tmp_path, check=2)
+    done = here("train_sequential.py", *arguments, "3MB", "4MB", cwd=tmp_path, check=2)
     assert "exists; continue it or add sizes with --resume" in done.stderr
-    here("train_sequential.py", *arguments, "--budget", "4MB", "3MB", "--resume", cwd=tmp_path)
+    here("train_sequential.py", *arguments, "4MB", "3MB", "--resume", cwd=tmp_path)
     assert sorted(path.name for path in curve.iterdir()) == ["3mb", "4mb", "5mb", "trade_off.png"]
 
 
@@ -391,7 +391,13 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--device", "cuda"), "--device cuda is not available"),
         (("--layers", "nothing"), "matches none"),
         (("--budget", "lots"), "is not a size"),
-        (("--budget", "3MB", "3mb"), "--budget names 3mb twice"),
+        (("--budget", "3MB", "3mb"), "--budget names one size twice: 3mb and 3mb"),
+        (("--budget", "300KB", "0.3MB"), "--budget names one size twice: 300kb and 0.3mb"),
+        (
+            ("--budget", "5%", "--lam", "1"),
+            "--lam is not used with a budget, which takes its place: leave one of them out",
+        ),
+        (("--method", "taps_budget", "--settle_epochs", "1"), "--settle_epochs is not used with a budget"),
         (("--model_path", "nothing.pth"), "nothing.pth does not exist"),
         (("--val_fraction", "0.001"), "leaves none to validate on"),
         (("--lr", "1e30"), "the loss is"),

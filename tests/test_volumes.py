@@ -341,12 +341,28 @@ def test_too_few_groups_are_refused(table):
 # -- generated volumes -------------------------------------------------------------------------------------------
 
 
-def test_targets_follow_what_they_are_said_to(made):
+def test_grain_is_seen_in_any_part_and_accord_in_no_sum_over_parts():
+    """By least squares on sums over a volume of functions of small parts, on other volumes than it is fitted to."""
     random = np.random.default_rng(0)
-    striped = [make_brain(random, 0.0, grain, 32, 0.0).astype(float) for grain in (-2.0, 2.0)]
-    for volume, (along, across) in zip(striped, ((2, 1), (1, 2)), strict=True):
-        inner = volume[10:22, 10:22, 10:22]
-        assert np.abs(np.diff(inner, axis=along)).mean() > 3 * np.abs(np.diff(inner, axis=across)).mean()
+    factors = random.normal(size=(450, 2))
+    volumes = np.stack([make_brain(random, accord, grain, 24, 0.15) for accord, grain in factors]) / 80.0
+    blocks = volumes.reshape(-1, 6, 4, 6, 4, 6, 4).mean((2, 4, 6)).reshape(len(volumes), -1)
+    hinges = [np.maximum(blocks - level, 0).mean(1) for level in np.linspace(0, 1.8, 10)]
+    steps = [np.abs(np.diff(volumes, axis=axis)).mean((1, 2, 3)) for axis in (1, 2, 3)]
+    lobes = [volumes[:, place, 10:14, 10:14].mean((1, 2, 3)) - 1 for place in (slice(6, 9), slice(15, 18))]
+
+    def seen(features, factor):
+        design = np.stack([*features, np.ones(len(volumes))], 1)
+        weights, *_ = np.linalg.lstsq(design[:300], factors[:300, factor], rcond=None)
+        return np.corrcoef(design[300:] @ weights, factors[300:, factor])[0, 1]
+
+    parts = hinges + steps
+    assert seen(parts, 1) > 0.9
+    assert seen(parts, 0) < 0.3
+    assert seen([lobes[0] * lobes[1]], 0) > 0.85
+
+
+def test_generated_trees_are_the_same_again(made):
     assert {target for pair in SHARED for target in pair} == {*CATEGORIES, *NUMBERS}
     again = made.parent / "again"
     make_brains(again, TINY)
