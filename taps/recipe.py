@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taps.errors import unknown
+from taps.errors import UserError, unknown
 from taps.methods import ROLES, Phase, open_choose_round
 from taps.model import TaskModel
 
 OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
 DECAYS = ("cosine", "step", "constant")
+_POSITIVE = ("epochs", "lr", "score_lr", "delta_lr", "base_lr", "norm_lr", "decay_epochs", "decay_rate", "accumulate",
+             "eval_epochs", "save_epochs", "limit_batches")  # fmt: skip
+_NOT_NEGATIVE = ("warmup_epochs", "settle_epochs", "penalty_weight", "budget", "momentum", "weight_decay", "gate_weight_decay",
+                 "gate_epsilon", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Recipe:
         others: recipes of further optimisers by name, for phases that name them.
         save_epochs: write the checkpoint after every so many epochs, and when the best epoch is found.
         channels_last: keep images and their convolutions' weights in the memory order that CPUs and CUDA run fastest.
+
+    Raises:
+        UserError: for a number outside of its range.
     """
 
     epochs: int = 30
@@ -83,6 +90,14 @@ class Recipe:
     others: Mapping[str, Recipe] = field(default_factory=dict)
     save_epochs: int = 1
     channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in (*_POSITIVE, *_NOT_NEGATIVE)}
+        given |= {f"task_weights of {task}": weight for task, weight in self.task_weights.items()}
+        for name, value in given.items():
+            enough = value is None or (value > 0 if name in _POSITIVE else value >= 0)
+            if not enough or value == math.inf:  # NaN is not enough
+                raise UserError(f"{name} has to be {'above' if name in _POSITIVE else 'at least'} 0, not {value!r}")
 
     def phases(self, model: TaskModel) -> tuple[Phase, ...]:
         """The phases of this recipe for the model's method."""

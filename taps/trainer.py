@@ -31,6 +31,15 @@ TRAINING = (
     "settle_iterations", "init_temperature", "temperature_decay", "curriculum_speed", "policy_fraction", "task_weights",
     "limit_batches",
 )  # fmt: skip
+_POSITIVE = (
+    "batch_size",
+    "weight_iterations",
+    "policy_iterations",
+    "eval_iterations",
+    "init_temperature",
+    "policy_lr",
+    "weights_lr",
+)
 
 
 class _Planned(Dataset):
@@ -74,7 +83,8 @@ class PolicyTrainer:
         history: a dict an epoch and task: ``stage``, ``epoch``, ``train_loss``, ``loss`` and ``metric`` on validation data.
 
     Raises:
-        UserError: for an unknown method or option, or tasks that differ between heads, losses, metrics and labels.
+        UserError: for an unknown method or option, a number outside of its range, or tasks that differ between heads, losses,
+            metrics and labels.
 
     Example:
         >>> trainer = PolicyTrainer(backbone, heads, loaders, losses, metrics)     # doctest: +SKIP
@@ -126,6 +136,11 @@ class PolicyTrainer:
         self.options = Namespace(
             **{**values, "batch_size": loader.batch_size, **options, "method": method, "seed": seed}
         )
+        for name in _POSITIVE:
+            value = getattr(self.options, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} has to be above 0, not {value!r}")
+        pretrain_plan(Namespace(**{**vars(self.options), "warmup_iterations": 1}))  # a recipe checks its numbers
         self.val = loaders["val"]
         self.parts = {"train": loader.dataset, **self._divide(loaders)}
         self.collate = loader.collate_fn

@@ -141,6 +141,23 @@ def test_learning_rate_is_a_cosine_that_never_spends_an_epoch_at_zero():
     assert rates[29] == pytest.approx((1 + math.cos(math.pi * 29 / 30)) / 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("score_lr", -1.0),
+        ("momentum", -0.1),
+        ("budget", -1),
+        ("lr", math.inf),
+    ],
+)
+def test_a_recipe_refuses_numbers_outside_of_their_ranges(name, value):
+    with pytest.raises(ValueError, match=f"{name} has to be (above|at least) 0, not"):
+        Recipe(**{name: value})
+
+
 def test_phases_count_epochs_exactly():
     model = taps.adapt(nn.Sequential(nn.Linear(2, 2)))
     phases = Recipe(epochs=5, warmup_epochs=2).phases(model)

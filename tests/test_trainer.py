@@ -129,6 +129,10 @@ def test_other_methods_and_samples_of_their_own():
         ({"losses": {"way": nn.functional.cross_entropy}}, "losses are given for way; heads are given for way, colour"),
         ({"loaders": {"train": None}}, "loaders lack 'val'"),
         ({"task_weights": {"wy": 2.0}}, "unknown task in task_weights 'wy'; did you mean 'way'"),
+        ({"task_weights": {"way": -2.0}}, "task_weights of way has to be at least 0, not -2.0"),
+        ({"lr": 0.0}, "lr has to be above 0, not 0.0"),
+        ({"policy_lr": -0.1}, "policy_lr has to be above 0, not -0.1"),
+        ({"batch_size": 0}, "batch_size has to be above 0, not 0"),
         ({"policy_fraction": 0.0}, "policy_fraction 0.0 of 128 samples leaves a part empty"),
         (
             {"loaders": {name: DataLoader(list(range(4))) for name in ("train", "val")}},
