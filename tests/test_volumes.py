@@ -440,6 +440,7 @@ COMMAND_MISTAKES = {
     ),
     "folder": (("--images", "x", "--labels", "LABELS", "--cat_target", "sex"), "x does not exist"),
     "table": (("--images", "x", "--labels", "y.csv", "--cat_target", "sex"), "y.csv does not exist"),
+    "generated column": (("--cat_target", "sexes"), "unknown column of the generated table 'sexes'; did you mean 'sex'"),
     "one default target": (("--cat_target", "sex", "--tasks", "sexes"), "unknown task of benchmark volumes 'sexes'"),
     "target": (("--images", "IMAGES", "--labels", "LABELS", "--num_target", "age"), "unknown column of"),
 }
@@ -453,3 +454,4 @@ def test_mistakes_end_with_one_line(made, here, tmp_path, name):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
+    assert (tmp_path / "datasets").exists() == (name == "one default target")

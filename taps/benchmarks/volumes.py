@@ -13,10 +13,10 @@ from torch import nn
 
 from taps.backbones import load_weights
 from taps.benchmarks.shared import SharedBenchmark
-from taps.data.brains import CATEGORIES, NUMBERS, make_brains
+from taps.data.brains import CATEGORIES, COLUMNS, NUMBERS, make_brains
 from taps.data.shared import VOID
 from taps.data.volumes import VolumeData, open_volumes
-from taps.errors import UserError
+from taps.errors import UserError, unknown
 from taps.model import TaskModel
 from taps.residual import create_volume_backbone
 
@@ -82,6 +82,9 @@ def open_subjects(options: Namespace, accelerator: Accelerator) -> VolumeBenchma
         raise UserError("benchmark volumes takes --images and --labels instead of --dataset")
     cat, num = options.cat_target or (), options.num_target or ()
     if not any(given):
+        for name in (*cat, *num):
+            if name not in COLUMNS:
+                raise unknown("column of the generated table", name, COLUMNS)
         with accelerator.local_main_process_first():
             make_brains(GENERATED)
         given = [GENERATED / "images", GENERATED / "labels.csv"]

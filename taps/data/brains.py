@@ -39,7 +39,7 @@ SHARED = {
     ("diagnosis", "interview_age"): 1.0, ("diagnosis", "sex"): 0.0, ("diagnosis", "picvocab"): 0.0,
     ("sex", "interview_age"): 0.0, ("sex", "picvocab"): 1.0, ("interview_age", "picvocab"): 0.0,
 }  # fmt: skip
-_COLUMNS = ("subjectkey", "interview_age", "sex", "diagnosis", "picvocab", "rel_family_id", "site_id_l")
+COLUMNS = ("subjectkey", "interview_age", "sex", "diagnosis", "picvocab", "rel_family_id", "site_id_l")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _write(root: Path, recipe: Recipe) -> None:
         write_text(list_path(images, split), "\n".join(names) + "\n")
     with open(root / "labels.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        writer.writerow(COLUMNS)
         writer.writerows(rows)
 
 
