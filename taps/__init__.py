@@ -34,7 +34,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'taps' has no attribute {name!r}")
 
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 __all__ = [
     "METHODS",
     "ConstantGate",

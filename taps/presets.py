@@ -156,12 +156,13 @@ _GENERATED: dict[str, dict] = {
         "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
     },
     "volumes": {
-        "model_type": "resnet18", "channels": (8, 12, 16, 24), "input_size": None, "task_weights": {"sex": 2.0, "picvocab": 2.0},
+        "model_type": "resnet18", "channels": (8, 12, 16, 24), "input_size": None,
+        "task_weights": {"interview_age": 3.0, "picvocab": 3.0, "diagnosis": 2.0},
         "batch_size": 16, "lr": 3e-3, "base_lr": 3e-3, "betas": (0.9, 0.999), "wd": 1e-4, "decay": "cosine",
-        "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.002, "sharing_weight": 0.0005,
-        "policy_fraction": 0.4, "iterations": 560, "warmup_iterations": 200, "retrain_iterations": 400, "weight_iterations": 12,
-        "policy_iterations": 6, "eval_iterations": 80, "temperature_decay": 0.8, "retrain_from": "policy", "exp_ids": (0, 1),
-        "single_task": "measure",
+        "weights_optimizer": "adam", "policy_lr": 0.05, "policy_wd": 0.0, "sparsity_weight": 0.07, "sharing_weight": 0.003,
+        "policy_fraction": 0.4, "iterations": 750, "warmup_iterations": 300, "retrain_iterations": 300, "weight_iterations": 8,
+        "policy_iterations": 10, "eval_iterations": 80, "curriculum_speed": 0.5, "temperature_decay": None, "sample": False,
+        "retrain_from": "policy", "exp_ids": (0, 1), "single_task": "measure",
     },
 }  # fmt: skip
 

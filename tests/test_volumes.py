@@ -21,7 +21,7 @@ from taps.data.subjects import main as divide_command
 from taps.data.volumes import open_volumes, read_volume, volume_shape
 from taps.residual import create_volume_backbone
 
-TINY = Recipe(side=16, train=24, val=12, test=12, missing=0.05, seed=1)
+TINY = Recipe(side=16, train=24, val=12, test=12, missing_numbers=0.05, missing_categories=0.05, seed=1)
 SMALL = (
     "--channels", 4, 4, 4, 4, "--model_type", "resnet10", "--batch_size", 4, "--iterations", 12, "--warmup_iterations", 2,
     "--weight_iterations", 1, "--policy_iterations", 1, "--retrain_iterations", 4, "--eval_iterations", 3, "--curriculum_speed", 1,
@@ -429,7 +429,7 @@ def test_published_configuration_is_the_default_where_data_is_named():
     assert (options.model_type, options.input_size, options.lr, options.base_lr) == ("resnet50", 96, 1e-3, 1e-6)
     assert (options.iterations, options.warmup_iterations) == ("69e", "9e")
     assert parse_mtl(["--benchmark", "volumes"]).model_type == "resnet18"
-    assert parse_mtl(["--benchmark", "volumes", "--cat_target", "sex"]).task_weights == {"sex": 2.0}
+    assert parse_mtl(["--benchmark", "volumes", "--cat_target", "diagnosis"]).task_weights == {"diagnosis": 2.0}
 
 
 COMMAND_MISTAKES = {
@@ -440,7 +440,10 @@ COMMAND_MISTAKES = {
     ),
     "folder": (("--images", "x", "--labels", "LABELS", "--cat_target", "sex"), "x does not exist"),
     "table": (("--images", "x", "--labels", "y.csv", "--cat_target", "sex"), "y.csv does not exist"),
-    "generated column": (("--cat_target", "sexes"), "unknown column of the generated table 'sexes'; did you mean 'sex'"),
+    "generated column": (
+        ("--cat_target", "sexes"),
+        "unknown column of the generated table 'sexes'; did you mean 'sex'",
+    ),
     "one default target": (("--cat_target", "sex", "--tasks", "sexes"), "unknown task of benchmark volumes 'sexes'"),
     "target": (("--images", "IMAGES", "--labels", "LABELS", "--num_target", "age"), "unknown column of"),
 }

@@ -51,17 +51,19 @@ class Recipe:
         train, val, test: number of subjects.
         noise: standard deviation of a voxel's noise; tissue has 1.
         label_noise: that of what targets follow, which has about 1.
-        missing: share of the training labels that are not there; of the others a twentieth of it.
+        missing_numbers, missing_categories: share of the training labels of these targets that are not there, as diagnoses are
+            rarer than measurements; of the other splits' a twentieth of it.
         seed: of everything.
     """
 
     side: int = 24
-    train: int = 300
+    train: int = 320
     val: int = 200
     test: int = 300
     noise: float = 0.15
     label_noise: float = 0.35
-    missing: float = 0.3
+    missing_numbers: float = 0.4
+    missing_categories: float = 0.75
     seed: int = 0
 
 
@@ -106,7 +108,7 @@ def make_brains(root: Path, recipe: Recipe | None = None) -> None:
     if (
         recipe.side < 16
         or min(recipe.train, recipe.val, recipe.test) < 6
-        or not 0 <= recipe.missing < 0.9
+        or not all(0 <= share < 0.9 for share in (recipe.missing_numbers, recipe.missing_categories))
         or min(recipe.noise, recipe.label_noise, recipe.seed) < 0
     ):
         raise UserError(
@@ -129,7 +131,8 @@ def _write(root: Path, recipe: Recipe) -> None:
             np.save(images / f"{subject}.npy", make_brain(random, accord, grain, recipe.side, recipe.noise))
             names.append(f"{subject}.npy")
             family += random.random() < 0.85 or not names[:-1]
-            missing = recipe.missing if split == "train" else recipe.missing / 20
+            of_all = 1.0 if split == "train" else 0.05
+            missing = (of_all * recipe.missing_numbers, of_all * recipe.missing_categories)
             rows.append(_row(random, subject, accord, grain, family, recipe.label_noise, missing))
         write_text(list_path(images, split), "\n".join(names) + "\n")
     with open(root / "labels.csv", "w", newline="", encoding="utf-8") as file:
@@ -145,7 +148,7 @@ def _row(
     grain: float,
     family: int,
     label_noise: float,
-    missing: float,
+    missing: tuple[float, float],
 ) -> list[str]:
     noisy = [value + label_noise * random.normal() for value in (accord, accord, grain, grain)]
     cells = [
@@ -154,7 +157,9 @@ def _row(
         ("low", "middle", "high")[int(np.searchsorted([-0.45, 0.45], noisy[1]))],
         f"{85 + 9 * noisy[3]:.1f}",
     ]
-    cells = ["" if random.random() < missing else cell for cell in cells]
+    of_number, of_category = missing
+    shares = (of_number, of_category, of_category, of_number)
+    cells = ["" if random.random() < share else cell for cell, share in zip(cells, shares, strict=True)]
     return [subject, *cells, str(family), f"site{int(random.integers(1, 22)):02d}"]
 
 
@@ -171,7 +176,12 @@ def main(arguments: Sequence[str]) -> None:
     ):
         value = getattr(default, name)
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
-    for name, text in (("noise", "of a voxel"), ("label_noise", "of the targets"), ("missing", "share of the labels")):
+    for name, text in (
+        ("noise", "of a voxel"),
+        ("label_noise", "of the targets"),
+        ("missing_numbers", "share of the labels"),
+        ("missing_categories", "share of the labels"),
+    ):
         value = getattr(default, name)
         parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (default: {value})")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="(default: 0)")
