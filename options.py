@@ -371,7 +371,7 @@ def _with_method(parser: Parser, options: argparse.Namespace) -> argparse.Namesp
         options.budget = row.budget
     elif "threshold" not in row.options:
         parser.error(f"--budget chooses among layers, which method {options.method} does not")
-    for name in ("lam", "warmup_epochs", "settle_epochs"):
+    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr"):
         if options.budget is not None and getattr(options, name) is not None:
             parser.error(f"--{name} is not used with a budget, which takes its place: leave one of them out")
     return options

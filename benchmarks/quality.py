@@ -53,7 +53,6 @@ from taps.budget import parse_budget, smallest  # noqa: E402
 from taps.cost import accounting  # noqa: E402
 from taps.data import Preprocessing, TaskData, find_tasks, make_loader, split_validation  # noqa: E402
 from taps.data.demo import make_demo, read_demo  # noqa: E402
-from taps.encoding import encode_as  # noqa: E402
 from taps.errors import UserError  # noqa: E402
 from taps.layer import evaluating  # noqa: E402
 from taps.metrics import accuracy  # noqa: E402
@@ -76,8 +75,8 @@ class Row:
         lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
         norm: norm policy of this library's methods; ``None``: the method's own.
         scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
-        layers: a control: which layers a budget's bytes go to, ``"random"``, ``"first"`` or ``"last"``.
         norms: a rival's: ``"own"``; ``"base"``, which stand still; or ``"shared"``, the one base's, running statistics and all.
+        layers: a control: which layers a budget's bytes go to, ``"random"``, ``"first"`` or ``"last"``.
     """
 
     method: str
@@ -240,24 +239,23 @@ def rival(
 
 @contextmanager
 def controlled(layers: str | None, seed: int) -> Iterator[None]:
-    """For the ``with`` block a budget's bytes go to layers in this order, each at about 1.3 bits a weight, until they are spent."""
-    chosen = budget.allocate
+    """For the ``with`` block a budget's bytes go to layers in this order, each at about a bit a weight, until they are spent; all
+    is rounded when coarse deltas are."""
+    chosen, error, order = budget.allocate, 0.55, {}
 
     def allocate(model: taps.TaskModel, task: str, size: int, fine: float = 0.0) -> dict[str, float | None]:
+        if not order:
+            names = [unit.name for unit in model.units]
+            if layers == "random":
+                random.Random(seed).shuffle(names)
+            order.update((name, place) for place, name in enumerate(reversed(names) if layers == "last" else names))
+        left, levels = budget.check_size(model, task, size), dict.fromkeys(order)
         units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
-        if layers == "random":
-            random.Random(seed).shuffle(units)
-        elif layers == "last":
-            units.reverse()
-        left, levels = budget.check_size(model, task, size), {}
-        for unit in units:
-            deltas = [unit.deltas[task][name].detach() for name in unit.parameter_names]
-            norms = sum(
-                4 * n.norms[task].weight.numel() for n in model.task_norms if n.follows(unit) and task in n.norms
-            )
-            needs = norms + sum(150 + len(encode_as("coded", delta, 0.42)) for delta in deltas)
-            levels[unit.name] = 0.42 if needs <= left else None
-            left -= needs if needs <= left else 0
+        for unit in sorted(units, key=lambda unit: order[unit.name]):
+            needs = budget._measured(model, unit, task, budget._Choice(0, 0.0, error)).size
+            if needs <= left:
+                levels[unit.name] = error
+                left -= needs
         return levels
 
     budget.allocate = allocate if layers else chosen
@@ -527,7 +525,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / "quality.json"
     names = ("dataset", "model_type", "input_size", "epochs", "images", "tasks", "seeds")
-    how = {name: getattr(given, name) for name in names}
+    how = {"version": taps.__version__, **{name: getattr(given, name) for name in names}}
     before = files.read_json(path) if path.is_file() else {}
     if before.get("how") == how:  # rows that were not asked for stay as they are
         done = {result["row"] for result in results}

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _TENSOR_HEADER = 84  # bytes that a safetensors header spends on a tensor besides its name, at most
-_HEADER_GROWTH = 4 * (
-    _TENSOR_HEADER + len("norm/running_mean")
-)  # by norms that come with open units, and longer offsets
+_OFFSETS = 20  # by which its entry in the header may grow behind other tensors
 _SAMPLE = 1 << 16  # weights from which size and error of a delta's encodings are estimated
 #: how a unit's weights may be stored: by the error that is allowed, from coarse to 0, which is exact
 _LEVELS = (1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015, 0.005, 0.001, 0.0)
@@ -69,8 +67,12 @@ def parse_budget(text: str, model: TaskModel) -> int:
 
 def smallest(model: TaskModel, task: str) -> int:
     """Bytes of the task's compact file with every unit closed: norms that it has all the same, head, scores and the header."""
+    return tensors_size(_always_stored(model, task))
+
+
+def _always_stored(model: TaskModel, task: str) -> dict[str, Tensor]:
     norms = [norm for norm in model.task_norms if task in norm.norms and not any(map(norm.follows, model.units))]
-    return tensors_size(besides_deltas(model, task, norms, compact=True))
+    return besides_deltas(model, task, norms, compact=True)
 
 
 def _compact_bytes(norm, task: str) -> int:
@@ -88,7 +90,12 @@ def check_size(model: TaskModel, task: str, budget: int) -> int:
         raise UserError(
             f"task {task}: a budget of {budget:,} bytes is too small; norms, head and scores need {needed:,}"
         )
-    return max(budget - needed - _HEADER_GROWTH, 0)
+    return max(budget - needed - _header_growth(model, task), 0)
+
+
+def _header_growth(model: TaskModel, task: str) -> int:
+    """Bytes by which the header may grow with open units, besides their own entries: norms that come with them, and offsets."""
+    return 4 * (_TENSOR_HEADER + len("norm/running_mean")) + _OFFSETS * len(_always_stored(model, task))
 
 
 class _Choice(NamedTuple):
@@ -262,11 +269,14 @@ def hold_within(model: TaskModel, task: str, budget: int, beyond: float = -1.0) 
     deltas are held already, which :func:`keep_within` ends, stays as it is.
 
     Args:
-        beyond: do nothing, and return nothing, where no unit is rounded by a larger error than this; a closed one is.
+        beyond: change nothing where no unit is rounded by a larger error than this, if it is at least 0.
+
+    Returns:
+        Names of the units that are stored, or none where nothing was changed.
     """
     held = [unit.name for unit in model.units if task in unit.deltas and unit.deltas[task].held()]
     levels = {} if held else allocate(model, task, budget, _STILL_FINE)
-    if held or _are_fine(levels, beyond):
+    if held or (beyond >= 0 and _are_fine(levels, beyond)):
         return held
     return _hold(model, task, levels)
 

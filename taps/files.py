@@ -73,7 +73,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def tensors_size(tensors: dict[str, Tensor]) -> int:
-    """Bytes of the file that :func:`write_tensors` would make."""
+    """Bytes of the file that :func:`write_tensors` would make without more metadata."""
     return len(save(_plain(tensors), metadata=_METADATA))
 
 

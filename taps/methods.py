@@ -32,7 +32,7 @@ class Phase:
     Attributes:
         name: shown in progress bars and metrics.
         epochs: its length, > 0; fractions of an epoch are allowed where only one stream of data is used. The last one has what
-            the others leave of a run, its last step at least where it or one before it has a ``start``.
+            the others leave of a run, and may have 0 where it has a ``start``: its one step is then the run's last.
         penalty: factor on the penalty weight λ during this phase.
         trains: the roles that learn; the others stand still, batch statistics of a base that stands still too.
         data: the stream of batches it takes, by name.

@@ -29,7 +29,7 @@ from taps import budget, checkpoint, support
 from taps.activations import beside_base
 from taps.cost import is_tuned
 from taps.data.images import mix_seed
-from taps.errors import DivergedError
+from taps.errors import DivergedError, UserError
 from taps.methods import ROLES, Phase
 from taps.model import TaskModel
 from taps.recipe import Recipe, make_optimizer, phase_at
@@ -105,6 +105,7 @@ def fit(
 
     Raises:
         DivergedError: if the loss is not finite; the last checkpoint is left as it is.
+        UserError: if the checkpoint to continue from is of another run or schedule.
         Interrupted: after saving, if ``stop`` received a signal.
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
@@ -122,7 +123,7 @@ def fit(
             for row in rows:
                 row.update(found[row["task"]])
             # A task of an earlier phase is not what was asked for; the last epoch is, however short its phase.
-            competes = phase.competes or phase is run.phases[-1] or is_last
+            competes = phase.competes or phase is run.phases[-1] or is_last or run.is_rounded()
             is_best = competes and (run.progress.best is None or number >= run.progress.best)
             run.progress.best = number if is_best else run.progress.best
         if on_epoch is not None and run.accelerator.is_main_process:
@@ -201,14 +202,29 @@ class _Run:
         )
         if not self.accelerator.is_main_process:  # the sums over all processes go on in the first one
             counters.update(sums={})
+        phases = counters.pop("phases", None)
+        if phases != self._schedule() and (phases or any(phase.start for phase in self.phases)):
+            raise UserError(
+                f"checkpoint {path} was written with another schedule of phases; start again with --overwrite"
+            )
         self.progress = Progress(**counters)
+
+    def _schedule(self) -> list[list]:
+        return [[phase.name, phase.epochs, phase.start, phase.beyond] for phase in self.phases]
+
+    def is_rounded(self) -> bool:
+        """Whether every task's deltas are what a budget lets its file hold."""
+        rounding = any(phase.start == "round" for phase in self.phases[: self.progress.started])
+        return rounding and all(
+            any(task in unit.deltas and unit.deltas[task].encodings for unit in self.model.units) for task in self.tasks
+        )
 
     def save(self, path: Path | None = None) -> None:
         """Replace the checkpoint, or another file, unless the weights are lost."""
         self.check_finite(self.progress.epoch + (self.progress.batch > 0))
         path = path or self.state_path
         if path is not None:
-            counters = {**vars(self.progress), "sums": self._sums()}
+            counters = {**vars(self.progress), "sums": self._sums(), "phases": self._schedule()}
             checkpoint.save(path, self.model, self.tasks, self.optimizers, self.accelerator, counters)
 
     def check_finite(self, epoch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -31,15 +32,15 @@ TRAINING = (
     "settle_iterations", "init_temperature", "temperature_decay", "curriculum_speed", "policy_fraction", "task_weights",
     "limit_batches",
 )  # fmt: skip
-_POSITIVE = (
-    "batch_size",
-    "weight_iterations",
-    "policy_iterations",
-    "eval_iterations",
-    "init_temperature",
-    "policy_lr",
-    "weights_lr",
-)
+#: numbers among them: the lowest and the highest value, and whether the lowest itself is one
+_RANGES = {
+    **dict.fromkeys(("batch_size", "weight_iterations", "policy_iterations"), (1, math.inf, True)),
+    **dict.fromkeys(("eval_iterations", "limit_batches"), (1, math.inf, True)),
+    **dict.fromkeys(("lr", "base_lr", "score_lr", "weights_lr", "policy_lr", "init_temperature"), (0, math.inf, False)),
+    **dict.fromkeys(("decay_iterations", "decay_rate"), (0, math.inf, False)),
+    **dict.fromkeys(("wd", "policy_wd", "settle_iterations", "curriculum_speed"), (0, math.inf, True)),
+    "momentum": (0, 1, True), "temperature_decay": (0, 1, False),
+}  # fmt: skip
 
 
 class _Planned(Dataset):
@@ -136,11 +137,7 @@ class PolicyTrainer:
         self.options = Namespace(
             **{**values, "batch_size": loader.batch_size, **options, "method": method, "seed": seed}
         )
-        for name in _POSITIVE:
-            value = getattr(self.options, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} has to be above 0, not {value!r}")
-        pretrain_plan(Namespace(**{**vars(self.options), "warmup_iterations": 1}))  # a recipe checks its numbers
+        self._check_numbers()
         self.val = loaders["val"]
         self.parts = {"train": loader.dataset, **self._divide(loaders)}
         self.collate = loader.collate_fn
@@ -149,6 +146,18 @@ class PolicyTrainer:
         self._start = (copy.deepcopy(backbone), {task: copy.deepcopy(head) for task, head in heads.items()}, adapting)
         self.model = self._fresh()
         self._check_batch()
+
+    def _check_numbers(self) -> None:
+        given = {name: (getattr(self.options, name), limits) for name, limits in _RANGES.items()}
+        weights = self.options.task_weights.items()
+        given |= {f"task_weights of {task}": (weight, (0, math.inf, True)) for task, weight in weights}
+        for name, (value, (low, high, itself)) in given.items():
+            is_number = isinstance(value, (int, float)) and low <= value <= high and math.isfinite(value)
+            if value is not None and not (is_number and (itself or value > low)):
+                limits = f"{'at least' if itself else 'above'} {low}" + (
+                    f" and at most {high}" if high < math.inf else ""
+                )
+                raise UserError(f"{name} has to be {limits}, not {value!r}")
 
     def _divide(self, loaders: Mapping[str, DataLoader]) -> dict[str, Dataset]:
         train = loaders["train"].dataset

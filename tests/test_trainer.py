@@ -1,5 +1,7 @@
 """The four calls: pre-train, learn the policy, train under it, and what is left."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -132,7 +134,10 @@ def test_other_methods_and_samples_of_their_own():
         ({"task_weights": {"way": -2.0}}, "task_weights of way has to be at least 0, not -2.0"),
         ({"lr": 0.0}, "lr has to be above 0, not 0.0"),
         ({"policy_lr": -0.1}, "policy_lr has to be above 0, not -0.1"),
-        ({"batch_size": 0}, "batch_size has to be above 0, not 0"),
+        ({"batch_size": 0}, "batch_size has to be at least 1, not 0"),
+        ({"temperature_decay": 1.5}, "temperature_decay has to be above 0 and at most 1, not 1.5"),
+        ({"eval_iterations": "1e"}, "eval_iterations has to be at least 1, not '1e'"),
+        ({"policy_wd": math.inf}, "policy_wd has to be at least 0, not inf"),
         ({"policy_fraction": 0.0}, "policy_fraction 0.0 of 128 samples leaves a part empty"),
         (
             {"loaders": {name: DataLoader(list(range(4))) for name in ("train", "val")}},
