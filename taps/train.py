@@ -195,6 +195,14 @@ class _Run:
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint."""
+        record = checkpoint.read_record(path)
+        if record is None:
+            raise UserError(f"{path} does not exist: there is nothing to continue")
+        phases = record["progress"].get("phases")
+        if phases != self._schedule() and (phases or any(phase.start for phase in self.phases)):
+            raise UserError(
+                f"checkpoint {path} was written with another schedule of phases; start again with --overwrite"
+            )
         checkpoint.match(path, self.model, self.tasks)
         self._forget_dropped()
         counters, self.random_state = checkpoint.restore(
@@ -202,11 +210,7 @@ class _Run:
         )
         if not self.accelerator.is_main_process:  # the sums over all processes go on in the first one
             counters.update(sums={})
-        phases = counters.pop("phases", None)
-        if phases != self._schedule() and (phases or any(phase.start for phase in self.phases)):
-            raise UserError(
-                f"checkpoint {path} was written with another schedule of phases; start again with --overwrite"
-            )
+        counters.pop("phases", None)
         self.progress = Progress(**counters)
 
     def _schedule(self) -> list[list]:

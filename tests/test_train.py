@@ -386,6 +386,39 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
         assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(("room", "first"), [(252, 10), (275, 11), (330, 12)])
+def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator, tmp_path):
+    """Of twelve: the first of those epochs is the best here, and what is saved then keeps the budget."""
+    model, numbers, saved = perceptron(), iter(range(100, 0, -1)), []
+    recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, room))
+    batches, sampler = loader()
+
+    def on_epoch(rows, best):
+        if best:
+            path = model.save_task("a", tmp_path / str(len(saved)), compact=True) / "task.safetensors"
+            saved.append((rows[0]["epoch"], path.stat().st_size))
+
+    fit(
+        model,
+        "a",
+        batches,
+        sampler,
+        recipe,
+        accelerator,
+        on_epoch=on_epoch,
+        validate=lambda: ({"a": {}}, next(numbers)),
+    )
+    assert [epoch for epoch, _ in saved] == [first + (first < 12)]
+    assert saved[0][1] <= recipe.budget
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(accelerator, tmp_path):
+    state = tmp_path / "state.safetensors"
+    run(accelerator, Recipe(epochs=1, warmup_epochs=0.5), state_path=state)
+    with pytest.raises(ValueError, match=r"another schedule of phases; start again with --overwrite"):
+        run(accelerator, Recipe(epochs=1, budget=with_room(perceptron(), 600)), state_path=state, resume=True)
+
+
 class Scaled(nn.Module):
     """A network with a parameter of its own: with finetune it is a unit that has units inside."""
 
