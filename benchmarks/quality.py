@@ -431,15 +431,16 @@ def picture(lines: list[dict], path: Path) -> None:
         families.setdefault(setting.split()[0] + (f",{norms}" if norms else ""), []).append(line)
     for index, (family, own) in enumerate(families.items()):
         own = sorted(own, key=lambda line: line["percent_of_base"])
-        ours = family == "taps_budget"
+        ours, control = family == "taps_budget", family.startswith("taps_budget,")
         for line in own:
-            setting = line["row"].partition(",")[0].partition(" ")[2]
+            setting = line["row"].partition(",")[2 * control].strip().partition(" ")[2 * (not control)]
             place = (line["percent_of_base"], line["accuracy"])
             axes.annotate(setting, place, xytext=(4, -11), textcoords="offset points", fontsize=7, color="dimgray")
         axes.errorbar(
             [line["percent_of_base"] for line in own], [line["accuracy"] for line in own],
             [line["spread"] or 0 for line in own], marker="o" if ours else "sD^v<>P*X"[index % 9], capsize=3,
-            linewidth=2.5 if ours else 1, color="black" if ours else f"C{index}", label=family, zorder=3 if ours else 2,
+            linewidth=2.5 if ours else 1, color="black" if ours or control else f"C{index}", label=family,
+            markerfacecolor="white" if control else None, zorder=3 if ours else 2,
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50]

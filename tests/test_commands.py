@@ -70,6 +70,8 @@ def test_one_task_has_the_plain_tags_and_all_options_run(tree, here, tmp_path):
         "--dataset",
         tree / "paint",
         *SMALL,
+        "--warmup_epochs",
+        1,
         "--epochs",
         3,
         "--optimizer",
