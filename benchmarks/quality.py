@@ -73,7 +73,6 @@ class Row:
         method: of :func:`taps.adapt`, or a rival's name.
         setting: rank, share of the weights, λ or budget, as in the table.
         lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
-        norm: norm policy of this library's methods; ``None``: the method's own.
         scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
         norms: a rival's: ``"own"``; ``"base"``, which stand still; or ``"shared"``, the one base's, running statistics and all.
         layers: a control: which layers a budget's bytes go to, ``"random"``, ``"first"`` or ``"last"``.
@@ -83,7 +82,6 @@ class Row:
     setting: str = ""
     lr: float = 0.02
     optimizer: str = "sgd"
-    norm: str | None = None
     scale: float = 1.0
     norms: str = "own"
     layers: str | None = None
@@ -286,7 +284,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     accelerator = Accelerator(cpu=True, rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **preprocessing(base))
-    own = taps.adapt(copy.deepcopy(base), row.method, norm=row.norm) if row.method in taps.METHODS else None
+    own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
     blank = taps.adapt(copy.deepcopy(base), "norm_only" if row.norms == "own" else "linear_probe")
     shared = None
     result = {
@@ -433,7 +431,8 @@ def picture(lines: list[dict], path: Path) -> None:
         own = sorted(own, key=lambda line: line["percent_of_base"])
         ours, control = family == "taps_budget", family.startswith("taps_budget,")
         for line in own:
-            setting = line["row"].partition(",")[2 * control].strip().partition(" ")[2 * (not control)]
+            name, _, after = line["row"].partition(", ")
+            setting = after.split()[0] if control else name.partition(" ")[2]
             place = (line["percent_of_base"], line["accuracy"])
             axes.annotate(setting, place, xytext=(4, -11), textcoords="offset points", fontsize=7, color="dimgray")
         axes.errorbar(

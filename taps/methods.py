@@ -42,7 +42,8 @@ class Phase:
         together: whether tasks on the same samples run in one pass that shares what they have in common; else one
             after another, in the memory of one.
         validates: whether its epochs count when the loop validates every so many.
-        competes: whether its epochs compete for the best one, as those of the last phase always do.
+        competes: whether its epochs compete for the best one, as those of the last phase, and those with all
+            deltas rounded, always do.
         start: what is done once when it begins: ``"choose"``, a budget closes gates (:func:`taps.budget.keep_within`), or
             ``"round"``, deltas become what files will hold (:func:`taps.budget.hold_within`), and rounded ones learn no more,
             or ``"fix"``, gates on single weights decide (:func:`taps.support.fix_support`).

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taps.errors import UserError, unknown
+from taps.errors import check_number, unknown
 from taps.methods import ROLES, Phase, open_choose_round
 from taps.model import TaskModel
 
@@ -92,12 +92,10 @@ class Recipe:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in (*_POSITIVE, *_NOT_NEGATIVE)}
-        given |= {f"task_weights of {task}": weight for task, weight in self.task_weights.items()}
-        for name, value in given.items():
-            enough = value is None or (value > 0 if name in _POSITIVE else value >= 0)
-            if not enough or value == math.inf:  # NaN is not enough
-                raise UserError(f"{name} has to be {'above' if name in _POSITIVE else 'at least'} 0, not {value!r}")
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            check_number(name, getattr(self, name), with_low=name in _NOT_NEGATIVE)
+        for task, weight in self.task_weights.items():
+            check_number(f"task_weights of {task}", weight)
 
     def phases(self, model: TaskModel) -> tuple[Phase, ...]:
         """The phases of this recipe for the model's method."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from taps.data.shared import StreamSampler
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_number, unknown
 from taps.layer import batch_statistics, evaluating
 from taps.methods import METHODS
 from taps.model import TaskModel, adapt
@@ -137,7 +137,10 @@ class PolicyTrainer:
         self.options = Namespace(
             **{**values, "batch_size": loader.batch_size, **options, "method": method, "seed": seed}
         )
-        self._check_numbers()
+        for name, limits in _RANGES.items():
+            check_number(name, getattr(self.options, name), *limits)
+        for task, weight in self.options.task_weights.items():
+            check_number(f"task_weights of {task}", weight)
         self.val = loaders["val"]
         self.parts = {"train": loader.dataset, **self._divide(loaders)}
         self.collate = loader.collate_fn
@@ -146,18 +149,6 @@ class PolicyTrainer:
         self._start = (copy.deepcopy(backbone), {task: copy.deepcopy(head) for task, head in heads.items()}, adapting)
         self.model = self._fresh()
         self._check_batch()
-
-    def _check_numbers(self) -> None:
-        given = {name: (getattr(self.options, name), limits) for name, limits in _RANGES.items()}
-        weights = self.options.task_weights.items()
-        given |= {f"task_weights of {task}": (weight, (0, math.inf, True)) for task, weight in weights}
-        for name, (value, (low, high, itself)) in given.items():
-            is_number = isinstance(value, (int, float)) and low <= value <= high and math.isfinite(value)
-            if value is not None and not (is_number and (itself or value > low)):
-                limits = f"{'at least' if itself else 'above'} {low}" + (
-                    f" and at most {high}" if high < math.inf else ""
-                )
-                raise UserError(f"{name} has to be {limits}, not {value!r}")
 
     def _divide(self, loaders: Mapping[str, DataLoader]) -> dict[str, Dataset]:
         train = loaders["train"].dataset
