@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-fast lint bench clean
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,11 +13,15 @@ demo: .venv/ready  ## six small domains on one network, about three minutes on t
 	$(BIN)/python train_sequential.py --overwrite
 
 test: .venv/ready  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-fast: .venv/ready  ## laws, formulas and files, in about a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: .venv/ready  ## ratios against plain networks, measured side by side; peak memory of joint training; what skipping saves
 	$(BIN)/python benchmarks/cost.py

@@ -1,10 +1,10 @@
-"""What TAPS costs beside the plain network: ratios of medians, measured alternately in one process.
+"""Cost of TAPS relative to the plain network: ratios of medians, measured alternately in one process.
 
     python benchmarks/cost.py                      # ResNet-34, batch 32, 128 px, CPU
     python benchmarks/cost.py --model vit_small_patch16_224 --pixels 224 --batch 8
-    python benchmarks/cost.py --only many          # only what many tasks on one base cost
+    python benchmarks/cost.py --only many          # only the cost of many tasks on one base
 
-Peak memory is measured in a process of its own for each variant, as the growth over what the imports take.
+Peak memory is measured in a separate process per variant, as the growth over the memory of the imports.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def evaluation(network: nn.Module, options, forward: Callable) -> Callable[[], N
 
 
 def alternately(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant; one call of each in turn, after one round to warm up."""
+    """Return the median seconds of each variant, called in turn after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(rounds + 1):
         for name, run in variants.items():
@@ -88,7 +88,7 @@ def alternately(variants: dict[str, Callable[[], None]], rounds: int) -> dict[st
 
 
 def resident(field: str) -> int:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
+    """Return the bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -109,7 +109,7 @@ def peak_memory(variant: str, options) -> int:
 
 
 def measure(function: Callable[..., int], arguments: tuple) -> int:
-    """What ``function`` returns in a fresh process."""
+    """Return the result of ``function`` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--only",
-        choices=("one", "settled", "many"),
-        help="only one task, one with gates that stand still, or many tasks",
+        choices=("one", "settled", "loaded", "many"),
+        help="only one task, one task with fixed gates, loaded tasks at batch size 1, or many tasks",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -138,12 +138,14 @@ def main() -> None:
     if options.only in (None, "settled"):
         for name, pixels, batch in (("resnet34", 128, 32), ("vit_small_patch16_224", 224, 8)):
             settled(name, pixels, batch, options.rounds)
+    if options.only in (None, "loaded"):
+        loaded_tasks(options)
     if options.only in (None, "many"):
         many_tasks(options)
 
 
 def one_task(options) -> None:
-    """Training, evaluation, memory and files of one task beside the plain network."""
+    """Compare training, evaluation, memory and files of one task with the plain network."""
     weights = sum(parameter.numel() * 4 for parameter in plain_network(options).parameters())
     fine, ours = (measure(peak_memory, (variant, options)) for variant in ("fine-tuning", "taps"))
     allowed = 1.1 * fine + weights
@@ -180,7 +182,7 @@ def one_task(options) -> None:
 
 
 def settled(name: str, pixels: int, batch: int, rounds: int) -> None:
-    """Training with gates that stand still and a third of the layers open, norm="follow", beside full fine-tuning."""
+    """Compare training with fixed gates, a third of the layers open and norm="follow" with full fine-tuning."""
     options = argparse.Namespace(model=name, pixels=pixels, batch=batch, classes=100)
     net = plain_network(options)
     steps = {"fine-tuning": training_step(net, options, net)}
@@ -197,7 +199,8 @@ def settled(name: str, pixels: int, batch: int, rounds: int) -> None:
         for index, unit in enumerate(model.units):
             unit.gates["task"].set(is_open(index, len(model.units), unit.name))
             unit.gates["task"].requires_grad_(False)
-            unit.release("task")
+            if not unit.gates["task"].decide().uses_delta:  # as training does in settle
+                del unit.deltas["task"]
         opened = sum("task" in unit.deltas for unit in model.units)
         own = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         facts[layout] = f"{opened} of {len(model.units)} layers, optimiser's memory {own / weights:.3f} ×"
@@ -212,7 +215,7 @@ TASKS = ("a", "b", "c", "d", "e", "f")
 
 
 def six_tasks(name: str, is_open: Callable[[float], bool], norm: str = "follow") -> taps.TaskModel:
-    """A network with six tasks of which those layers are tuned whose relative depth 0..1 ``is_open`` accepts."""
+    """Return a network with six tasks that tune the layers whose relative depth 0..1 ``is_open`` accepts."""
     torch.manual_seed(0)
     model = taps.adapt(taps.create_backbone(name, pretrained=False), norm=norm)
     for task in TASKS:
@@ -222,6 +225,42 @@ def six_tasks(name: str, is_open: Callable[[float], bool], norm: str = "follow")
                 parameter.data.normal_(std=1e-3)
             unit.gates[task].set(is_open(index / len(model.units)))
     return model
+
+
+def loaded_tasks(options) -> None:
+    """Measure ten loaded tasks that tune the last quarter of the layers, on one image of 224 px at a time."""
+    for name in ("resnet34", "tf_efficientnet_lite0", "vit_small_patch16_224"):
+        loaded(name, options.rounds)
+
+
+@torch.no_grad()
+def loaded(name: str, rounds: int, count: int = 10) -> None:
+    trained = six_tasks(name, lambda depth: depth >= 0.75)
+    model = taps.adapt(taps.create_backbone(name, pretrained=False), norm="follow")
+    model.load_base(trained.base_state())
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(count):
+            saved = trained.save_task(TASKS[index % len(TASKS)], Path(folder) / str(index))
+            model.load_task(saved, name=f"task{index}")
+    model.eval()
+    x = torch.randn(1, 3, 224, 224)
+    cost = model.predict_cost(x)
+    needed = cost["macs"] / cost["macs_separate"]
+    merged = {task: model.merge(task) for task in model.tasks}
+    times = alternately(
+        {
+            "one merged": lambda: merged["task0"](x),
+            "one loaded": lambda: model(x, "task0"),
+            "all merged": lambda: [network(x) for network in merged.values()],
+            "predict": lambda: model.predict(x),
+        },
+        rounds,
+    )
+    one, every = times["one loaded"] / times["one merged"], times["predict"] / times["all merged"]
+    print(
+        f"batch 1, {name} 224 px: one of {count} loaded tasks {one:.3f} × its merged network; predict for all {every:.3f} × "
+        f"{count} merged networks at {needed:.3f} of their MACs ({every / needed:.2f} ×)"
+    )
 
 
 def many_tasks(options) -> None:
@@ -239,7 +278,7 @@ def many_tasks(options) -> None:
 
 @torch.no_grad()
 def predicting(name: str, pixels: int, depth: float, rounds: int) -> None:
-    """Six tasks on 16 images in one pass, where they share everything up to some depth."""
+    """Measure six tasks on 16 images in one pass, with everything up to some depth shared."""
     model = six_tasks(name, lambda unit: unit >= depth).eval()
     x = torch.randn(16, 3, pixels, pixels)
     outputs = model.predict(x)
@@ -267,7 +306,7 @@ def predicting(name: str, pixels: int, depth: float, rounds: int) -> None:
 
 
 def mixed_step(pixels: int, layout: str, is_open: Callable[[float], bool], rounds: int) -> None:
-    """A training step on 6 × 8 images of six tasks in one forward pass, beside six separate forwards and backwards."""
+    """Compare a step on 6 × 8 images of six tasks in one forward pass with six separate forward and backward passes."""
     model = six_tasks("resnet34", is_open, norm="task").train()
     x, y = torch.randn(48, 3, pixels, pixels), torch.arange(48) % 10
     names = [task for task in TASKS for _ in range(8)]
@@ -311,7 +350,7 @@ def mixed_step(pixels: int, layout: str, is_open: Callable[[float], bool], round
 
 
 def step_memory(pixels: int, layout: str, how: str) -> int:
-    """Growth of this process's memory over three steps, in bytes."""
+    """Return the growth of this process's memory over three steps, in bytes."""
     opens = {"first half closed": lambda depth: depth >= 0.5}
     model = six_tasks("resnet34", opens.get(layout, lambda depth: round(depth * 36) % 2 == 1), norm="task").train()
     x, y = torch.randn(48, 3, pixels, pixels), torch.arange(48) % 10
@@ -335,7 +374,7 @@ def step_memory(pixels: int, layout: str, how: str) -> int:
 
 
 def loading(rounds: int) -> None:
-    """Loading a task beside reading its bytes, and switching between loaded tasks."""
+    """Compare loading a task with reading its bytes, and measure switching between loaded tasks."""
     for name in ("resnet34", "resnet50"):
         model = six_tasks(name, lambda depth: depth >= 0.25, norm="task").eval()
         with tempfile.TemporaryDirectory() as folder:

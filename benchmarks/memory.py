@@ -1,8 +1,8 @@
-"""Peak memory of joint training with two and with six tasks: the joint variant's grows, the lite variant's does not.
+"""Peak memory of joint training with two and with six tasks: it grows in the joint variant, but not in the lite variant.
 
     python benchmarks/memory.py
 
-Each run is the demo's data with few batches in a process of its own; what is compared is the process's peak.
+Each run trains on a few batches of the demo's data in a separate process, whose peak memory is compared.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from taps.data.demo import make_demo  # noqa: E402
+from taps.data.generated.demo import make_demo  # noqa: E402
 
 
 def peak(variant: str, tasks: list[Path], given: argparse.Namespace) -> int:
-    """Bytes of memory that the program took at most."""
+    """Return the peak memory of the program in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, str(ROOT / "train_joint.py"), "--variant", variant, "--dataset", *map(str, tasks)]
         line += [

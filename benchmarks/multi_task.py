@@ -1,9 +1,9 @@
-"""Quality of multi-task methods on Scenes: Δ_T and executed blocks of several seeds, from the commands a user types.
+"""Quality of multi-task methods on Scenes: Δ_T and executed blocks over several seeds, using the command-line programs.
 
     python benchmarks/multi_task.py                 # three seeds, about forty minutes on two cores
 
-For each seed AdaShare with its single-task networks first; the other methods compare with the same networks and take as many
-weight steps.
+For each seed AdaShare runs first, with its single-task networks; the other methods are compared with the same networks and
+take as many weight steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ METHODS = ("adashare", "dynashare", "automtl", "hard_sharing")
 
 
 def run(method: str, seed: int, folder: Path) -> dict:
-    """The summary of one run; the first of a seed trains the single-task networks."""
+    """Return the summary of one run; the first run of a seed trains the single-task networks."""
     line = [sys.executable, str(ROOT / "train_mtl.py"), "--method", method, "--seed", str(seed)]
     line += ["--experiment_name", f"{method}_{seed}", "--result_path", str(folder)]
     if method != METHODS[0]:

@@ -1,22 +1,22 @@
-"""Accuracy against bytes a task, beside what one would use instead: same images, seeds, epochs and base weights for all.
+"""Accuracy against bytes per task, compared with alternatives: same images, seeds, epochs and base weights for all.
 
     python benchmarks/quality.py                        # the demo's six tasks, three seeds, two processes: under forty minutes
     python benchmarks/quality.py --quick                # two tasks, one seed, half the epochs: a few minutes
     python benchmarks/quality.py --dataset A B --model_type resnet34 --input_size 224 --epochs 30 --images 0
-    python benchmarks/quality.py --tune                 # which learning rate suits each row, on validation images
+    python benchmarks/quality.py --tune                 # find each row's learning rate on validation images
 
-Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets, with
-``--controls`` also with layers that are not chosen but taken at random, from the first on or from the last; LoRA
-by ``peft`` (Hu et al., 2022) on every convolution and linear layer that is not grouped; a mask of the base's weights (Piggyback,
-Mallya et al., 2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024). Each task has its own
-head, and its own norms but in the linear probe and where a row says otherwise: ``frozen norms`` are the base's, ``as documented``
-is one base with an adapter a task, whose batch norms go on counting every task's images. What rivals store is counted as float16
-with batch norms folded (``save_task``'s compact files), positions at their entropy, masks at a bit a weight; ``taps_budget`` is
-the length of its file.
+Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets (with
+``--controls`` also with layers in random order, from the first or from the last instead of chosen ones); LoRA by ``peft`` (Hu
+et al., 2022) on every convolution and linear layer that is not grouped; a mask of the base's weights (Piggyback, Mallya et al.,
+2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024). Each task has its own head, and its own
+norms except in the linear probe and where a row says otherwise: ``frozen norms`` uses the base's norms; ``as documented`` is one
+base with one adapter per task, whose batch norms keep updating their statistics with every task's images. The bytes of rivals
+are counted as float16 with batch norms folded (like ``save_task``'s compact files), positions at their entropy and masks at one
+bit per weight; those of ``taps_budget`` are the length of its file.
 
-Everything trains on the training images and is tested once, after the last epoch. Settings in ``ROWS`` were chosen with
-``--tune --tasks 3 --images 160``, which holds a quarter of the training images back and never reads the test images: some, not
-all, of its combinations, rank 1 as rank 8, and 10 % and 35 % as other budgets.
+All rows train on the training images and are tested once, after the last epoch. Settings in ``ROWS`` were chosen with
+``--tune --tasks 3 --images 160``, which holds back a quarter of the training images and never reads the test images. Only some
+of its combinations were tried; rank 1 uses the settings of rank 8, and 10 % and 35 % those of other budgets.
 """
 
 from __future__ import annotations
@@ -46,20 +46,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import taps  # noqa: E402
-from taps import budget, files  # noqa: E402
-from taps.adapt import find_layers, is_norm  # noqa: E402
-from taps.backbones import preprocessing  # noqa: E402
-from taps.budget import parse_budget, smallest  # noqa: E402
-from taps.cost import accounting  # noqa: E402
-from taps.data import Preprocessing, TaskData, find_tasks, make_loader, split_validation  # noqa: E402
-from taps.data.demo import make_demo, read_demo  # noqa: E402
+from taps.core.accounting import accounting  # noqa: E402
+from taps.core.execution import evaluating  # noqa: E402
+from taps.core.find import find_layers, is_norm  # noqa: E402
+from taps.data.classification.folders import find_tasks  # noqa: E402
+from taps.data.classification.images import Preprocessing, TaskData, make_loader, split_validation  # noqa: E402
+from taps.data.generated.demo import make_demo, read_demo  # noqa: E402
 from taps.errors import UserError  # noqa: E402
-from taps.layer import evaluating  # noqa: E402
-from taps.metrics import accuracy  # noqa: E402
-from taps.recipe import Recipe  # noqa: E402
-from taps.train import fit  # noqa: E402
+from taps.methods import taps_budget  # noqa: E402
+from taps.methods.taps_budget import min_bytes, parse_budget  # noqa: E402
+from taps.metrics.accuracy import accuracy  # noqa: E402
+from taps.networks.backbones import preprocessing  # noqa: E402
+from taps.storage import files  # noqa: E402
+from taps.training.loop import fit  # noqa: E402
+from taps.training.recipe import Recipe  # noqa: E402
 
-TASK = "task"  # what a rival's only task is called
+TASK = "task"  # name of a rival's only task
 
 
 _NORMS = {"own": "", "base": ", frozen norms", "shared": ", as documented"}
@@ -70,12 +72,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-        method: of :func:`taps.adapt`, or a rival's name.
-        setting: rank, share of the weights, λ or budget, as in the table.
-        lr: learning rate; ``optimizer``: of :class:`taps.recipe.Recipe`.
-        scale: of a rival's own numbers: LoRA's α/rank, or the factor on chosen weights' differences.
-        norms: a rival's: ``"own"``; ``"base"``, which stand still; or ``"shared"``, the one base's, running statistics and all.
-        layers: a control: which layers a budget's bytes go to, ``"random"``, ``"first"`` or ``"last"``.
+        method: a method of :func:`taps.core.find`, or a rival's name.
+        setting: rank, share of the weights, λ or budget, as shown in the table.
+        lr: learning rate; ``optimizer``: as in :class:`taps.training.recipe.Recipe`.
+        scale: scale of a rival's weights: LoRA's α/rank, or the factor on the differences of chosen weights.
+        norms: norms of a rival: ``"own"``; ``"base"``, frozen; or ``"shared"``, the base's, including running statistics.
+        layers: for a control, the order in which layers receive a budget's bytes: ``"random"``, ``"first"`` or ``"last"``.
     """
 
     method: str
@@ -93,7 +95,7 @@ class Row:
 
     @property
     def number(self) -> float:
-        """The rank, share or λ of the setting."""
+        """The rank, share or λ in the setting."""
         return float(re.search(r"[\d.]+", self.setting)[0])
 
 
@@ -121,7 +123,7 @@ SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
 
 
 class _Kept(torch.autograd.Function):
-    """1[m ≥ τ], straight-through."""
+    """1[m ≥ τ] with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx, scores: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class Mask(nn.Module):
 
 
 class Chosen(nn.Module):
-    """W + scale · δ where ``where`` says so: the step of δ counts scale² times."""
+    """W + scale · δ at the weights in ``where``; a gradient step on δ counts scale² times."""
 
     def __init__(self, where: Tensor, scale: float) -> None:
         super().__init__()
@@ -157,7 +159,7 @@ class Chosen(nn.Module):
 
 
 def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed: int) -> dict[str, Tensor]:
-    """By layer, the weights of each output whose gradients over all training images are the largest."""
+    """Return by layer the weights of each output whose gradients over all training images are the largest."""
     net = copy.deepcopy(net).requires_grad_(True).eval()
     torch.manual_seed(seed)
     head = nn.Linear(net.num_features, len(task.classes))
@@ -172,7 +174,7 @@ def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed
 
 
 def inject_lora(row: Row, net: nn.Module, adapters: Sequence[str]) -> nn.Module:
-    """The network with LoRA by peft on every layer that is not grouped, once for each of the adapters.
+    """Return the network with LoRA by peft on every layer that is not grouped, once per adapter.
 
     Raises:
         UserError: if peft is missing.
@@ -192,7 +194,7 @@ def inject_lora(row: Row, net: nn.Module, adapters: Sequence[str]) -> nn.Module:
 
 
 def use_adapter(model: nn.Module, name: str) -> None:
-    """Let the adapter of this name learn and be used, and no other; nothing happens to a network without adapters."""
+    """Train and use only the adapter of this name; a network without adapters is left unchanged."""
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.set_adapter(name)
@@ -201,7 +203,7 @@ def use_adapter(model: nn.Module, name: str) -> None:
 def rival(
     row: Row, net: nn.Module, adapters: Sequence[str], task: TaskData, loader, seed: int
 ) -> tuple[taps.TaskModel, int]:
-    """A rival as a model without a task, and the bytes that a task's own numbers take besides norms and head.
+    """Return a rival as a model without a task, and the bytes of a task's own weights besides norms and head.
 
     Raises:
         UserError: if a package is missing.
@@ -237,9 +239,9 @@ def rival(
 
 @contextmanager
 def controlled(layers: str | None, seed: int) -> Iterator[None]:
-    """For the ``with`` block a budget's bytes go to layers in this order, each at about a bit a weight, until they are spent; all
-    is rounded when coarse deltas are."""
-    chosen, error, order = budget.allocate, 0.55, {}
+    """Assign a budget's bytes, inside the ``with`` block, to layers in this order, at about one bit per weight, until they are
+    spent; all deltas are rounded when coarse ones are."""
+    chosen, error, order = taps_budget.allocate, 0.55, {}
 
     def allocate(model: taps.TaskModel, task: str, size: int, fine: float = 0.0) -> dict[str, float | None]:
         if not order:
@@ -247,39 +249,39 @@ def controlled(layers: str | None, seed: int) -> Iterator[None]:
             if layers == "random":
                 random.Random(seed).shuffle(names)
             order.update((name, place) for place, name in enumerate(reversed(names) if layers == "last" else names))
-        left, levels = budget.check_size(model, task, size), dict.fromkeys(order)
+        left, levels = taps_budget.check_size(model, task, size), dict.fromkeys(order)
         units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
         for unit in sorted(units, key=lambda unit: order[unit.name]):
-            needs = budget._measured(model, unit, task, budget._Choice(0, 0.0, error)).size
+            needs = taps_budget._measured(model, unit, task, taps_budget._Choice(0, 0.0, error)).size
             if needs <= left:
                 levels[unit.name] = error
                 left -= needs
         return levels
 
-    budget.allocate = allocate if layers else chosen
+    taps_budget.allocate = allocate if layers else chosen
     try:
         yield
     finally:
-        budget.allocate = chosen
+        taps_budget.allocate = chosen
 
 
 def entropy(count: int, kept: int) -> float:
-    """Bits that say which ``kept`` of ``count`` weights: log₂ of the number of ways to choose them."""
+    """Return the bits that identify ``kept`` of ``count`` weights: log₂ of the number of ways to choose them."""
     return (math.lgamma(count + 1) - math.lgamma(kept + 1) - math.lgamma(count - kept + 1)) / math.log(2)
 
 
 def bytes_of(row: Row, model: taps.TaskModel, task: str) -> int:
-    """What a task of this library's methods takes: its file with a budget, else float16 and folded norms."""
+    """Return the bytes of a task of this library's methods: its file with a budget, else float16 and folded norms."""
     if row.method == "taps_budget":
         with tempfile.TemporaryDirectory() as folder:
             return (model.save_task(task, folder, compact=True) / "task.safetensors").stat().st_size
     account = accounting(model, task)
-    norms = account["norm_parameters"] // 2  # weight and bias, statistics folded in
+    norms = account["norm_parameters"] // 2  # weight and bias, with statistics folded in
     return 2 * (account["delta_parameters"] + norms + account["head_parameters"])
 
 
 def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
-    """All tasks of one row and seed: accuracies, bytes, seconds and drift."""
+    """Run all tasks of one row and seed; returns accuracies, bytes, seconds and drift."""
     torch.set_num_threads(given.threads)
     accelerator = Accelerator(cpu=True, rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
@@ -302,13 +304,13 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         tested = task.val if given.tune else task.test
         quiet = {"workers": 0, "seed": seed}
         loader, sampler = make_loader(
-            task.train, prepare.transform(True, task.squash, task.flip), 16, train=True, **quiet
+            task.train, prepare.transform(True, task.stretch, task.flip), 16, train=True, **quiet
         )
-        tests, _ = make_loader(tested, prepare.transform(False, task.squash), 64, train=False)
+        tests, _ = make_loader(tested, prepare.transform(False, task.stretch), 64, train=False)
         torch.manual_seed(seed)
         model, name, extra = own, task.name, 0
         if own is None:
-            plain, _ = make_loader(task.train, prepare.transform(False, task.squash), 64, train=False)
+            plain, _ = make_loader(task.train, prepare.transform(False, task.stretch), 64, train=False)
             if row.norms == "shared":
                 names = [other.name for other in tasks]
                 model, extra = shared = shared or rival(row, copy.deepcopy(base), names, task, plain, seed)
@@ -321,7 +323,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         size = parse_budget(row.setting, model) if row.method == "taps_budget" else None
         lam = row.number if row.method == "taps" else 0.0
         recipe = Recipe(
-            epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, penalty_weight=lam,
+            epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, lam=lam,
             budget=size, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
         )  # fmt: skip
         started = time.perf_counter()
@@ -334,7 +336,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             answers[task.name] = (model, name, model(probe, name), tests, len(task.classes))
         if own is None:
             blank.add_task(TASK, num_classes=len(task.classes))
-            size = smallest(blank, TASK) + extra
+            size = min_bytes(blank, TASK) + extra
             blank.remove_task(TASK)
         else:
             size = bytes_of(row, model, name)
@@ -347,7 +349,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             use_adapter(model, name)
             with evaluating(model):
                 moved = float((model(probe, name) - before).abs().max())
-                if moved:  # what counts is what a task answers after all are trained
+                if moved:  # report the accuracy after all tasks are trained
                     of = result["tasks"][task]
                     of["when_trained"] = of["accuracy"]
                     of["accuracy"] = accuracy(model, name, accelerator.prepare(tests), accelerator, classes)
@@ -356,7 +358,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
 
 
 def tasks_of(given: argparse.Namespace, seed: int) -> list[TaskData]:
-    """The tasks with so many training images as were asked for; validation images are held back to tune."""
+    """Return the tasks with the requested number of training images; ``--tune`` holds back validation images."""
     tasks = find_tasks(given.dataset, cropped=None) if given.dataset else read_demo(given.demo)
     if given.tune:
         tasks = [split_validation(replace(task, val=None), 0.25, seed) for task in tasks]
@@ -370,7 +372,7 @@ def tasks_of(given: argparse.Namespace, seed: int) -> list[TaskData]:
 
 
 def summarise(results: list[dict]) -> list[dict]:
-    """One line a row: means over tasks, then mean and spread over seeds; times as ratios to full fine-tuning's."""
+    """Return one line per row: means over tasks, then mean and spread over seeds; times relative to full fine-tuning."""
 
     def mean(result: dict, key: str) -> float:
         return statistics.mean(task[key] for task in result["tasks"].values())
@@ -401,7 +403,7 @@ def summarise(results: list[dict]) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """The lines as Markdown."""
+    """Return the lines as a Markdown table."""
     head = "| method | bytes a task | % of the base | accuracy % | ± over seeds | training time | evaluation time | drift |"
     rows = [head, "|---|---|---|---|---|---|---|---|"]
     for line in lines:
@@ -418,7 +420,7 @@ def table(lines: list[dict]) -> str:
 
 
 def picture(lines: list[dict], path: Path) -> None:
-    """Accuracy against bytes, on a logarithmic axis; what has several settings is a line, for each kind of norms one."""
+    """Plot accuracy against bytes on a logarithmic axis; methods with several settings are lines, one per kind of norms."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -466,13 +468,13 @@ def main() -> None:
     parser.add_argument("--model_type", default="tf_efficientnet_lite0")
     parser.add_argument("--input_size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--images", type=int, default=240, help="training images a task; 0: all (default: 240)")
-    parser.add_argument("--tasks", type=int, default=0, help="how many of the tasks (default: all)")
+    parser.add_argument("--images", type=int, default=240, help="training images per task; 0: all (default: 240)")
+    parser.add_argument("--tasks", type=int, default=0, help="number of tasks (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", help="only rows whose name begins so; results of others are kept")
-    parser.add_argument("--controls", action="store_true", help="budgets whose layers are not chosen as well")
+    parser.add_argument("--rows", nargs="+", help="only rows with these name prefixes; other results are kept")
+    parser.add_argument("--controls", action="store_true", help="also run budgets whose layers are not chosen")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a process (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process (default: 1)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "quality")
@@ -485,7 +487,7 @@ def main() -> None:
     rows = (*ROWS, *CONTROLS) if given.controls else ROWS
     rows = [row for row in rows if not given.rows or any(row.name.startswith(own) for own in given.rows)]
     if given.tune:
-        given.seeds = [100]  # a split that no reported run has
+        given.seeds = [100]  # a split that no reported run uses
         rows = [
             replace(row, optimizer=optimizer, lr=lr, scale=scale)
             for row in rows
@@ -527,7 +529,7 @@ def main() -> None:
     names = ("dataset", "model_type", "input_size", "epochs", "images", "tasks", "seeds")
     how = {"version": taps.__version__, **{name: getattr(given, name) for name in names}}
     before = files.read_json(path) if path.is_file() else {}
-    if before.get("how") == how:  # rows that were not asked for stay as they are
+    if before.get("how") == how:  # rows that were not requested keep their results
         done = {result["row"] for result in results}
         results += [result for result in before["runs"] if result["row"] not in done]
     order = {row.name: index for index, row in enumerate((*ROWS, *CONTROLS))}

@@ -1,11 +1,12 @@
-"""What reuse saves and loses on a finished run of sparse deltas: sub-tasks from the base's activations, and frames from the past.
+"""Savings and losses of reuse on a finished run of sparse deltas: sub-tasks from the base's activations, frames from earlier ones.
 
 python train_mtl.py --method sparse_delta
 python benchmarks/reuse.py results/scenes_sparse_delta
 
-Thresholds are calibrated on validation images; quality is measured on the test split, multiplications and times on its first
-images, both beside the merged networks of the sub-tasks, run in turn. Video: frames of a room that a moving camera sees
-(:func:`taps.data.scenes.clip`), beside all tasks computed whole frame by frame; the difference is ‖y − y_whole‖ / ‖y_whole‖.
+Thresholds are calibrated on validation images. Quality is measured on the test split, multiplications and times on its first
+images, each relative to the merged networks of the sub-tasks, run in turn. Video: frames of a room from a moving camera
+(:func:`taps.data.generated.scenes.clip`), relative to all tasks computed in full for every frame; the difference is
+‖y − y_whole‖ / ‖y_whole‖.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_mtl
-from taps import results
-from taps.arguments import Parser
-from taps.benchmarks import open_benchmark
-from taps.commands import run
-from taps.data.scenes import clip
-from taps.reuse import Reuse
-from taps.scores import relative_gain
-from taps.signals import StopSignals
-from taps.sub_tasks import Reusing, SubTasks
-from taps.video import VideoReuse
+from taps.benchmarks.opening import open_benchmark
+from taps.cli.parser import Parser
+from taps.cli.program import run
+from taps.data.generated.scenes import clip
+from taps.metrics.relative_gain import relative_gain
+from taps.reuse.from_base import Reuse
+from taps.reuse.video import VideoReuse
+from taps.runs.sub_tasks import Reusing, SubTasks
+from taps.stop_signals import StopSignals
+from taps.storage import run_folder
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def measure_tasks(work: SubTasks, reuse: Reuse, errors: list[float], images: int) -> None:
-    """A line an allowed error."""
+    """Print one line per allowed error."""
     held, x = work.benchmark.example("val", max(images, 2)), work.benchmark.example("test", images)
     exact: dict = {}
     for error in errors:
@@ -55,7 +56,7 @@ def measure_tasks(work: SubTasks, reuse: Reuse, errors: list[float], images: int
 
 
 def measure_video(reuse: Reuse, size: tuple[int, int], thresholds: list[float], frames: int, speed: float) -> None:
-    """A line a threshold."""
+    """Print one line per threshold."""
     images = [torch.from_numpy(frame["image"].copy()) for frame in clip(0, frames, size, 0.2, speed)]
     video = [((image.permute(2, 0, 1).float() / 255 - MEAN) / STD)[None] for image in images]
     merged = {task: reuse.model.merge(task) for task in (reuse.base_task, *reuse.tasks)}
@@ -83,25 +84,23 @@ def measure_video(reuse: Reuse, size: tuple[int, int], thresholds: list[float], 
 
 
 def main(arguments: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     parser = Parser(prog="python benchmarks/reuse.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", metavar="RUN", type=Path, help="of a finished run of train_mtl.py --method sparse_delta"
-    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="finished run of train_mtl.py --method sparse_delta")
     parser.add_argument("--errors", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1, 0.2], metavar="X")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], metavar="X", help="of video"
+        "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], metavar="X", help="for video"
     )
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="that are timed (default: 4)")
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help="of the video (default: 8)")
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="timed images (default: 4)")
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help="video frames (default: 8)")
     parser.add_argument(
-        "--speed", type=float, default=0.01, metavar="X", help="of the camera, metres a frame (default: 0.01)"
+        "--speed", type=float, default=0.01, metavar="X", help="camera speed, metres per frame (default: 0.01)"
     )
     given = parser.parse_args(arguments)
     options = parse_mtl(["--config", str(given.folder / "settings.json")])
     accelerator = Accelerator(cpu=True)
     work = SubTasks(
-        options, open_benchmark(options, accelerator), accelerator, results.RunFolder(given.folder), StopSignals()
+        options, open_benchmark(options, accelerator), accelerator, run_folder.RunFolder(given.folder), StopSignals()
     )
     stage = sorted(given.folder.glob("retrain_*"))[0].name
     reuse = Reuse(work.stored(stage, work.benchmark.tasks), work.base_task, work.sub_tasks)

@@ -1,11 +1,11 @@
-"""Whether policies find what tasks share: generated stays and volumes, whose structure is known, over several seeds.
+"""Agreement of policies with the structure that tasks share: generated stays and volumes, over several seeds.
 
     python benchmarks/sharing.py                    # five seeds of both, about forty minutes on two cores
     python benchmarks/sharing.py --policy_only      # without Δ_T
 
-For every seed the command a user types; then the rank correlation (Spearman), over all pairs of tasks, between how alike
-their learned policies are and the share of what they ask about that is the same. Pairs that share equally much are tied, so that
-a perfect order has 0.93 for stays and 0.83 for volumes. The last lines take the mean of the similarities over the seeds first.
+The command-line program runs for every seed. The result is the rank correlation (Spearman), over all pairs of tasks, between
+the similarity of their learned policies and the known share that their targets have in common. Pairs that share equally much
+are tied, so a perfect order has 0.93 for stays and 0.83 for volumes. The last lines average the similarities over seeds first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from scipy.stats import spearmanr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from taps.data import brains, stays  # noqa: E402
-from taps.policy import read_policy  # noqa: E402
+from taps.data.generated import brain_volumes, hospital_stays  # noqa: E402
+from taps.methods.policy import read_policy  # noqa: E402
 
-SHARED = {"mimic3": stays.SHARED, "volumes": brains.SHARED}
+SHARED = {"mimic3": hospital_stays.SHARED, "volumes": brain_volumes.SHARED}
 
 
 def run(benchmark: str, seed: int, folder: Path, policy_only: bool, more: list[str]) -> Path:
-    """The results folder of one run."""
+    """Run the command for one seed and return its results folder."""
     name = f"{benchmark}_{seed}"
     line = [sys.executable, str(ROOT / "train_mtl.py"), "--benchmark", benchmark, "--seed", str(seed)]
     line += ["--experiment_name", name, "--result_path", str(folder), *more]

@@ -1,9 +1,9 @@
-"""What skipping blocks saves: time with half of the blocks or half of the samples left out, and the memory of a policy step.
+"""Savings from skipped blocks: time with half of the blocks or half of the samples left out, and memory of a policy step.
 
     python benchmarks/skipping.py
 
-Times are medians of ratios of passes run in turn in this process. Memory is what a training step adds to the process's peak,
-each kind of step in a process of its own.
+Times are medians of ratios of passes run in turn in this process. Memory is the growth of the process's peak due to a training
+step, with each kind of step in a separate process.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import taps  # noqa: E402
-from taps import cost  # noqa: E402
-from taps.data.shared import Task  # noqa: E402
-from taps.dynashare import InstanceGate  # noqa: E402
-from taps.gates import Decision  # noqa: E402
-from taps.heads import ASPP, create_dense_backbone  # noqa: E402
-from taps.layer import evaluating  # noqa: E402
-from taps.losses import make_loss  # noqa: E402
+from taps.core.execution import evaluating  # noqa: E402
+from taps.core.gate import Decision  # noqa: E402
+from taps.data.multi_label import Task  # noqa: E402
+from taps.methods.dynashare import InstanceGate  # noqa: E402
+from taps.metrics.losses import make_loss  # noqa: E402
+from taps.multitask import macs  # noqa: E402
+from taps.networks.dense_backbones import create_dense_backbone  # noqa: E402
+from taps.networks.heads import ASPP  # noqa: E402
 
 TASKS = {"semseg": Task("semseg", "classes", 40), "normals": Task("normals", "normals", 3)}
 
 
-def half_by_macs(model: taps.model.TaskModel, x: torch.Tensor) -> list[float]:
-    """A policy that runs every second block, changed until half of the blocks' MACs are left."""
+def half_by_macs(model: taps.TaskModel, x: torch.Tensor) -> list[float]:
+    """Return a policy that runs every second block, adjusted until half of the blocks' MACs are left."""
     count = len(model.units)
     everything = [1.0] * count
 
     def macs(policy: list[float]) -> int:
         model.follow({"a": policy})
         with evaluating(model), torch.no_grad(), model.state.running("a"):
-            return cost.macs(model.backbone, x)
+            return macs.macs(model.backbone, x)
 
     full, none = macs(everything), macs([0.0] * count)
     each = [full - macs([float(other != index) for other in range(count)]) for index in range(count)]
@@ -54,7 +55,7 @@ def half_by_macs(model: taps.model.TaskModel, x: torch.Tensor) -> list[float]:
 
 
 def ratio(first, second, rounds: int) -> float:
-    """Median of time(first) ÷ time(second), run in turn."""
+    """Return the median of time(first) ÷ time(second), run in turn."""
     ratios = []
     for _ in range(rounds + 1):
         seconds = []
@@ -68,7 +69,7 @@ def ratio(first, second, rounds: int) -> float:
 
 @torch.no_grad()
 def skipping(name: str, given: argparse.Namespace, dense: bool) -> None:
-    """Half of the blocks, and half of the samples of every block."""
+    """Measure half of the blocks, and half of the samples of every block."""
 
     def network() -> torch.nn.Module:
         return create_dense_backbone(name) if dense else taps.create_backbone(name, pretrained=False)
@@ -80,9 +81,9 @@ def skipping(name: str, given: argparse.Namespace, dense: bool) -> None:
     model.follow({"a": policy})
     kept = ratio(lambda: model.features(x, "a"), lambda: model.features(x, None), given.rounds)
     with model.state.running("a"):
-        share = cost.macs(model.backbone, x)
+        share = macs.macs(model.backbone, x)
     with model.state.running(None):
-        share /= cost.macs(model.backbone, x)
+        share /= macs.macs(model.backbone, x)
     where = f"{name}, {'output stride 8, ' if dense else ''}{given.pixels} px, batch {given.batch}"
     print(
         f"{where}: {sum(policy):.0f} of {len(policy)} blocks, {share:.2f} of the MACs: {kept:.2f} × the time of all blocks"
@@ -96,7 +97,7 @@ def skipping(name: str, given: argparse.Namespace, dense: bool) -> None:
         rows = (torch.arange(given.batch) + index) % 2
 
         def decide(x, gate: InstanceGate = gate, rows=rows) -> Decision:
-            gate.logits(x)  # what choosing costs
+            gate.logits(x)  # included for the cost of choosing
             return Decision(run=rows.to(x.dtype))
 
         gate.decide = decide
@@ -105,8 +106,8 @@ def skipping(name: str, given: argparse.Namespace, dense: bool) -> None:
 
 
 def step(kind: str, given: argparse.Namespace) -> None:
-    """Training steps in this process; prints how far they raised its peak memory."""
-    from taps.methods import SETTLED
+    """Run training steps in this process and print how far they raised its peak memory."""
+    from taps.core.method import SETTLED
 
     model = taps.adapt(
         create_dense_backbone("resnet34"), "hard_sharing" if kind == "plain" else "adashare", train_base=True
@@ -141,7 +142,7 @@ def step(kind: str, given: argparse.Namespace) -> None:
 
 
 def memory(given: argparse.Namespace) -> None:
-    """Peak memory of a weight step and of a policy step beside a plain multi-task step."""
+    """Compare the peak memory of a weight step and of a policy step with that of a plain multi-task step."""
     peaks: dict[str, list[int]] = {}
     for _ in range(3):
         for kind in ("plain", "weights", "policy"):

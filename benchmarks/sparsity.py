@@ -1,8 +1,8 @@
-"""Does λ do what it says? Share of tuned layers and validation accuracy over λ and seeds, on domains of the demo.
+"""Effect of λ: share of tuned layers and validation accuracy over λ and seeds, on domains of the demo.
 
     python benchmarks/sparsity.py --domains digits_outline photo_filter --lam 0 0.25 1 4 --seeds 0 1 2
 
-The demo's recipe; accuracies are on a fifth of the training images, the test images are not touched.
+Uses the demo's recipe. Accuracies are measured on a fifth of the training images; the test images are not read.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from accelerate import Accelerator
 
 import taps
-from taps.backbones import preprocessing
-from taps.cost import accounting
-from taps.data import Preprocessing, TaskData, make_loader, split_validation
-from taps.data.demo import DOMAINS, make_demo, read_demo
-from taps.metrics import accuracy
-from taps.recipe import Recipe
-from taps.train import fit
+from taps.core.accounting import accounting
+from taps.data.classification.images import Preprocessing, TaskData, make_loader, split_validation
+from taps.data.generated.demo import DOMAINS, make_demo, read_demo
+from taps.metrics.accuracy import accuracy
+from taps.networks.backbones import preprocessing
+from taps.training.loop import fit
+from taps.training.recipe import Recipe
 
 
 def run(task: TaskData, lam: float, seed: int, accelerator: Accelerator) -> tuple[float, float]:
-    """Share of tuned layers and validation accuracy in percent of one task."""
+    """Return one task's share of tuned layers and validation accuracy in percent."""
     task = split_validation(task, 0.2, seed)
     net = taps.create_backbone("tf_efficientnet_lite0")
     prepare = Preprocessing(64, 73, **preprocessing(net))
@@ -35,7 +35,7 @@ def run(task: TaskData, lam: float, seed: int, accelerator: Accelerator) -> tupl
     model.add_task(task.name, num_classes=len(task.classes))
     loader, sampler = make_loader(task.train, prepare.transform(True, True, flip=False), 16, train=True, seed=seed)
     validation, _ = make_loader(task.val, prepare.transform(False, True), 64, train=False)
-    recipe = Recipe(epochs=6, warmup_epochs=0.5, settle_epochs=4.5, lr=0.03, penalty_weight=lam, seed=seed)
+    recipe = Recipe(epochs=6, warmup_epochs=0.5, settle_epochs=4.5, lr=0.03, lam=lam, seed=seed)
     fit(model, task.name, loader, sampler, recipe, accelerator)
     share = accounting(model, task.name)["tuned_layers"]
     return share, accuracy(model, task.name, accelerator.prepare(validation), accelerator, len(task.classes))

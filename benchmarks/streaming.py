@@ -1,9 +1,9 @@
-"""A list of 100,000 hospital stays: peak memory, and the time of reading a batch ÷ that of a training step of the 1-D ResNet-18.
+"""Streaming of 100,000 hospital stays: peak memory, and the time to read a batch ÷ that of a training step of the 1-D ResNet-18.
 
     python benchmarks/streaming.py                  # about five minutes on two cores
 
-The stays are generated; 400 different time series stand under 100,000 names. Every stay is read once, then the published
-network is trained for some steps on batches read in turn, without the cache.
+The stays are generated: 100,000 names link to 400 different time series. Every stay is read once; then the published network
+is trained for some steps on batches read in turn, without the cache.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from torch.utils.data import default_collate  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import taps  # noqa: E402
-from taps.data.mimic3 import open_mimic3  # noqa: E402
-from taps.data.shared import Cache  # noqa: E402
-from taps.data.stays import Recipe, make_stays  # noqa: E402
-from taps.heads import HourHead  # noqa: E402
-from taps.losses import make_loss  # noqa: E402
-from taps.residual import create_series_backbone  # noqa: E402
+from taps.data.generated.hospital_stays import StayRecipe, make_stays  # noqa: E402
+from taps.data.multi_label import Cache  # noqa: E402
+from taps.data.records.mimic3 import open_mimic3  # noqa: E402
+from taps.metrics.losses import make_loss  # noqa: E402
+from taps.networks.heads import HourHead  # noqa: E402
+from taps.networks.series import create_series_backbone  # noqa: E402
 
 DIFFERENT = 400
 
 
 def spread(root: Path, rows: int) -> None:
-    """Have ``rows`` stays in the training list: links to those that are there, each of a patient of its own."""
+    """Extend the training list to ``rows`` stays with links to existing ones, each belonging to a different patient."""
     path = root / "train_listfile.csv"
     header, *lines = path.read_text().splitlines()
     with open(path, "w") as file:
@@ -57,7 +57,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "stays"
-        make_stays(root, Recipe(train=DIFFERENT, val=50, test=50))
+        make_stays(root, StayRecipe(train=DIFFERENT, val=50, test=50))
         spread(root, given.rows)
         started = time.perf_counter()
         data = open_mimic3(root)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def memory() -> float:
-    """Peak resident memory of this process in MiB."""
+    """Return the peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -11,30 +11,60 @@ torch.Size([1, 345])
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from taps.backbones import create_backbone
-from taps.errors import UserError
-from taps.gates import ConstantGate, Decision, Gate, State, ThresholdGate
-from taps.methods import METHODS, Method, Phase
-from taps.model import TaskModel, adapt
+from taps.version import VERSION
 
-#: names whose modules need time to import, and are imported when they are first used
-_LATER = {
-    "Policy": "policy",
-    "PolicyTrainer": "trainer",
-    "Reuse": "reuse",
-    "VideoReuse": "video",
-    "fix_support": "support",
+if TYPE_CHECKING:  # what a type checker and an editor see; at run time a name is imported when it is first used
+    from taps.core.execution import State
+    from taps.core.gate import ConstantGate, Decision, Gate
+    from taps.core.method import Method, Phase
+    from taps.errors import UserError
+    from taps.methods.policy import Policy
+    from taps.methods.registry import METHODS
+    from taps.methods.sparse_delta import fix_support
+    from taps.methods.taps import ThresholdGate
+    from taps.networks.backbones import create_backbone
+    from taps.reuse.from_base import Reuse
+    from taps.reuse.video import VideoReuse
+    from taps.task_model import TaskModel, adapt
+    from taps.training.policy_trainer import PolicyTrainer
+
+_HOMES = {
+    "METHODS": "methods.registry",
+    "ConstantGate": "core.gate",
+    "Decision": "core.gate",
+    "Gate": "core.gate",
+    "Method": "core.method",
+    "Phase": "core.method",
+    "Policy": "methods.policy",
+    "PolicyTrainer": "training.policy_trainer",
+    "Reuse": "reuse.from_base",
+    "State": "core.execution",
+    "TaskModel": "task_model",
+    "ThresholdGate": "methods.taps",
+    "UserError": "errors",
+    "VideoReuse": "reuse.video",
+    "adapt": "task_model",
+    "create_backbone": "networks.backbones",
+    "fix_support": "methods.sparse_delta",
 }
 
 
+__version__ = VERSION
+
+
 def __getattr__(name: str):
-    if name in _LATER:
-        return getattr(import_module(f"taps.{_LATER[name]}"), name)
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f"taps.{_HOMES[name]}"), name)
+        return value
     raise AttributeError(f"module 'taps' has no attribute {name!r}")
 
 
-__version__ = "0.9.0"
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 __all__ = [
     "METHODS",
     "ConstantGate",
@@ -50,6 +80,7 @@ __all__ = [
     "ThresholdGate",
     "UserError",
     "VideoReuse",
+    "__version__",
     "adapt",
     "create_backbone",
     "fix_support",

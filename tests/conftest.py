@@ -1,4 +1,4 @@
-"""Shared by all tests: seeds, one thread each (tests run side by side), and expensive things made once."""
+"""Fixtures of all tests: seeds, one thread per test process (tests run in parallel), and expensive runs made once."""
 
 import os
 
@@ -19,6 +19,31 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+#: files whose tests run programs, train to a quality, or draw and generate a lot
+SLOW_FILES = (
+    "backbones", "choices", "commands", "config_files", "context_data", "data", "dense_data", "encoding", "joint", "mtl",
+    "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "volumes",
+)  # fmt: skip
+#: networks of ``cases.py`` small enough for ``make test-fast``
+QUICK_NETWORKS = ("narrow", "vit", "series", "volumes", "residual_series", "residual_volumes", "perceptron")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the slow tests."""
+    from cases import NETWORKS
+
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        case = values.get("case")
+        network = case[0] if isinstance(case, tuple) else values.get("network")
+        runs_programs = bool({"command", "here"} & set(getattr(item, "fixturenames", ())))
+        is_large = (
+            isinstance(network, str) and network in NETWORKS and network not in QUICK_NETWORKS
+        ) or "published_networks" in item.name
+        if runs_programs or is_large or item.path.stem.removeprefix("test_") in SLOW_FILES:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -26,7 +51,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    """Two small tasks as image folders: coloured noise whose class is its colour. One has three classes, one four."""
+    """Two small tasks as image folders: noise whose class is its colour. One task has three classes, the other four."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("data")
@@ -45,7 +70,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command():
-    """Run a program as a user types it: ``command("train_sequential.py", "--epochs", "1", cwd=folder)``."""
+    """Run a program from the command line: ``command("train_sequential.py", "--epochs", "1", cwd=folder)``."""
 
     def run(
         script: str, *arguments: object, cwd: Path, timeout: float = 180, check: int | None = 0, **environment: str
@@ -73,28 +98,28 @@ def trained_arguments(tree: Path, *more: object) -> tuple:
 
 @pytest.fixture(scope="session")
 def finished(tree, command, tmp_path_factory):
-    """A finished run of two tasks one after the other, and what it printed."""
+    """A finished run of two tasks, one after the other, and its output."""
     folder = tmp_path_factory.mktemp("finished")
     return folder, command("train_sequential.py", *trained_arguments(tree), cwd=folder)
 
 
 @pytest.fixture(scope="session")
 def joint(tree, command, tmp_path_factory):
-    """The same for two tasks trained together."""
+    """A finished run of two tasks trained together, and its output."""
     folder = tmp_path_factory.mktemp("joint")
     return folder, command("train_joint.py", *trained_arguments(tree), cwd=folder)
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """A context in which training receives SIGTERM at its so-many-th step (0: never), and a list as long as the steps taken."""
+    """A context in which training receives SIGTERM at the given step (0: never); yields a list with one entry per step."""
     from contextlib import contextmanager
 
-    from taps import train
+    from taps.training import loop
 
     @contextmanager
     def stopping(steps: int):
-        taken, original = [], train._Run._step
+        taken, original = [], loop._Run._step
 
         def step(self, window, phase):
             taken.append(1)
@@ -103,7 +128,7 @@ def stop_at(monkeypatch):
             return original(self, window, phase)
 
         with monkeypatch.context() as patched:
-            patched.setattr(train._Run, "_step", step)
+            patched.setattr(loop._Run, "_step", step)
             yield taken
 
     return stopping
@@ -111,15 +136,15 @@ def stop_at(monkeypatch):
 
 @pytest.fixture
 def here(monkeypatch, tmp_path, capsys):
-    """Run a program in this process, in an empty folder, and give what it printed, as ``command`` does.
+    """Run a program in this process, in an empty folder, and return its output, as ``command`` does.
 
-    The same code as from a shell from its first line on, without the seconds that importing takes.
+    It executes the same code as from a shell, without the seconds that imports take.
     """
     import importlib
 
     from accelerate.state import AcceleratorState
 
-    from taps import commands
+    from taps.cli import program
 
     def run(script: str, *arguments: object, cwd: Path = tmp_path, check: int = 0) -> SimpleNamespace:
         monkeypatch.chdir(cwd)
@@ -128,7 +153,7 @@ def here(monkeypatch, tmp_path, capsys):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
         try:
-            commands.run(importlib.import_module(script.removesuffix(".py")).main)
+            program.run(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as ended:
             done = SimpleNamespace(returncode=ended.code or 0, **capsys.readouterr()._asdict())
         finally:

@@ -1,4 +1,4 @@
-"""Backbones: names, local weights of both namings, the embedded network and its preprocessing."""
+"""Backbones: names, local weights with timm's and torchvision's names, embedded weights and preprocessing."""
 
 import subprocess
 import sys
@@ -10,8 +10,9 @@ import torchvision
 from safetensors.torch import save_file
 
 import taps
-from taps.backbones import load_weights, preprocessing
-from taps.data import Preprocessing
+from taps.data.classification.images import Preprocessing
+from taps.networks.backbones import preprocessing
+from taps.networks.weights import load_weights
 
 
 def test_embedded_network_sees_what_is_on_the_photographs():
@@ -20,7 +21,7 @@ def test_embedded_network_sees_what_is_on_the_photographs():
 
     net = taps.create_backbone("tf_efficientnet_lite0", pretrained=True)
     prepare = Preprocessing(224, 256, **preprocessing(net)).transform(train=False)
-    file = taps.backbones._embedded_weights()
+    file = taps.networks.backbones._embedded_weights()
     full = timm.create_model("tf_efficientnet_lite0").eval()
     full.load_state_dict(dict(zip(full.state_dict(), torch.load(file, weights_only=True).values(), strict=True)))
     images = torch.stack([prepare(Image.fromarray(photo)) for photo in load_sample_images().images])
@@ -39,7 +40,7 @@ def test_unknown_backbone_offers_the_nearest_names():
 
 
 def test_offline_error_names_the_ways_out(tmp_path):
-    """In a process of its own, with an empty cache and a hub that cannot be reached."""
+    """Runs in a separate process, with an empty cache and an unreachable hub."""
     code = (
         "import taps\ntry: taps.create_backbone('resnet18', pretrained=True)\nexcept ValueError as error: print(error)"
     )

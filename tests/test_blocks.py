@@ -1,72 +1,25 @@
-"""Laws of methods that skip residual blocks, over a table of networks in one, two and three dimensions."""
+"""Laws of methods that skip residual blocks, for networks in one, two and three dimensions."""
 
 import copy
 
 import pytest
 import timm
 import torch
-import torchvision
+from cases import NETWORKS as ALL
+from cases import BasicBlock, alternating
 from torch import nn
 
 import taps
-from taps.blocks import BLOCKS, find_blocks
-from taps.dynashare import InstanceGate
-from taps.gates import ConstantGate
-from taps.layer import evaluating
-from taps.policy import Policy, read_policy
+from taps.core.execution import evaluating
+from taps.core.gate import ConstantGate
+from taps.methods.blocks import BLOCKS, find_blocks
+from taps.methods.policy import Policy, read_policy
+
+NETWORKS = {name: row for name, row in ALL.items() if row.blocks and name != "resnet"}
 
 
-class BasicBlock(nn.Module):
-    """A residual block of somebody's own, in any number of dimensions."""
-
-    def __init__(self, dimensions: int, channels: int, out: int) -> None:
-        super().__init__()
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
-        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dimensions]
-        self.conv1, self.bn1 = convolution(channels, out, 3, padding=1), norm(out)
-        self.conv2, self.bn2 = convolution(out, out, 3, padding=1), norm(out)
-        self.downsample = nn.Sequential(convolution(channels, out, 1), norm(out)) if channels != out else None
-
-    def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return (shortcut + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
-
-
-def residual(dimensions: int) -> nn.Module:
-    pool = {1: nn.AdaptiveAvgPool1d, 3: nn.AdaptiveAvgPool3d}[dimensions](1)
-    return nn.Sequential(
-        BasicBlock(dimensions, 2, 4), BasicBlock(dimensions, 4, 4), pool, nn.Flatten(), nn.Linear(4, 6)
-    )
-
-
-def headless(net: nn.Module, name: str) -> nn.Module:
-    setattr(net, name, nn.Identity())
-    return net
-
-
-#: network -> (maker, shape of one input, number of blocks)
-NETWORKS = {
-    "resnet": (lambda: timm.create_model("resnet18", channels=(8, 8, 12, 12), num_classes=0), (3, 40, 40), 8),
-    "bottleneck": (lambda: timm.create_model("resnet26", channels=(4, 4, 8, 8), num_classes=0), (3, 40, 40), 8),
-    "mobilenet": (lambda: timm.create_model("mobilenetv2_035", num_classes=0), (3, 40, 40), 10),
-    "efficientnet": (lambda: timm.create_model("tf_efficientnet_lite0", num_classes=0), (3, 40, 40), 9),
-    "convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 2, 1, 1), num_classes=0), (3, 64, 64), 5),
-    "vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0), (3, 32, 32), 4),
-    "torchvision_resnet": (lambda: headless(torchvision.models.resnet18(), "fc"), (3, 40, 40), 8),
-    "torchvision_mobilenet": (
-        lambda: headless(torchvision.models.mobilenet_v2(width_mult=0.35), "classifier"), (3, 40, 40), 10,
-    ),
-    "torchvision_vit": (
-        lambda: headless(torchvision.models.VisionTransformer(32, 16, 2, 2, 24, 48), "heads"), (3, 32, 32), 2,
-    ),
-    "series": (lambda: residual(1), (2, 20), 2),
-    "volumes": (lambda: residual(3), (2, 6, 6, 6), 2),
-}  # fmt: skip
-CASES = [(network, method) for network in NETWORKS for method in ("adashare", "dynashare")]
-
-
-def make(network: str, method: str, policies: dict | None = None, **options) -> taps.model.TaskModel:
-    model = taps.adapt(NETWORKS[network][0](), method, **options)
+def make(network: str, method: str, policies: dict | None = None, **options) -> taps.TaskModel:
+    model = taps.adapt(NETWORKS[network].make(), method, **options)
     for index, task in enumerate(policies or ("a", "b")):
         model.add_task(task, num_classes=3 + index)
     if policies:
@@ -75,15 +28,11 @@ def make(network: str, method: str, policies: dict | None = None, **options) -> 
 
 
 def batch(network: str, size: int = 4) -> torch.Tensor:
-    return torch.randn(size, *NETWORKS[network][1])
-
-
-def alternating(count: int, first: int) -> list[float]:
-    return [float((index + first) % 2) for index in range(count)]
+    return torch.randn(size, *NETWORKS[network].shape)
 
 
 def move_statistics(model) -> None:
-    """Running statistics that differ from norm to norm, as after training."""
+    """Set running statistics that differ from norm to norm, as after training."""
     for tensor in model.buffers():
         if tensor.is_floating_point():
             tensor.add_(torch.rand_like(tensor) * 0.2)
@@ -91,8 +40,7 @@ def move_statistics(model) -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_blocks_are_found_in_network_order(network):
-    make_net, _, count = NETWORKS[network]
-    net = make_net()
+    net, count = NETWORKS[network].make(), NETWORKS[network].blocks
     found = find_blocks(net)
     assert len(found) == count
     places = {id(module): place for place, module in enumerate(net.modules())}
@@ -116,34 +64,9 @@ def test_networks_without_blocks_are_refused_and_new_blocks_can_be_added():
         del BLOCKS["Other"]
 
 
-@pytest.mark.parametrize(("network", "method"), CASES)
-def test_with_everything_selected_it_is_the_plain_network(network, method):
-    net = NETWORKS[network][0]()
-    plain = copy.deepcopy(net).eval()
-    model = taps.adapt(net, method)
-    model.add_task("a", num_classes=3)
-    model.add_task("b", num_classes=3)
-    x = batch(network)
-    with torch.no_grad():
-        assert torch.equal(model.eval().features(x, "a"), plain(x))
-        model.follow({"a": [1.0] * len(model.units), "b": [1.0] * len(model.units)})
-        for unit in model.units:
-            gate = unit.gates["a"]
-            if isinstance(gate, InstanceGate):
-                gate.choose.bias.copy_(torch.tensor([9.0, -9.0]))
-        assert torch.equal(model.eval().features(x, "a"), plain(x))
-        for unit in model.units:
-            if isinstance(unit.gates["a"], InstanceGate):
-                unit.gates["a"] = ConstantGate(run=1.0)
-        torch.manual_seed(3)
-        expected = plain.train()(x)
-        torch.manual_seed(3)
-        assert torch.equal(model.train().features(x, "a"), expected), "in training too"
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_skipped_block_is_not_called_and_a_shared_one_once(network):
-    count = NETWORKS[network][2]
+    count = NETWORKS[network].blocks
     model = make(network, "adashare", {"a": [1.0, *alternating(count - 1, 0)], "b": [1.0, *alternating(count - 1, 1)]})
     calls = [0] * count
     for index, unit in enumerate(model.units):
@@ -163,7 +86,7 @@ def test_a_skipped_block_is_not_called_and_a_shared_one_once(network):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_instance_gates_run_only_the_rows_that_are_kept(network):
-    count = NETWORKS[network][2]
+    count = NETWORKS[network].blocks
     model = make(network, "dynashare", {"a": [1.0] * count}, target_rates=[0.5] * count)
     seen = []
     for unit in model.units:
@@ -174,7 +97,7 @@ def test_instance_gates_run_only_the_rows_that_are_kept(network):
     model.eval()
     for unit in model.units:  # a threshold in the middle of these samples
         gate = unit.gates["a"]
-        gate.decide = lambda x, gate=gate: taps.gates.Decision(run=(x.flatten(1).mean(1) > x.mean()).to(x.dtype))
+        gate.decide = lambda x, gate=gate: taps.core.gate.Decision(run=(x.flatten(1).mean(1) > x.mean()).to(x.dtype))
     with torch.no_grad():
         together = model.features(x, "a")
         assert seen
@@ -189,8 +112,8 @@ def test_instance_gates_run_only_the_rows_that_are_kept(network):
 
 
 def test_instance_gates_that_stand_still_train_as_they_evaluate():
-    model = make("resnet", "dynashare", {"a": [1.0] * 8}, target_rates=[0.5] * 8)
-    x = batch("resnet", 6)
+    model = make("narrow", "dynashare", {"a": [1.0] * 8}, target_rates=[0.5] * 8)
+    x = batch("narrow", 6)
     for gate in model.gates("a"):
         gate.requires_grad_(False)
         gate.normalize.running_mean.normal_()
@@ -209,44 +132,9 @@ def test_instance_gates_that_stand_still_train_as_they_evaluate():
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize(("network", "method"), CASES)
-def test_predict_save_load_and_merge_are_exact(network, method, tmp_path):
-    count = NETWORKS[network][2]
-    policies = {"a": alternating(count, 0), "b": alternating(count, 1), "c": alternating(count, 0)}
-    options = {"target_rates": 0.5} if method == "dynashare" else {}
-    model = make(network, method, policies, **options).eval()
-    move_statistics(model)
-    x = batch(network)
-    outputs = model.predict(x)
-    with torch.no_grad():
-        for task in policies:
-            alone = model(x, task)
-            if network == "torchvision_vit":  # whose attention has a fused kernel, which is used for one task alone
-                torch.testing.assert_close(outputs[task], alone)
-            else:
-                assert torch.equal(outputs[task], alone), task
-    other = taps.adapt(NETWORKS[network][0](), method, **options)
-    other.load_base(model.base_state())
-    for task in policies:
-        model.save_task(task, tmp_path / task)
-        other.load_task(tmp_path / task)
-    assert [row["run"] for row in other.report("a")] == [row["run"] for row in model.report("a")]
-    again = other.eval().predict(x)
-    assert all(torch.equal(again[task], outputs[task]) for task in policies)
-    fixed = not any(isinstance(unit.gates["a"], InstanceGate) for unit in model.units)
-    if fixed:
-        plain = model.merge("a")
-        assert not any(type(module).__module__.startswith("taps") for module in plain.modules())
-        with torch.no_grad():
-            torch.testing.assert_close(plain(x), outputs["a"], rtol=1e-5, atol=1e-5)
-    else:
-        with pytest.raises(ValueError, match="for each sample, so it cannot be merged"):
-            model.merge("a")
-
-
-@pytest.mark.parametrize("network", ["resnet", "mobilenet", "vit", "series"])
+@pytest.mark.parametrize("network", ["narrow", "mobilenet", "vit", "residual_series"])
 def test_one_pass_for_all_tasks_trains_like_a_pass_each(network):
-    count = NETWORKS[network][2]
+    count = NETWORKS[network].blocks
     policies = {"a": [1.0, *alternating(count - 1, 0)], "b": [1.0, *alternating(count - 1, 1)]}
     model = make(network, "adashare", policies).double()
     x = batch(network).double()
@@ -266,14 +154,14 @@ def test_one_pass_for_all_tasks_trains_like_a_pass_each(network):
 
 def test_tasks_have_their_own_norms_from_where_their_ways_part():
     policies = {"a": [1.0] * 8, "b": [1.0] * 8, "c": [1.0] * 5 + [0.0] * 3}
-    model = make("resnet", "adashare", policies)
+    model = make("narrow", "adashare", policies)
     position = {unit.name: index for index, unit in enumerate(model.units)}
     for norm in model.task_norms:
         inside = [index for name, index in position.items() if norm.name.startswith(f"{name}.")]
         parted = bool(inside) and inside[0] > 5 and "downsample" in norm.name  # c never comes to the others
         assert ("a" in norm.norms) == parted, norm.name
-        assert not parted or (norm.own("a") is norm.own("b") and norm.own("a") is not norm.own("c"))
-    x = batch("resnet", 8)
+        assert not parted or (norm.active("a") is norm.active("b") and norm.active("a") is not norm.active("c"))
+    x = batch("narrow", 8)
     model.train()
     model(x, tasks=["a", "b", "c"])
     alone = copy.deepcopy(model)
@@ -287,21 +175,21 @@ def test_tasks_have_their_own_norms_from_where_their_ways_part():
 
 
 def test_new_policies_regroup_norms_and_leave_those_of_others():
-    model = make("resnet", "adashare", {"a": [1.0] * 8, "b": [0.0] * 8})
+    model = make("narrow", "adashare", {"a": [1.0] * 8, "b": [0.0] * 8})
     last = next(
         norm for norm in model.task_norms if norm.name == "layer4.0.downsample.1"
     )  # which a skipped block keeps
-    first = last.own("a")
+    first = last.active("a")
     model.add_task("c", num_classes=2)
     model.follow({"c": [0.0] * 8})
-    assert last.own("a") is first, "a trained copy is not lost"
-    assert last.own("b") is last.own("c")
+    assert last.active("a") is first, "a trained copy is not lost"
+    assert last.active("b") is last.active("c")
     model.follow({"b": [1.0] * 8, "c": [1.0] * 8})
-    assert all(last.own(task) is None for task in "abc"), "all go the same way again"
+    assert all(last.active(task) is None for task in "abc"), "all go the same way again"
 
 
 def test_policy_files_are_readable_and_checked(tmp_path):
-    model = make("resnet", "adashare")
+    model = make("narrow", "adashare")
     with torch.no_grad():
         for index, unit in enumerate(model.units):
             unit.gates["a"].logits.copy_(torch.tensor([index / 4 - 1.0, 0.0]))
@@ -319,7 +207,7 @@ def test_policy_files_are_readable_and_checked(tmp_path):
     rate = torch.tensor([read.sample(torch.Generator().manual_seed(seed)).run["a"] for seed in range(400)]).mean(0)
     torch.testing.assert_close(rate, torch.tensor(read.probability["a"]), atol=0.1, rtol=0)
     with pytest.raises(ValueError, match=r"policy p is for resnet18 with 8 units, this network is .* with 2"):
-        read.check_fits(make("series", "adashare"), ["a"], "p")
+        read.check_fits(make("residual_series", "adashare"), ["a"], "p")
     with pytest.raises(ValueError, match="has no task 'z'; it has a, b"):
         read.check_fits(model, ["z"], "p")
     text = (tmp_path / "policy.json").read_text()
@@ -351,18 +239,18 @@ def test_policy_files_are_readable_and_checked(tmp_path):
 )
 def test_wrong_options_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
-        taps.adapt(NETWORKS["resnet"][0](), "dynashare", **options)
+        taps.adapt(NETWORKS["narrow"].make(), "dynashare", **options)
 
 
 def test_a_block_that_is_not_open_yet_runs_for_everybody():
-    model = make("resnet", "adashare").train()
+    model = make("narrow", "adashare").train()
     for gate in model.gates("a"):
-        gate.opened = False
+        gate.in_curriculum = False
         gate.logits.data[0] = -50.0
-    x = batch("resnet")
+    x = batch("narrow")
     with evaluating(model), torch.no_grad():
         assert torch.equal(model.features(x, "a"), model.features(x, None))
     for gate in model.gates("a"):
-        gate.opened = True
+        gate.in_curriculum = True
     with evaluating(model), torch.no_grad():
         assert not torch.equal(model.features(x, "a"), model.features(x, None))

@@ -1,4 +1,4 @@
-"""AutoMTL: what layers can be skipped by, the three-way gate against its formulas, and policies of three choices."""
+"""AutoMTL: replacements of skipped layers, the three-way gate against its formulas, and policies of three choices."""
 
 import itertools
 import json
@@ -12,33 +12,27 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 import taps
-from taps.automtl import ChoiceGate, expected_cost, preference
-from taps.gates import State
-from taps.layer import evaluating
-from taps.policy import Policy, read_policy
-from taps.skips import find_choices, find_depths, stand_in
+from taps.core.execution import State, evaluating
+from taps.methods.automtl import ChoiceGate, expected_cost, preference
+from taps.methods.policy import Policy, read_policy
+from taps.methods.stand_ins import find_choices, find_depths, stand_in
+from taps.metrics.cost import relative_cost
 
-MORE = {
-    "mobilenet": (lambda: timm.create_model("mobilenetv2_035", num_classes=0), (3, 64, 64), 52),
-    "mnasnet": (lambda: timm.create_model("mnasnet_050", num_classes=0), (3, 64, 64), 52),
-}
-ALL = {**{name: row for name, row in NETWORKS.items() if name != "torchvision_vit"}, **MORE}
-#: what may be skipped in which networks, and the number of units
-BLOCKS = {"resnet": 8, "lite": 9, "vit": 4, "convnext": 4, "torchvision_resnet": 8, "mobilenet": 10}
-CASES = [(network, "layers", row[2]) for network, row in ALL.items()]
-CASES += [(network, "blocks", ALL[network][2] + count) for network, count in BLOCKS.items()]
+ALL = {name: NETWORKS[name] for name in NETWORKS if name != "torchvision_vit" and not name.startswith("residual")}
+CASES = [(network, "layers") for network in ALL]
+CASES += [(network, "blocks") for network in ("resnet", "lite", "vit", "convnext", "torchvision_resnet", "mobilenet")]
 
 
 def model_of(network: str, **options) -> taps.TaskModel:
-    model = taps.adapt(ALL[network][0](), "automtl", **options)
+    model = taps.adapt(ALL[network].make(), "automtl", **options)
     for task in "ab":
         model.add_task(task, num_classes=3)
     return model
 
 
 def skipping(model, own=False) -> list[tuple[int, int]]:
-    """Skip every second unit that can be skipped; own the others, where they have weights, or share them."""
-    units, free = model._descriptions, [unit.index for unit in model._descriptions if unit.skip is not None]
+    """Return a policy that skips every second skippable unit, and owns (if they have weights) or shares the others."""
+    units, free = model.descriptions, [unit.index for unit in model.descriptions if unit.stand_in_size is not None]
     wanted = [index for index in free if index % 2] if len(free) == len(units) else free[1::2]
     return [(0, 0) if index in wanted else (1, int(own and unit.size > 0)) for index, unit in enumerate(units)]
 
@@ -50,26 +44,10 @@ def move(model, task: str) -> None:
                 nn.init.normal_(delta, std=0.05)
 
 
-@pytest.mark.parametrize(("network", "skip", "units"), CASES)
-def test_all_shared_is_the_network_bit_for_bit(network, skip, units):
-    net = ALL[network][0]().eval()
-    x = torch.randn(2, *ALL[network][1])
-    with torch.no_grad():
-        expected = net(x)
-    model = taps.adapt(net, "automtl", skip=skip).eval()
-    assert len(model.units) == units
-    assert [unit.name for unit in model.units] == [unit.name for unit in model._descriptions]
-    model.add_task("a", num_classes=3)
-    with torch.no_grad():
-        assert torch.equal(model.features(x, "a"), expected)
-        model.follow({"a": [(1, 0)] * len(model.units)})
-        assert torch.equal(model.features(x, "a"), expected)
-
-
-@pytest.mark.parametrize(("network", "skip", "units"), CASES)
-def test_every_choice_runs_learns_and_can_be_merged(network, skip, units):
+@pytest.mark.parametrize(("network", "skip"), CASES)
+def test_every_choice_runs_learns_and_can_be_merged(network, skip):
     model = model_of(network, skip=skip)
-    x = torch.randn(2, *ALL[network][1])
+    x = torch.randn(2, *ALL[network].shape)
     (model(x, "a").sum() + model(x, "b").sum() + model.penalty("a")).backward()
     gradients = [unit.gates["a"].logits.grad for unit in model.units]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
@@ -98,13 +76,13 @@ def test_every_choice_runs_learns_and_can_be_merged(network, skip, units):
 def test_what_is_left_is_exported_and_holds_nothing_that_is_skipped(network, skip):
     model = model_of(network, skip=skip).eval()
     model.follow({"a": skipping(model, own=True), "b": skipping(model)})
-    x = torch.randn(2, *ALL[network][1])
+    x = torch.randn(2, *ALL[network].shape)
     gone = model.predictor()
     program = torch.export.export(gone, (x,))
     with torch.no_grad():
         for task, output in gone(x).items():
             torch.testing.assert_close(program.module()(x)[task], output)
-    most = model.base_parameters * 2 + sum(unit.skip or 0 for unit in model._descriptions)
+    most = model.base_parameters * 2 + sum(unit.stand_in_size or 0 for unit in model.descriptions)
     assert sum(parameter.numel() for parameter in gone.parameters()) < most
 
 
@@ -126,18 +104,18 @@ def test_norms_are_a_tasks_own_from_where_ways_part():
     count = len(model.units)
     model.follow({"a": [(1, 0)] * count, "b": [(1, 0)] * 6 + [(1, 1)] + [(1, 0)] * (count - 7)})
     for norm in model.task_norms:
-        own = {task: norm.own(task) for task in "ab"}
+        own = {task: norm.active(task) for task in "ab"}
         if norm.position <= 6:
             assert own == {"a": None, "b": None}
         else:
             assert own["a"] is not None
             assert own["b"] is not None
             assert own["a"] is not own["b"]
-    statistics = [norm.own("a").running_mean.clone() for norm in model.task_norms if norm.own("a") is not None]
+    statistics = [norm.active("a").running_mean.clone() for norm in model.task_norms if norm.active("a") is not None]
     model.train()(torch.randn(4, 3, 40, 40), "b")
     assert all(
-        torch.equal(before, norm.own("a").running_mean)
-        for before, norm in zip(statistics, [n for n in model.task_norms if n.own("a") is not None], strict=True)
+        torch.equal(before, norm.active("a").running_mean)
+        for before, norm in zip(statistics, [n for n in model.task_norms if n.active("a") is not None], strict=True)
     )
 
 
@@ -182,7 +160,7 @@ def test_what_cannot_be_skipped_says_why(layer, reason):
     with pytest.raises(ValueError, match=reason):
         stand_in(layer)
     model = taps.adapt(nn.Sequential(layer, nn.ReLU()), "automtl")
-    assert reason in model.kept["0"]
+    assert reason in model.unskippable["0"]
     model.add_task("a", head=nn.Identity())
     assert model.units[0].gates["a"].probabilities.tolist() == [0.5, 0.5, 0.0]
     with pytest.raises(ValueError, match="policy skips '0'"):
@@ -202,14 +180,14 @@ def test_what_follows_a_skipped_layer_may_work_in_place():
 
 
 def test_stand_ins_have_the_networks_type():
-    model = taps.adapt(NETWORKS["resnet"][0]().double(), "automtl")
+    model = taps.adapt(NETWORKS["resnet"].make().double(), "automtl")
     model.add_task("a", num_classes=2)
     assert model(torch.randn(2, 3, 40, 40).double(), "a").dtype == torch.float64
 
 
 def test_layers_whose_weights_are_read_are_not_skipped():
-    found = find_choices(NETWORKS["torchvision_swin"][0]())
-    kept = {one.name: one.kept for one in found if one.kept}
+    found = find_choices(NETWORKS["torchvision_swin"].make())
+    kept = {one.name: one.unskippable for one in found if one.unskippable}
     assert any(name.endswith("attn.qkv") for name in kept)
     assert set(kept.values()) == {"its weights are read instead of it being called"}
 
@@ -289,7 +267,7 @@ def test_published_regulariser(scale):
     model.double()
     model(torch.randn(2, 3, 40, 40, dtype=torch.float64), "a")
     expected = 0.0
-    for unit, description in zip(model.units, model._descriptions, strict=True):
+    for unit, description in zip(model.units, model.descriptions, strict=True):
         p = unit.gates["a"].draw().tolist()
         soft = [math.log1p(math.exp(scale * (p[k] - p[0]))) for k in (1, 2)]
         expected += (17 - description.depth) / 17 * sum(soft)
@@ -305,14 +283,14 @@ def test_layers_go_with_the_block_around_them():
     model = model_of("mobilenet", skip="blocks").eval()
     names = [unit.name for unit in model.units]
     block = names.index("blocks.1.1")
-    held = [index for index, place in enumerate(model.inside) if place == block]
+    held = [index for index, place in enumerate(model.parents) if place == block]
     assert [names[index] for index in held] == [f"blocks.1.1.conv_{part}" for part in ("pw", "dw", "pwl")]
     model.follow({"a": [(int(index != block), int(index != block and index in held)) for index in range(len(names))]})
     assert all(model.policies["a"][index] == (0.0, 0.0) for index in [block, *held])
     model.follow({"b": model.policies["a"]})  # as its file would say
     assert {row["run"] for row in model.report("a") if row["name"].startswith("blocks.1.1")} == {0.0}
-    account = taps.cost.beside_single(model, torch.randn(2, 3, 64, 64))
-    assert taps.cost.own_norm_parameters(model, "ab") == 0  # both go the same way
+    account = relative_cost(model, torch.randn(2, 3, 64, 64))
+    assert taps.core.accounting.own_norm_parameters(model, "ab") == 0  # both go the same way
     left_out = sum(parameter.numel() for parameter in model.units[block].weights().values())
     assert left_out > sum(model.units[index].size for index in held) > 0
     assert account["parameters"] == model.base_parameters - left_out
@@ -320,21 +298,21 @@ def test_layers_go_with_the_block_around_them():
 
 @pytest.mark.parametrize(("network", "what"), [("resnet", "blocks"), ("perceptron", "layers")])
 def test_blocks_are_skipped_where_there_are_any(network, what):
-    net = NETWORKS[network][0]()
+    net = NETWORKS[network].make()
     assert [unit.name for unit in find_choices(net, "auto")] == [unit.name for unit in find_choices(net, what)]
 
 
 def test_norms_inside_of_a_block_belong_to_those_who_run_it():
-    model = taps.adapt(NETWORKS["resnet"][0](), "automtl", skip="blocks")
+    model = taps.adapt(NETWORKS["resnet"].make(), "automtl", skip="blocks")
     for task in "abc":
         model.add_task(task, num_classes=3)
     names = [unit.name for unit in model.units]
     block = names.index("layer4.1")
     model.follow({task: [(int(task != "a" or index != block), 0) for index in range(len(names))] for task in "abc"})
-    assert not any(norm.own(task) for norm in model.task_norms for task in "abc")  # it is the last one
+    assert not any(norm.active(task) for norm in model.task_norms for task in "abc")  # it is the last one
     block = names.index("layer4.0")
     model.follow({"a": [(int(index != block), 0) for index in range(len(names))]})
-    own = {norm.name: {task: norm.own(task) for task in "abc"} for norm in model.task_norms}
+    own = {norm.name: {task: norm.active(task) for task in "abc"} for norm in model.task_norms}
     assert not any(own["layer4.0.bn1"].values())
     assert own["layer4.0.downsample.1"]["a"] is not own["layer4.0.downsample.1"]["b"]
     assert own["layer4.1.bn1"]["b"] is own["layer4.1.bn1"]["c"] is not own["layer4.1.bn1"]["a"]
@@ -345,10 +323,10 @@ def test_own_weights_in_a_skipped_block_count_for_nothing():
     for name, logits in (("layer1.0", [0.0, 0.0, 1.0]), ("layer1.0.conv1", [0.0, 1.0, 0.0])):
         unit = next(unit for unit in model.units if unit.name == name)
         unit.gates["a"].logits.data = torch.tensor(logits)
-    account = taps.cost.accounting(model, "a")
+    account = taps.core.accounting.accounting(model, "a")
     assert account["tuned_units"] == account["delta_parameters"] == 0
     model.follow({"a": [(1, 1)] * len(model.units)})  # blocks have nothing of their own
-    assert taps.cost.accounting(model, "a")["tuned_units"] == len(model.units) - BLOCKS["resnet"]
+    assert taps.core.accounting.accounting(model, "a")["tuned_units"] == len(model.units) - NETWORKS["resnet"].blocks
 
 
 def test_a_network_that_is_a_block_holds_its_layers():
@@ -356,15 +334,15 @@ def test_a_network_that_is_a_block_holds_its_layers():
     model = taps.adapt(block, "automtl", skip="blocks")
     names = [unit.name for unit in model.units]
     assert names[0] == "attn"
-    assert model.inside[names.index("attn.qkv")] == 0
+    assert model.parents[names.index("attn.qkv")] == 0
 
 
 def test_of_a_resnets_block_the_projection_stays():
     model = model_of("resnet", skip="blocks").eval()
     names = [unit.name for unit in model.units]
     projection, block = names.index("layer2.0.downsample.0"), names.index("layer2.0")
-    assert model.inside[projection] is None
-    assert model.inside[names.index("layer2.0.conv1")] == block
+    assert model.parents[projection] is None
+    assert model.parents[names.index("layer2.0.conv1")] == block
     model.follow({task: [(int(index != block), 0) for index in range(len(names))] for task in "ab"})
     called = []
     for index in (projection, names.index("layer2.0.conv1")):
@@ -380,7 +358,7 @@ def test_what_a_block_holds_is_expected_to_cost_as_often_as_it_is_run(kind):
         model(torch.randn(1, 3, 40, 40), "a"), model(torch.randn(1, 3, 40, 40), "b")
     gates = {task: model.gates(task) for task in "ab"}
     block = [unit.name for unit in model.units].index("layer3.1")
-    held = [index for index, place in enumerate(model.inside) if place == block]
+    held = [index for index, place in enumerate(model.parents) if place == block]
     single = sum(2 * gate.costs(kind)[0] for gate in gates["a"])
     sizes = sum(gates["a"][index].costs(kind)[0] for index in held)
 
@@ -439,7 +417,7 @@ def three_choices() -> Policy:
 
 def test_the_most_probable_policies_are_those_of_brute_force():
     policy = three_choices()
-    columns = [chances for task in "ab" for chances in policy.chances(task)]
+    columns = [chances for task in "ab" for chances in policy.probabilities(task)]
     every = [
         (math.prod(column[i] for column, i in zip(columns, path, strict=True)), path)
         for path in itertools.product(range(3), repeat=4)
@@ -451,7 +429,7 @@ def test_the_most_probable_policies_are_those_of_brute_force():
     def chance(drawn: Policy) -> float:
         total = 1.0
         for task in "ab":
-            for chances, entry in zip(policy.chances(task), drawn.entries(task), strict=True):
+            for chances, entry in zip(policy.probabilities(task), drawn.entries(task), strict=True):
                 total *= chances[{(1.0, 0.0): 0, (1.0, 1.0): 1, (0.0, 0.0): 2}[entry]]
         return total
 
@@ -490,7 +468,7 @@ def test_draws_follow_the_probabilities_and_depend_on_the_seed():
     assert policy.sample(torch.Generator().manual_seed(5)) == draws[5]
     for task in "ab":
         for unit in range(2):
-            for entry, chance in zip(((1, 0), (1, 1), (0, 0)), policy.chances(task)[unit], strict=True):
+            for entry, chance in zip(((1, 0), (1, 1), (0, 0)), policy.probabilities(task)[unit], strict=True):
                 share = sum(draw.entries(task)[unit] == entry for draw in draws) / len(draws)
                 assert share == pytest.approx(chance, abs=0.04)
 
@@ -500,10 +478,10 @@ def test_entropy_and_doubt():
     expected = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
     expected += -(0.4 * math.log(0.4) + 0.6 * math.log(0.6)) / math.log(2)  # skipping is not offered
     assert policy.entropy("a") == pytest.approx(expected / 2)
-    assert "nearly uniform (entropy, 1 is a coin toss: a" not in (policy.doubt() or "")
+    assert "nearly uniform (entropy, 1 is a coin toss: a" not in (policy.uncertainty_warning() or "")
     fresh = Policy.of(model_of("perceptron"))
     assert fresh.entropy("a") == pytest.approx(1.0)
-    assert "nearly uniform" in fresh.doubt()
+    assert "nearly uniform" in fresh.uncertainty_warning()
 
 
 def test_a_policy_of_three_choices_survives_its_file(tmp_path):
@@ -526,7 +504,7 @@ def test_a_followed_policy_survives_a_task_file(tmp_path):
     with torch.no_grad():
         expected = model(x, "a")
     model.save_task("a", tmp_path / "a")
-    fresh = taps.adapt(NETWORKS["resnet"][0](), "automtl")
+    fresh = taps.adapt(NETWORKS["resnet"].make(), "automtl")
     fresh.load_base(model.base_state())
     fresh.load_task(tmp_path / "a")
     with torch.no_grad():
@@ -535,14 +513,14 @@ def test_a_followed_policy_survives_a_task_file(tmp_path):
 
 
 def test_a_task_with_few_weights_of_its_own_can_be_trained_further(tmp_path):
-    """Its file holds them as positions and values, as it does supports, which this method's gates know nothing of."""
+    """Its file stores them as positions and values, as for supports, which this method's gates do not have."""
     model = model_of("resnet")
     for unit in model.units:
         unit.gates["a"].logits.data = torch.tensor([0.0, 1.0, 0.0])
         unit.deltas["a"]["weight"].data.view(-1)[:2] = 0.5
     model.save_task("a", tmp_path / "a", max_error=0.0)
     assert "sparse" in (tmp_path / "a/task.json").read_text()
-    fresh = taps.adapt(NETWORKS["resnet"][0](), "automtl")
+    fresh = taps.adapt(NETWORKS["resnet"].make(), "automtl")
     fresh.load_base(model.base_state())
     fresh.load_task(tmp_path / "a", trainable=True)
     assert all(isinstance(gate, ChoiceGate) for gate in fresh.gates("a"))

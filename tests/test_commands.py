@@ -1,4 +1,4 @@
-"""The programs as a user types them, in a temporary folder, on small data."""
+"""The command-line programs, run in a temporary folder on small data."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL, trained_arguments
 from safetensors.torch import load_file
 
-from taps.results import read_run
+from taps.storage.run_folder import read_run
 
 
 def task_files(folder: Path) -> dict[str, bytes]:
@@ -30,7 +30,8 @@ def test_a_run_leaves_a_complete_results_folder(finished):
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1
     assert names - events == {
-        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json", "checkpoint", "ink-2", "paint",
+        "settings.txt", "settings.yaml", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json",
+        "checkpoint", "ink-2", "paint",
         "layers.png", "sizes.png", "scores.png", "overlap.png",
     }  # fmt: skip
     assert os.listdir(folder) == ["results"], "nothing is left anywhere else"
@@ -139,7 +140,7 @@ def test_budget(tree, here, tmp_path):
 
 
 def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
-    """Each is what a run of its own would be, stopped or not; a size can be added later."""
+    """Each equals a separate run of that size, stopped or not; a size can be added later."""
     arguments = trained_arguments(tree / "paint", "--epochs", 3, "--budget")
     curve = tmp_path / "results/run"
     done = here("train_sequential.py", *arguments, "3MB", "5MB", cwd=tmp_path)
@@ -206,7 +207,7 @@ def test_one_onnx_program_for_all_tasks(finished, here, tmp_path):
 
 
 def test_export_does_without_one_program_where_the_network_cannot_be_followed(finished, here, tmp_path, monkeypatch):
-    from taps.together import Predictor
+    from taps.multitask.shared_pass import Predictor
 
     def refuse(self, x):
         raise TypeError("this network looks at what it holds")
@@ -261,7 +262,7 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree, command, tmp_path, number):
-    """Killed during the second epoch of the first task."""
+    """The run is killed during the second epoch of the first task."""
     process = start(tmp_path, *trained_arguments(tree))
     wait_for(tmp_path / "results/run/metrics.jsonl", 1, process)
     time.sleep(0.15)
@@ -290,20 +291,20 @@ def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree,
     ],
 )
 def test_two_processes_reach_the_same_decisions(tree, tmp_path, program, options):
-    """torchrun with gloo on the CPU: both ranks hold bit-identical gates, and the run is complete."""
+    """With torchrun and gloo on the CPU both ranks hold bit-identical gates, and the run is complete."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys, json, os, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"import {program} as program\n"
-        "import taps.experiment\n"
-        "original = taps.experiment.accuracy\n"
+        "import taps.runs.adaptation as adaptation\n"
+        "original = adaptation.accuracy\n"
         "def watch(model, task, *rest, **options):\n"
         "    state = {n: t.tolist() for n, t in model.task_state(task).items() if n.endswith('score')}\n"
         "    state['delta'] = sum(float(t.sum()) for n, t in model.task_state(task).items() if n.endswith('delta'))\n"
         "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps(state) + '\\n')\n"
         "    return original(model, task, *rest, **options)\n"
-        "taps.experiment.accuracy = watch\n"
+        "adaptation.accuracy = watch\n"
         "program.main(sys.argv[1:])\n"
     )
     arguments = [
@@ -387,7 +388,7 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--epochs", "two"), "'two' is not a whole number"),
         (("--batch_size", "4000"), "larger than its 29 training images"),
         (("--model_type", "resnet35"), "did you mean"),
-        (("--method", "tabs"), "invalid choice: 'tabs'"),
+        (("--method", "tabs"), "'tabs' is not one of (did you mean taps?) taps, "),
         (("--lamda", "1"), "unknown option --lamda; did you mean --lam?"),
         (("--resume", "--overwrite"), "exclude each other"),
         (("--device", "cuda"), "--device cuda is not available"),
@@ -441,11 +442,11 @@ def test_evaluate_refuses_what_is_no_run(here, tmp_path):
 
 
 def test_data_check_command(tree, tmp_path):
-    line = [sys.executable, "-m", "taps.data", str(tree / "paint")]
+    line = [sys.executable, "-m", "taps", "data", "check", str(tree / "paint")]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "3 classes, 36 train, 15 test" in done.stdout
-    done = subprocess.run([*line[:3], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*line[:-1], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: dataset folder nowhere does not exist\n"
 

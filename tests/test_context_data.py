@@ -1,4 +1,4 @@
-"""PASCAL-Context and NYUDv2: what their files mean, what is refused, how samples are prepared, and how they are measured."""
+"""PASCAL-Context and NYUDv2: file formats, error messages, transforms, losses and metrics."""
 
 import json
 import math
@@ -9,49 +9,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from look_alikes import CONTEXT, SIZE, TRAIN, VAL, VOC, anno, make_look_alike, rendered
 from PIL import Image
 from scipy.io import loadmat, savemat
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
+from skimage.morphology import thin
 
-from options import MULTI_TASK_METHODS, parse_mtl
-from taps import contours
-from taps.data.context import PROTOCOLS, covered_classes, open_protocol
-from taps.data.context_labels import PARTS
-from taps.data.context_scenes import _CONTEXT, _VOC, Recipe, anno, make_look_alike
-from taps.data.dense import DenseSet, distort
-from taps.data.known import check
-from taps.data.scenes import render
-from taps.data.shared import VOID, Task, split_train
-from taps.data.thinning import _NEIGHBOURS, thin
-from taps.losses import make_loss
-from taps.meters import make_metric
-from taps.presets import preset
-from taps.scores import counted, delta_t, relative_gain, score
-
-SIZE = (48, 64)
-RECIPES = {name: Recipe(name, SIZE, train=8, val=3) for name in PROTOCOLS}
+from options import parse_mtl
+from taps.data.checks import check
+from taps.data.dense.astmt_labels import PARTS
+from taps.data.dense.astmt_layout import PROTOCOLS, covered_classes, open_protocol
+from taps.data.dense.dataset import DenseSet, distort
+from taps.data.multi_label import IGNORE_INDEX, Task, split_train
+from taps.methods.registry import catalog
+from taps.metrics import edges
+from taps.metrics.dense import make_metric
+from taps.metrics.losses import make_loss
+from taps.metrics.relative_gain import counted, delta_t, relative_gain, score
+from taps.settings import presets
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("protocols")
-    for name, recipe in RECIPES.items():
-        make_look_alike(folder / name, recipe)
-    return {name: folder / name for name in RECIPES}
+    for name in PROTOCOLS:
+        make_look_alike(folder / name, name)
+    return {name: folder / name for name in PROTOCOLS}
 
 
 @pytest.fixture
 def copies(roots, tmp_path) -> dict[str, Path]:
-    """Trees that a test may spoil."""
+    """Copies of the data that a test may damage."""
     return {name: Path(shutil.copytree(root, tmp_path / name)) for name, root in roots.items()}
-
-
-def scenes(name: str) -> list[dict]:
-    """The scenes that a look-alike was made of."""
-    random = np.random.default_rng(RECIPES[name].seed)
-    return [render(random, SIZE, 0.5) for _ in range(RECIPES[name].train + RECIPES[name].val)]
 
 
 def read(root: Path, name: str, split: str = "train", tasks=None) -> list[dict]:
@@ -72,14 +63,14 @@ def test_the_part_names_are_those_of_six_parts():
 
 
 def test_every_label_of_pascal_context_comes_back(roots):
-    made = scenes("pascal_context")
+    made = rendered()
     arrays = read(roots["pascal_context"], "pascal_context") + read(roots["pascal_context"], "pascal_context", "test")
-    assert len(arrays) == len(made) == 11
+    assert len(arrays) == len(made) == TRAIN + VAL
     seen = set()
     for own, scene in zip(arrays, made, strict=True):
         classes = scene["semseg"]
-        known = classes != VOID
-        assert np.array_equal(own["semseg"], np.where(known, np.array((*_VOC, *[0] * 249))[classes], VOID))
+        known = classes != IGNORE_INDEX
+        assert np.array_equal(own["semseg"], np.where(known, np.array((*VOC, *[0] * 249))[classes], IGNORE_INDEX))
         assert np.array_equal(own["saliency"], (known & (classes > 2)).astype(int))
         assert own["saliency"].dtype == np.int64
         assert np.abs(own["image"].astype(int) - scene["image"]).mean() < 25, "JPEG"
@@ -95,7 +86,7 @@ def test_every_label_of_pascal_context_comes_back(roots):
             assert own["parts"][rows.min()].max() == PARTS["head"]
             assert set(own["parts"][rows.max()]) <= {0, PARTS["lfoot"]}
         else:
-            assert (own["parts"] == VOID).all(), "nobody: no label at all"
+            assert (own["parts"] == IGNORE_INDEX).all(), "nobody: no label at all"
         differs = np.zeros(SIZE, bool)
         differs[1:] |= classes[1:] != classes[:-1]
         differs[:-1] |= classes[1:] != classes[:-1]
@@ -111,11 +102,13 @@ def test_every_label_of_pascal_context_comes_back(roots):
 
 
 def test_every_label_of_nyud_comes_back(roots):
-    made = scenes("nyud")
+    made = rendered()
     for own, scene in zip(read(roots["nyud"], "nyud") + read(roots["nyud"], "nyud", "test"), made, strict=True):
-        known = scene["semseg"] != VOID
+        known = scene["semseg"] != IGNORE_INDEX
         assert np.array_equal(own["image"], scene["image"])
-        assert np.array_equal(own["semseg"], np.where(known, 5 * scene["semseg"].astype(int), VOID)), "1 is class 0"
+        assert np.array_equal(own["semseg"], np.where(known, 5 * scene["semseg"].astype(int), IGNORE_INDEX)), (
+            "1 is class 0"
+        )
         assert np.array_equal(own["depth"][0], np.where(known, scene["depth"], np.nan), equal_nan=True)
         assert np.array_equal(np.isfinite(own["normals"]).all(0), known)
         assert np.allclose(own["normals"][:, known].T, scene["normals"][known], atol=0.02)
@@ -123,7 +116,7 @@ def test_every_label_of_nyud_comes_back(roots):
 
 
 def test_other_forms_of_the_same_files(copies):
-    """Arrays instead of images for normals and edges, JPEG instead of PNG."""
+    """Normals and edges are arrays instead of images, images are JPEG instead of PNG."""
     before = read(copies["nyud"], "nyud")
     for path in (copies["nyud"] / "normals").iterdir():
         np.save(path.with_suffix(".npy"), np.array(Image.open(path)) / np.float32(127.5) - 1)
@@ -141,30 +134,21 @@ def test_other_forms_of_the_same_files(copies):
 
 def test_normals_are_limited_to_classes_that_nyuv2_has(copies):
     root = copies["pascal_context"]
-    assert covered_classes(root) == {_CONTEXT[index] for index in (0, 1, 2, 3, 4)}
+    assert covered_classes(root) == {CONTEXT[index] for index in (0, 1, 2, 3, 4)}
     assert open_protocol("pascal_context", root).notes == ()
     (root / "data").mkdir()
     (root / "db_info").rename(root / "data/db_info")
     (root / "data/db_info/nyu_classes.json").write_text(json.dumps(["unknown", "wall"]))
-    assert covered_classes(root) == {_CONTEXT[2], _CONTEXT[3]}, "tvmonitor is one of them"
+    assert covered_classes(root) == {CONTEXT[2], CONTEXT[3]}, "tvmonitor is one of them"
     shutil.rmtree(root / "data")
     data = open_protocol("pascal_context", root)
     assert "normals of 11 images are used on every class" in data.notes[0]
     assert open_protocol("pascal_context", root, ["edges"]).notes == ()
     everywhere = DenseSet(data, "train", False).read(0)["normals"]
-    assert np.array_equal(np.isfinite(everywhere).all(0), scenes("pascal_context")[0]["semseg"] != VOID)
+    assert np.array_equal(np.isfinite(everywhere).all(0), rendered()[0]["semseg"] != IGNORE_INDEX)
 
 
-def test_look_alikes_are_whole_or_not_there(roots, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in roots["nyud"].rglob("*")}
-    make_look_alike(roots["nyud"], RECIPES["nyud"])
-    assert before == {path: path.stat().st_mtime_ns for path in roots["nyud"].rglob("*")}, "the same is kept"
-    with pytest.raises(ValueError, match="holds other data"):
-        make_look_alike(roots["nyud"], Recipe("nyud", SIZE, train=9))
-    with pytest.raises(ValueError, match="unknown layout 'nyd'; did you mean 'nyud'"):
-        make_look_alike(tmp_path / "x", Recipe("nyd"))
-    with pytest.raises(ValueError, match="16 pixels a side"):
-        make_look_alike(tmp_path / "x", Recipe("nyud", (8, 8)))
+def test_structures_are_stored_as_in_the_data_set(roots):
     stored = loadmat(roots["pascal_context"] / "human_parts/000001.mat")["anno"]
     assert stored.dtype.names == ("imname", "objects")
     assert stored[0, 0]["objects"].dtype.names == ("class", "class_ind", "mask", "parts")
@@ -294,7 +278,7 @@ def test_samples_are_padded_cut_and_depend_on_the_seed(roots, name):
     for task, target in targets.items():
         inner, border = target[..., 4:-4, :], torch.cat([target[..., :4, :], target[..., -4:, :]], -2)
         assert np.array_equal(inner, arrays[task], equal_nan=True)
-        assert bool((border == VOID).all() if target.dtype == torch.int64 else border.isnan().all())
+        assert bool((border == IGNORE_INDEX).all() if target.dtype == torch.int64 else border.isnan().all())
     first, second, other = (DenseSet(data, "train", True, seed) for seed in (0, 0, 1))
     for index in range(4):
         (a, x), (b, y), (c, _) = (samples[index, 3] for samples in (first, second, other))
@@ -304,14 +288,14 @@ def test_samples_are_padded_cut_and_depend_on_the_seed(roots, name):
         assert all(torch.equal(x[task].nan_to_num(9.0), y[task].nan_to_num(9.0)) for task in x)
         assert all(own.shape[-2:] == (56, 60) for own in x.values())
         for task in x.keys() & {"semseg", "saliency", "parts"}:
-            assert set(x[task].unique().tolist()) <= {*range(data.tasks[task].channels), VOID}
+            assert set(x[task].unique().tolist()) <= {*range(data.tasks[task].channels), IGNORE_INDEX}
         assert set(x["edges"][x["edges"].isfinite()].tolist()) <= {0.0, 1.0}
     parts = split_train(data, 0.25, 0.5, 0).splits
     assert (len(parts["val"]), len(parts["test"])) == (2, 3)
 
 
 def flat_data(root: Path, **changes):
-    """NYUDv2 whose every image is a slope: the column tells depth and the first component of normals."""
+    """Return NYUDv2 data in which each image is a slope: the column gives the depth and the normals' first component."""
 
     def same(sample, tasks):
         rows, columns = np.mgrid[:40, :48].astype(np.float32)
@@ -339,7 +323,7 @@ def test_zoom_divides_depth_and_a_mirror_turns_normals(roots, zoom):
         row = depth[40][inside[40]]
         mirrored = bool(row[-1] < row[0])
         assert torch.allclose(normals[inside], torch.tensor(-0.6 if mirrored else 0.6))
-        assert bool((targets["semseg"][~inside] == VOID).all() and targets["edges"][0][~inside].isnan().all())
+        assert bool((targets["semseg"][~inside] == IGNORE_INDEX).all() and targets["edges"][0][~inside].isnan().all())
         signs.add(mirrored)
     assert signs == {True, False}
 
@@ -382,14 +366,14 @@ def test_colours_change_within_bounds():
 def test_losses_against_sums():
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(2, 2, 5, 6)), rng.integers(0, 2, (2, 5, 6))
-    target[0, :2] = VOID
-    known = target != VOID
+    target[0, :2] = IGNORE_INDEX
+    known = target != IGNORE_INDEX
     share = (target[known] == 1).mean()
     p = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
     each = np.where(target == 1, -(1 - share) * np.log(p), -share * np.log(1 - p))
     loss = make_loss(Task("a", "saliency", 2))
     assert float(loss(torch.tensor(logits), torch.tensor(target))) == pytest.approx(each[known].mean(), rel=1e-5)
-    assert float(loss(torch.tensor(logits), torch.full((2, 5, 6), VOID))) == 0
+    assert float(loss(torch.tensor(logits), torch.full((2, 5, 6), IGNORE_INDEX))) == 0
     x, edges = rng.normal(size=(2, 1, 5, 6)), rng.integers(0, 2, (2, 1, 5, 6)).astype(float)
     edges[1, 0, 0] = np.nan
     p = 1 / (1 + np.exp(-x))
@@ -409,7 +393,7 @@ def test_losses_against_sums():
 
 
 def max_f(probability: np.ndarray, target: np.ndarray, published: bool) -> float:
-    known = target != VOID
+    known = target != IGNORE_INDEX
     compared, thresholds = probability.astype(np.float32), np.arange(256, dtype=np.float32) / np.float32(255)
     if published:
         compared = 1 / (1 + np.exp(-compared))
@@ -428,7 +412,7 @@ def max_f(probability: np.ndarray, target: np.ndarray, published: bool) -> float
 def test_max_f_against_brute_force(published):
     rng = np.random.default_rng(2)
     target = rng.integers(0, 2, (4, 9, 11))
-    target[:, :2] = VOID
+    target[:, :2] = IGNORE_INDEX
     logit = rng.normal(size=target.shape) + 1.5 * (target == 1)
     prediction = torch.tensor(np.stack([np.zeros_like(logit), logit], 1))
     metric = make_metric(Task("a", "saliency", 2), published)
@@ -445,7 +429,7 @@ def test_max_f_against_brute_force(published):
 
 
 def test_the_published_max_f_tells_few_probabilities_apart():
-    """0.45 and 0.6 lie on one side of the same five thresholds."""
+    """0.45 and 0.6 lie on the same side of all five thresholds."""
     target = torch.tensor([[[0, 1]]])
     logits = torch.logit(torch.tensor([[[0.45, 0.6]]]))
     prediction = torch.stack([torch.zeros(1, 1, 2), logits], 1)
@@ -457,64 +441,24 @@ def test_the_published_max_f_tells_few_probabilities_apart():
     assert values == pytest.approx([100.0, 100 * 1.3 * 0.5 / (0.15 + 1)])
 
 
-def slow_thin(mask: np.ndarray) -> np.ndarray:
-    """Guo and Hall's rule pixel by pixel, as it is stated."""
-    mask = np.pad(mask, 1)
-    while True:
-        before = mask.copy()
-        for second in (False, True):
-            gone = []
-            for y, x in np.argwhere(mask):
-                p = [bool(mask[y + down, x + across]) for down, across in _NEIGHBOURS]
-                p = p[4:] + p[:4] if second else p  # the second half-step is the first, turned round
-                ring = [*p, p[0]]
-                crossings = sum(not ring[i] and (ring[i + 1] or ring[i + 2]) for i in range(0, 8, 2))
-                pairs = [sum(ring[i] or ring[i + 1] for i in range(first, 8, 2)) for first in (0, 1)]
-                if crossings == 1 and 2 <= min(pairs) <= 3 and not ((p[1] or p[2] or not p[7]) and p[0]):
-                    gone.append((y, x))
-            for place in gone:
-                mask[place] = False
-        if np.array_equal(before, mask):
-            return mask[1:-1, 1:-1]
-
-
-def test_thinning():
-    rng = np.random.default_rng(1)
-    eight = np.ones((3, 3))
-    from scipy.ndimage import binary_dilation, label
-
-    for number in range(6):
-        mask = binary_dilation(rng.random((24, 30)) < 0.04, iterations=1 + number % 3)
-        lines = thin(mask)
-        assert np.array_equal(lines, slow_thin(mask))
-        assert not (lines & ~mask).any()
-        assert np.array_equal(thin(lines), lines)
-        assert label(lines, eight)[1] == label(mask, eight)[1], "as many pieces"
-    line = np.zeros((9, 20), bool)
-    line[4, 3:17] = True
-    assert np.array_equal(thin(line), line)
-    assert np.array_equal(thin(binary_dilation(line, eight))[:, 8:12], line[:, 8:12]), "the middle of a bar"
-    assert not thin(np.zeros((0, 4), bool)).any()
-
-
 def test_matching_in_order_is_the_largest_of_every_first_part():
     rng = np.random.default_rng(4)
     for _ in range(5):
         labelled = rng.random((14, 16)) < 0.2
         predicted = rng.permutation(np.argwhere(rng.random((14, 16)) < 0.4))
-        starts, choices = contours.partners(predicted, labelled, 2.3)
+        starts, choices = edges.partners(predicted, labelled, 2.3)
         places = np.argwhere(labelled)
         near = np.linalg.norm(predicted[:, None] - places[None], axis=2) <= 2.3
         graph = csr_matrix((np.ones(len(choices)), choices, starts), (len(predicted), len(places)))
         assert np.array_equal(graph.toarray() > 0, near)
-        found = contours.match_in_order(starts, choices, len(places))
+        found = edges.match_in_order(starts, choices, len(places))
         for size in range(0, len(predicted) + 1, 7):
             largest = (maximum_bipartite_matching(graph[:size], "column") >= 0).sum() if size else 0
             assert found[:size].sum() == largest
 
 
 def ods_f(prediction: np.ndarray, target: np.ndarray, tolerance: float) -> float:
-    """From probabilities; logits are what the metric takes."""
+    """Return the metric for probabilities; the metric itself takes logits."""
     metric = make_metric(Task("edges", "edges", 1, tolerance=tolerance))
     metric.update(torch.logit(torch.tensor(prediction), 1e-6)[None, None], torch.tensor(target)[None, None])
     return metric.compute()["ods_f"]
@@ -550,7 +494,7 @@ def test_ods_f_of_hand_made_lines():
 
 
 def test_ods_f_of_all_images_together():
-    """Two halves give the counts of the whole, and the threshold is that of the data set."""
+    """Two halves give the same counts as the whole, and one threshold holds for the data set."""
     rng = np.random.default_rng(5)
     target = torch.zeros(4, 1, 40, 40)
     for index in range(4):
@@ -623,11 +567,11 @@ FEW = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", MULTI_TASK_METHODS)
+@pytest.mark.parametrize("method", [*catalog(), "single_task"])
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_presets_fill_every_option(name, method):
     options = parse_mtl(["--benchmark", name, "--method", method])
-    for key, value in preset(name, None, method).items():
+    for key, value in presets.published(name, None, method).items():
         assert getattr(options, key) == (list(value) if isinstance(value, tuple) else value), key
     assert set(options.tasks) == set(options.task_weights) == set(PROTOCOLS[name].tasks)
     short = parse_mtl(["--benchmark", name, "--tasks", "seg", "edge"])

@@ -1,4 +1,4 @@
-"""Data: families recognised, official labels kept, exact randomness, and one clear line for what is wrong."""
+"""Image data: recognised layouts, official labels, reproducible order and error messages."""
 
 import random
 from collections import Counter
@@ -9,10 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from taps.data import Preprocessing, TaskData, domainnet, find_tasks, make_loader, split_validation, without_bad_images
-from taps.data.demo import DOMAINS, make_demo, read_demo
-from taps.data.images import read_image
-from taps.data.known import check
+from taps.data.checks import check
+from taps.data.classification import domainnet
+from taps.data.classification.folders import find_tasks
+from taps.data.classification.images import (
+    Preprocessing,
+    TaskData,
+    make_loader,
+    read_image,
+    split_validation,
+    without_bad_images,
+)
+from taps.data.generated.demo import DOMAINS, make_demo, read_demo
 
 LISTS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "domainnet_txt"
 needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the official DomainNet lists are not here")
@@ -35,12 +43,12 @@ def test_folders(tree):
     assert paint.val is None
 
 
-def test_cropped_sets_are_squashed(tmp_path):
+def test_cropped_sets_are_stretched(tmp_path):
     for name in ("cubs_cropped", "flowers"):
         for split in ("train", "test"):
             picture(tmp_path / name / split / "a" / "1.png")
-    assert {task.name: task.squash for task in find_tasks([tmp_path])} == {"cubs_cropped": True, "flowers": False}
-    assert all(task.squash for task in find_tasks([tmp_path], cropped=True))
+    assert {task.name: task.stretch for task in find_tasks([tmp_path])} == {"cubs_cropped": True, "flowers": False}
+    assert all(task.stretch for task in find_tasks([tmp_path], cropped=True))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def test_official_lists_prove_labels_and_missing_classes():
 
 
 def domainnet_root(root: Path) -> Path:
-    """A root as the zips and lists leave it: two classes far apart, one missing from painting's training split."""
+    """Create a root as unpacked from the zips and lists: two distant classes, one missing from painting's training split."""
     lines = {
         "painting_train": ["painting/aircraft_carrier/a.png 0", "painting/aircraft_carrier/b.png 0"],
         "painting_test": ["painting/t-shirt/c.png 327", "painting/aircraft_carrier/d.png 0"],
@@ -222,13 +230,13 @@ def test_a_single_left_over_image_is_left_out_of_training_only(tree):
 def test_transforms():
     prepare = Preprocessing(32, 40, mean=(0.5,) * 3, std=(0.5,) * 3)
     wide = Image.new("RGB", (200, 50))
-    wide.paste((255, 255, 255), (0, 0, 20, 50))  # a white left edge: only a squashed image still shows it
-    squashed, centre = prepare.transform(False, squash=True)(wide), prepare.transform(False)(wide)
-    assert squashed.shape == centre.shape == (3, 32, 32)
-    assert squashed[:, :, 0].min() > 0.9
+    wide.paste((255, 255, 255), (0, 0, 20, 50))  # a white left edge: only a stretched image still shows it
+    stretched, centre = prepare.transform(False, stretch=True)(wide), prepare.transform(False)(wide)
+    assert stretched.shape == centre.shape == (3, 32, 32)
+    assert stretched[:, :, 0].min() > 0.9
     assert centre.max() == -1
     torch.manual_seed(0)
-    assert prepare.transform(True, squash=True, flip=False)(wide)[:, :, 0].min() > 0.9
+    assert prepare.transform(True, stretch=True, flip=False)(wide)[:, :, 0].min() > 0.9
 
 
 def test_odd_images_are_read_as_rgb(tmp_path):

@@ -1,4 +1,4 @@
-"""Dense benchmarks: what their files mean, what is refused, how samples are transformed and in which order they come."""
+"""Dense benchmarks: file formats, error messages, transforms and the order of samples."""
 
 import json
 import shutil
@@ -10,14 +10,14 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from taps.data import formatted
-from taps.data.dense import DenseSet
-from taps.data.formatted import layout_of, open_formatted
-from taps.data.scenes import Recipe, make_scenes, render
-from taps.data.shared import VOID, StreamSampler, make_evaluation, make_stream, split_train
+from taps.data.dense import adashare_layout
+from taps.data.dense.adashare_layout import layout_of, open_formatted
+from taps.data.dense.dataset import DenseSet
+from taps.data.generated.scenes import SceneRecipe, make_scenes, render
+from taps.data.multi_label import IGNORE_INDEX, StreamSampler, make_evaluation, make_stream, split_train
 
 SAMPLES = ROOT.parent / "shared/data/nyu_v2_samples"
-TINY = Recipe(size=(32, 40), train=10, val=3, test=4)
+TINY = SceneRecipe(size=(32, 40), train=10, val=3, test=4)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_scenes_are_exact_and_of_one_seed(scenes, tmp_path):
     files = sorted(path.relative_to(scenes) for path in scenes.rglob("*.*"))
     assert all((scenes / path).read_bytes() == (tmp_path / "again" / path).read_bytes() for path in files)
     seen = first["depth"] > 0
-    assert np.array_equal(seen, first["semseg"] != VOID)
+    assert np.array_equal(seen, first["semseg"] != IGNORE_INDEX)
     assert np.allclose(np.linalg.norm(first["normals"][seen], axis=-1), 1, atol=1e-5)
-    assert set(np.unique(first["semseg"])) <= {*range(len(formatted.SCENE_CLASSES)), VOID}
+    assert set(np.unique(first["semseg"])) <= {*range(len(adashare_layout.SCENE_CLASSES)), IGNORE_INDEX}
     for name in ("edges", "keypoints"):
         assert 0 <= first[name].min() < first[name].max() <= 1
 
@@ -99,9 +99,9 @@ def test_scenes_folder_is_whole_or_not_there(scenes, tmp_path):
     make_scenes(scenes, TINY)
     assert before == {path: path.stat().st_mtime_ns for path in scenes.rglob("*")}, "the same is kept"
     with pytest.raises(ValueError, match="holds other data"):
-        make_scenes(scenes, Recipe(size=(32, 40), train=11, val=3, test=4))
+        make_scenes(scenes, SceneRecipe(size=(32, 40), train=11, val=3, test=4))
     with pytest.raises(ValueError, match="scenes need 16 pixels"):
-        make_scenes(tmp_path / "x", Recipe(size=(8, 8)))
+        make_scenes(tmp_path / "x", SceneRecipe(size=(8, 8)))
     assert not (tmp_path / "x").exists()
 
 
@@ -127,7 +127,7 @@ def test_nyuv2_layout(nyuv2):
     assert image.shape == (3, 24, 32)
     assert image.dtype == torch.float32
     assert targets["semseg"].dtype == torch.int64
-    assert bool((targets["semseg"][:5] == VOID).all())
+    assert bool((targets["semseg"][:5] == IGNORE_INDEX).all())
     assert targets["normals"][:, :, :4].isnan().all()
     torch.testing.assert_close(targets["normals"][:, :, 4:].norm(dim=0), torch.ones(24, 28), atol=1e-5, rtol=0)
     assert targets["depth"][:, -2:].isnan().all()
@@ -151,7 +151,7 @@ def test_cityscapes_layout(tmp_path, classes):
     image, targets = DenseSet(data, "test", False)[0]
     stored = np.load(tmp_path / f"label{classes}/2.npy")
     assert data.tasks["semseg"].channels == classes
-    assert np.array_equal(targets["semseg"].numpy(), np.where(stored < 0, VOID, stored))
+    assert np.array_equal(targets["semseg"].numpy(), np.where(stored < 0, IGNORE_INDEX, stored))
     assert data.tasks["depth"].kind == "disparity"
     assert targets["depth"].shape == (1, 16, 32)
     assert -3 < float(image.mean()) < 3
@@ -182,7 +182,9 @@ def test_taskonomy_layout(tmp_path):
     _, targets = DenseSet(data, "test", False)[0]
     values = {name: array.repeat(16, 0).repeat(16, 1) for name, array in values.items()}  # brought to 256 × 256
     seg = values["seg"].astype(np.int64)
-    assert np.array_equal(targets["semseg"].numpy(), np.where(seg == 0, VOID, seg - 1)), "0 is unlabelled, not class 0"
+    assert np.array_equal(targets["semseg"].numpy(), np.where(seg == 0, IGNORE_INDEX, seg - 1)), (
+        "0 is unlabelled, not class 0"
+    )
     assert data.tasks["semseg"].class_weights == pytest.approx(np.linspace(0.5, 2, 17))
     far = values["depth_zbuffer"] >= 64500
     expected = np.log1p(values["depth_zbuffer"].astype(float)) / np.log(2**16)
@@ -214,7 +216,7 @@ def replace_array(path: Path, change) -> None:
         ("depth/0003.npy", lambda a: a - 4, "holds a negative depth"),
         ("depth/0003.npy", lambda a: a / a.min(), "holds values that are not finite"),
         ("depth/0003.npy", lambda a: a * 0, "has no valid pixel"),
-        ("depth/0003.npy", lambda a: a.astype(str), "which is not what this label is stored as"),
+        ("depth/0003.npy", lambda a: a.astype(str), "which this label is not stored as"),
         ("img/0003.png", lambda a: a[..., 0], "an image has three channels"),
     ],
 )
@@ -259,7 +261,7 @@ def test_wrong_lists_are_named(nyuv2, change, message):
 
 
 def test_a_tree_is_checked_file_by_file(nyuv2, scenes):
-    from taps.data.known import check
+    from taps.data.checks import check
 
     lines, wrong = check(scenes)
     assert (len(lines), wrong) == (1, 0)
@@ -296,7 +298,7 @@ def test_splits_are_disjoint_and_seeded(scenes):
 
 
 def test_transforms_keep_image_and_labels_in_step(scenes):
-    """A map that is a function of the position alone goes through zoom, mirror and crop like the image does."""
+    """A map that depends only on the position follows the image through zoom, mirror and crop."""
     data = open_formatted("scenes", scenes, layout_of("scenes")).choose(["semseg", "normals", "depth"])
 
     def read(sample, tasks):
@@ -320,7 +322,7 @@ def test_transforms_keep_image_and_labels_in_step(scenes):
             assert image.shape[1:] == targets["semseg"].shape == (24, 24)
             assert targets["depth"].shape == (1, 24, 24)
             rows, columns = ((image * std + mean) * 255 / 5)[:2]
-            valid = targets["depth"][0].isfinite() & (targets["semseg"] != VOID)
+            valid = targets["depth"][0].isfinite() & (targets["semseg"] != IGNORE_INDEX)
             inner = valid & (rows % 10 > 2) & (rows % 10 < 8)
             assert torch.equal(targets["semseg"][inner], (rows[inner] / 10).long())
             expected = (1 + columns / 10) / zoom[0]
@@ -367,10 +369,11 @@ def test_loaders_give_the_same_for_any_number_of_workers(scenes):
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not here")
 def test_real_nyuv2_samples_go_all_the_way(tmp_path):
-    """Loader, losses, metrics and pictures with four real images."""
-    from taps import plots
-    from taps.losses import make_loss
-    from taps.meters import make_metric
+    """Loader, losses, metrics and pictures work on four real images."""
+    from taps.metrics.dense import make_metric
+    from taps.metrics.losses import make_loss
+    from taps.plots import predictions as prediction_plots
+    from taps.plots import style
 
     shutil.copytree(SAMPLES, tmp_path / "nyu")
     names = sorted(path.stem for path in SAMPLES.glob("img/*.png"))
@@ -412,8 +415,8 @@ def test_real_nyuv2_samples_go_all_the_way(tmp_path):
         }
         for index in range(2)
     ]
-    figure = plots.maps(rows, {name: task.kind for name, task in data.tasks.items()})
-    plots.save(figure, tmp_path / "maps.png")
+    figure = prediction_plots.maps(rows, {name: task.kind for name, task in data.tasks.items()})
+    style.save(figure, tmp_path / "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 10_000
     loader, _ = make_stream(data, "train", 2, 2)
     for x, own in loader:

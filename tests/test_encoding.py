@@ -1,4 +1,4 @@
-"""Deltas in fewer bytes: the error that was asked for, the fewest bytes, and task files that load as others do."""
+"""Encoding of deltas in fewer bytes: the requested error, the fewest bytes, and task files that load like any other."""
 
 import math
 import re
@@ -9,9 +9,9 @@ from cases import NETWORKS
 from safetensors.torch import load_file
 
 import taps
-from taps import taskfile
-from taps.encoding import ENCODINGS, decode, encode, encode_as, error_of
-from taps.library import show_table
+from taps.storage import task_file
+from taps.storage.encoding import ENCODINGS, encode, encode_as, error_of
+from taps.storage.task_tables import show_table
 
 
 def dense() -> torch.Tensor:
@@ -32,34 +32,34 @@ def few_weights() -> torch.Tensor:
 @pytest.mark.parametrize("max_error", [0.3, 0.02, 0.004, 1e-3])
 def test_the_smallest_encoding_within_the_bound_is_taken(make, max_error):
     delta = make()
-    name, stored = encode(delta, max_error)
-    decoded = decode(name, stored, delta.shape, delta.dtype)
+    found = encode(delta, max_error)
+    decoded = found.decode(delta.shape, delta.dtype)
     reference = torch.linalg.norm((decoded - delta).double()) / torch.linalg.norm(delta.double())
     assert reference <= max_error
-    assert len(stored) < delta.nbytes
+    assert len(found.data) < delta.nbytes
     for other in ENCODINGS:
         others = encode_as(other, delta, max_error)
-        if error_of(delta, decode(other, others, delta.shape, delta.dtype)) <= max_error:
-            assert len(others) >= len(stored), other
+        if error_of(delta, others.decode(delta.shape, delta.dtype)) <= max_error:
+            assert len(others.data) >= len(found.data), other
 
 
 @pytest.mark.parametrize("max_error", [0.7, 0.5, 0.3, 0.1, 0.02, 0.01])
 @pytest.mark.parametrize("shape", [(256, 96), (128, 40, 3, 3)])
 def test_steps_take_hardly_more_bits_than_any_code_can(max_error, shape):
-    """The rate of normally distributed weights at a squared error D is ½ log₂ 1/D (Shannon); steps need ¼ bit more."""
+    """The rate of normally distributed weights at a squared error D is ½ log₂ 1/D (Shannon); uniform steps need ¼ bit more."""
     delta = torch.randn(shape) * 1e-3
     stored = encode_as("coded", delta, max_error)
-    error = error_of(delta, decode("coded", stored, delta.shape, delta.dtype))
+    error = error_of(delta, stored.decode(delta.shape, delta.dtype))
     assert error <= max_error
     rate = math.log2(1 / error)
-    assert rate < 8 * len(stored) / delta.numel() < rate + 0.4
+    assert rate < 8 * len(stored.data) / delta.numel() < rate + 0.4
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [1e-20, -3e4, 5.0, 0.0], [1.0] * 9, [0.0] * 999 + [1.0], [-1.0]])
 @pytest.mark.parametrize("max_error", [0.9, 0.2, 1e-4])
 def test_steps_of_any_weights(values, max_error):
     delta = torch.tensor(values)
-    decoded = decode("coded", encode_as("coded", delta, max_error), delta.shape, delta.dtype)
+    decoded = encode_as("coded", delta, max_error).decode(delta.shape, delta.dtype)
     assert error_of(delta, decoded) <= max_error
     assert not decoded[delta == 0].any()
 
@@ -75,21 +75,21 @@ def test_steps_of_any_weights(values, max_error):
     ],
 )
 def test_what_suits_a_delta(make, max_error, expected):
-    assert encode(make(), max_error)[0] == expected
+    assert encode(make(), max_error).name == expected
 
 
 @pytest.mark.parametrize("delta", [torch.zeros(4, 4), torch.randn(()), torch.randn(7), torch.randn(5).double()])
 def test_any_shape(delta):
     found = encode(delta, 0.1)
     if found is not None:
-        assert error_of(delta, decode(*found, delta.shape, delta.dtype)) <= 0.1
+        assert error_of(delta, found.decode(delta.shape, delta.dtype)) <= 0.1
     assert encode(torch.randn(8, 8), 1e-7) is None
     assert encode(torch.zeros(8, 8), 0.0) is not None
 
 
 @pytest.fixture
 def model():
-    model = taps.adapt(NETWORKS["resnet"][0]())
+    model = taps.adapt(NETWORKS["resnet"].make())
     model.add_task("a", num_classes=3)
     for unit in model.units[::2]:
         unit.gates["a"].set(False)
@@ -109,7 +109,7 @@ def test_task_files_load_transparently_and_are_smaller(model, tmp_path, max_erro
     assert sizes[1] <= share * sizes[0]
     assert all(torch.equal(exact[key], small[key]) for key in exact if not key.startswith("delta/"))
     x = torch.randn(2, 3, 40, 40)
-    base = taps.adapt(NETWORKS["resnet"][0]())
+    base = taps.adapt(NETWORKS["resnet"].make())
     base.load_base(model.base_state())
     base.load_task(tmp_path / "small")
     base.load_task(tmp_path / "exact", name="b")
@@ -118,7 +118,7 @@ def test_task_files_load_transparently_and_are_smaller(model, tmp_path, max_erro
             for name in unit.parameter_names:
                 assert 0 < error_of(unit.deltas["b"][name], unit.deltas["a"][name]) <= max_error
     assert torch.equal(base(x, "b"), model(x, "a"))
-    shown = show_table(taskfile.read_description(tmp_path / "small"))
+    shown = show_table(task_file.read_description(tmp_path / "small"))
     assert re.search(r"^layer1\.0\.conv1 .* yes, (coded|float16)$", shown, re.MULTILINE)
     torch.testing.assert_close(base(x, "a"), model(x, "a"), rtol=0.1, atol=0.1 * float(model(x, "a").abs().max()))
     torch.testing.assert_close(base.merge("a")(x), base(x, "a"), rtol=1e-4, atol=1e-5)

@@ -1,7 +1,7 @@
-"""The core hosts every kind of method as a row: rows written here, without a line changed in gates, layers or model.
+"""Methods of every kind can be added as rows: those defined here need no change in gates, layers or model.
 
 They are the smallest gates of each kind (block selection, input-dependent blocks, three-way choice, elementwise masks);
-they prove the shape of the mechanism, not the quality of the methods.
+they test the mechanism, not the quality of the methods.
 """
 
 import pytest
@@ -10,9 +10,11 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 import taps
-from taps.adapt import Found
-from taps.gates import Decision, Gate, State
-from taps.methods import METHODS, Method
+from taps.core.execution import State
+from taps.core.find import Found
+from taps.core.gate import Decision, Gate
+from taps.core.method import Method
+from taps.methods.registry import METHODS
 
 
 def blocks(net: nn.Module) -> list[Found]:
@@ -41,7 +43,7 @@ class SelectGate(Gate):
 
 
 class InstanceGate(Gate):
-    """Each sample chooses (DynaShare's kind)."""
+    """A choice per sample (DynaShare's kind)."""
 
     needs_delta = False
 
@@ -57,7 +59,7 @@ class InstanceGate(Gate):
 
 
 class ThreeWayGate(Gate):
-    """Shared, own or skipped (AutoMTL's kind)."""
+    """A choice of shared, own or skipped (AutoMTL's kind)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class ThreeWayGate(Gate):
 
 
 class ElementGate(Gate):
-    """A mask over every weight (the sparse delta's kind)."""
+    """A mask over all weights (the sparse delta's kind)."""
 
     def __init__(self, shapes: dict) -> None:
         super().__init__()

@@ -14,9 +14,9 @@ from conftest import trained_arguments as arguments
 from safetensors.torch import load_file
 
 import taps
-from taps.data.tasks import TaskSampler
-from taps.recipe import Recipe
-from taps.train import fit
+from taps.data.classification.mixed_batches import TaskSampler
+from taps.training.loop import fit
+from taps.training.recipe import Recipe
 
 SIZES = (40, 12, 7)
 
@@ -69,7 +69,7 @@ def test_shares_of_the_samplings():
 
 
 class Batches(list):
-    """A loader of fixed batches; the rest of the interface is what accelerate asks for."""
+    """A loader of fixed batches, with the interface that accelerate needs."""
 
     epoch = 0
 
@@ -108,7 +108,7 @@ def joint_model(train_base: bool = True) -> taps.TaskModel:
 
 def train(model, mixed: bool, base_lr: float | None = None) -> list[dict]:
     rows = []
-    recipe = Recipe(epochs=1, warmup_epochs=0, lr=0.1, base_lr=base_lr, momentum=0.9, penalty_weight=0.5, mixed=mixed)
+    recipe = Recipe(epochs=1, warmup_epochs=0, lr=0.1, base_lr=base_lr, momentum=0.9, lam=0.5, mixed=mixed)
     loader = torch.utils.data.DataLoader(Given(data()), batch_size=None)
     accelerator = Accelerator(cpu=True, rng_types=[])
     fit(model, ["a", "b"], loader, Batches(), recipe, accelerator, on_epoch=lambda new, best: rows.extend(new))
@@ -189,7 +189,7 @@ def test_load_base_refuses_another_network():
 
 
 def tensors(folder) -> dict[str, bytes]:
-    """Every tensor file but the checkpoints, whose counters have no fixed order."""
+    """Return every tensor file except checkpoints, whose counters have no fixed order."""
     files = [path for path in sorted(folder.rglob("*.safetensors")) if path.parent.name != "checkpoint"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -199,7 +199,8 @@ def test_joint_leaves_a_base_and_a_file_a_task(joint, here, tree):
     run = folder / "results/run"
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
     assert names == {
-        "settings.txt", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json", "checkpoint", "ink-2", "paint",
+        "settings.txt", "settings.yaml", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json",
+        "checkpoint", "ink-2", "paint",
         "base.safetensors", "layers.png", "sizes.png", "scores.png", "overlap.png",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
@@ -239,15 +240,15 @@ def test_lite_shares_first_and_adapts_then(tree, here, tmp_path):
 
 @pytest.mark.parametrize(("variant", "after"), [("joint", 1), ("lite", 1), ("lite", 3)])
 def test_stopped_and_resumed_ends_with_the_same_bytes(variant, after, tree, here, tmp_path, monkeypatch):
-    """Stopped at the end of an epoch, before it is kept: in joint training, in lite's first and in its second stage."""
-    import taps.experiment
+    """The run is stopped at the end of an epoch, before it is saved: in joint training and in both stages of lite."""
+    import taps.runs.adaptation
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     more = ("--variant", variant, "--sampling", "proportional", "--workers", 1 if variant == "joint" else 0)
     here("train_joint.py", *arguments(tree, *more), cwd=whole)
-    line, count = taps.experiment.epoch_line, []
+    line, count = taps.runs.adaptation.epoch_line, []
 
     def stop(*given):
         count.append(given)
@@ -255,7 +256,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(variant, after, tree, here
             raise KeyboardInterrupt
         return line(*given)
 
-    monkeypatch.setattr(taps.experiment, "epoch_line", stop)
+    monkeypatch.setattr(taps.runs.adaptation, "epoch_line", stop)
     here("train_joint.py", *arguments(tree, *more), cwd=parts, check=130)
     monkeypatch.undo()
     here("train_joint.py", *arguments(tree, *more, "--resume"), cwd=parts)
@@ -263,7 +264,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(variant, after, tree, here
 
 
 def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path):
-    """Both begin with the one open phase of all tasks; what is left of it when a run is stopped serves the next."""
+    """Both start from one open phase of all tasks, whose saved state is still used after a run is stopped."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -287,8 +288,8 @@ def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--sampling", "equals"), "invalid choice: 'equals'"),
-        (("--variant", "light"), "invalid choice: 'light'"),
+        (("--sampling", "equals"), "'equals' is not one of (did you mean equal?)"),
+        (("--variant", "light"), "'light' is not one of (did you mean lite?)"),
         (("--compile",), "unknown option --compile"),
         (("--method", "hard_sharing", "--variant", "lite"), "choose another --method"),
         (("--batch_size", "1"), "too small for 2 tasks"),
@@ -309,7 +310,7 @@ def test_resume_with_the_other_program_is_refused(joint, tree, here, tmp_path):
 
 
 def test_half_precision_and_loading_processes(tree, here, tmp_path):
-    """Gates close, and no process is left from the loaders of many validations."""
+    """Gates close, and the loaders of many validations leave no processes behind."""
     more = ("--amp", "bf16", "--workers", 2, "--epochs", 3, "--warmup_epochs", 0.5, "--lam", 8)
     here("train_joint.py", *arguments(tree, *more))
     rows = [json.loads(line) for line in (tmp_path / "results/run/metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Many tasks as files: looked into from the command line, loaded when used, damaged ones named and left out."""
+"""Libraries of many tasks: commands, loading on first use, and damaged tasks."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """Twenty tasks in a folder, and the model they came from."""
+    """Twenty tasks in a folder, and the model that saved them."""
     root = tmp_path_factory.mktemp("shelf")
     model = taps.adapt(network()).eval()
     for index, name in enumerate(NAMES):
@@ -159,50 +159,43 @@ def test_one_damaged_task_among_good_ones_is_named(how, copied):
 
 
 def test_commands(copied, here):
-    listed = here("taps.tasks", "list", copied)
+    listed = here("taps.cli.tasks", "list", copied)
     lines = listed.stdout.splitlines()
     assert len(lines) == 1 + len(NAMES)
     assert lines[0].split()[0] == "task"
     assert "51.00" in lines[2]
     assert "2/3" in lines[2]
-    shown = here("taps.tasks", "show", copied / "task-01").stdout
+    shown = here("taps.cli.tasks", "show", copied / "task-01").stdout
     assert "51.00 %" in shown
     assert shown.count("yes") == 2
-    compared = here("taps.tasks", "compare", copied / "task-00", copied / "task-01", copied / "task-03").stdout
+    compared = here("taps.cli.tasks", "compare", copied / "task-00", copied / "task-01", copied / "task-03").stdout
     assert len(compared.splitlines()) == 4
     assert "100" in next(line for line in compared.splitlines() if line.startswith("task-00  task-03"))
     shutil.copytree(copied / "task-01", copied.parent / "other" / "task-01")
-    across = here("taps.tasks", "compare", copied / "task-01", copied.parent / "other" / "task-01").stdout
+    across = here("taps.cli.tasks", "compare", copied / "task-01", copied.parent / "other" / "task-01").stdout
     assert "task-01  other/task-01" in across
-    here("taps.tasks", "remove", copied / "task-00", copied / "task-19")
-    assert not (copied / "task-00").exists()
-    assert len(here("taps.tasks", "list", copied).stdout.splitlines()) == len(NAMES) - 1
     damage(copied / "task-05", "cut")
-    left = here("taps.tasks", "list", copied, check=2)
-    assert len(left.stdout.splitlines()) == len(NAMES) - 2, "the good ones are listed"
+    left = here("taps.cli.tasks", "list", copied, check=2)
+    assert len(left.stdout.splitlines()) == len(NAMES), "the good ones are listed"
     assert left.stderr.count("\n") == 1
-    assert "1 of 18 tasks cannot be used" in left.stderr
+    assert "1 of 20 tasks cannot be used" in left.stderr
     assert "task-05" in left.stderr
 
 
-def test_mistakes_delete_and_mix_nothing(copied, here, tmp_path):
+def test_mistakes_of_the_commands_are_one_line(copied, here, tmp_path):
     for arguments, message in (
-        (("remove", copied), "is not a task's folder"),
-        (("remove", tmp_path / "nowhere"), "does not exist"),
         (("list", tmp_path / "nowhere"), "does not exist"),
         (("list", tmp_path), "holds no task"),
         (("compare", copied / "task-00"), "comparing takes two"),
-        (("remove", copied / "task-00", tmp_path), "nothing is deleted"),
         (("lst", copied), "invalid choice: 'lst'"),
         (("list", copied, copied / "task-00"), "both hold a task 'task-00'"),
     ):
-        done = here("taps.tasks", *arguments, check=2)
+        done = here("taps.cli.tasks", *arguments, check=2)
         assert message in done.stderr
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
-    assert len(list(copied.iterdir())) == len(NAMES)
     other = taps.adapt(nn.Sequential(nn.Linear(6, 5)))
     other.add_task("small", num_classes=2)
     other.save_task("small", tmp_path / "small")
-    done = here("taps.tasks", "compare", copied / "task-00", tmp_path / "small", check=2)
+    done = here("taps.cli.tasks", "compare", copied / "task-00", tmp_path / "small", check=2)
     assert "different networks" in done.stderr

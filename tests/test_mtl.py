@@ -1,10 +1,11 @@
-"""``train_mtl.py`` as a user runs it: all phases, one at a time, stopped and continued, with every method, and with mistakes."""
+"""``train_mtl.py`` on the command line: all phases, single phases, stopped and resumed, with every method and with user errors."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,19 @@ from accelerate import Accelerator
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import taps
-from options import MULTI_TASK_METHODS, parse_mtl
-from taps import commands, mtl
-from taps.benchmarks import open_benchmark
-from taps.data.brains import Recipe as Brains
-from taps.data.brains import make_brains
-from taps.data.scenes import Recipe, make_scenes
-from taps.plan import LAST_TEMPERATURE, policy_plan, weights_plan
-from taps.policy import Policy
-from taps.presets import preset
-from taps.signals import Interrupted, StopSignals
-from taps.train import fit
+from options import parse_mtl
+from taps.benchmarks.opening import open_benchmark
+from taps.data.generated.brain_volumes import BrainRecipe, make_brains
+from taps.data.generated.scenes import SceneRecipe, make_scenes
+from taps.methods.policy import Policy
+from taps.runs import multi_task
+from taps.settings.choices import LAST_TEMPERATURE
+from taps.settings.declare import as_dict
+from taps.settings.presets import published
+from taps.stop_signals import Interrupted, StopSignals
+from taps.storage.run_folder import RunFolder
+from taps.training.loop import fit
+from taps.training.schedules import policy_plan, weights_plan
 
 SMALL = (
     "--model_type", "resnet10t", "--channels", 8, 8, 8, 8, "--head_width", 4, "--crop", 32, "--batch_size", 2, "--iterations", 10,
@@ -36,19 +38,19 @@ SMALL = (
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mtl") / "scenes"
-    make_scenes(root, Recipe(size=(32, 32), train=12, val=2, test=3))
+    make_scenes(root, SceneRecipe(size=(32, 32), train=12, val=2, test=3))
     return root
 
 
 @pytest.fixture(scope="module")
 def complete(scenes, command, tmp_path_factory):
-    """A finished run of all phases, and what it printed."""
+    """A finished run of all phases, and its output."""
     folder = tmp_path_factory.mktemp("complete")
     return folder, command("train_mtl.py", "--dataset", scenes, *SMALL, cwd=folder)
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor that a run has left, but those of checkpoints."""
+    """Return every tensor that a run has saved, except those of checkpoints."""
     files = [path for path in sorted(folder.rglob("*.safetensors")) if path.parent.name != "checkpoint"]
     return {str(path.relative_to(folder)): load_file(path) for path in files}
 
@@ -65,7 +67,7 @@ def test_all_phases_leave_policies_networks_a_table_and_pictures(complete):
     run = folder / "results/run"
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
     assert names == {
-        "settings.txt", "settings.json", "summary.json", "policy", "retrain_000", "retrain_001", "single_task",
+        "settings.txt", "settings.yaml", "settings.json", "summary.json", "policy", "retrain_000", "retrain_001", "single_task",
         "policy.png", "similarity.png", "predictions.png",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
@@ -98,7 +100,7 @@ def test_what_is_stored_computes_what_was_tested(complete, scenes, monkeypatch):
     options = parse_mtl(["--dataset", str(scenes), *map(str, SMALL)])
     accelerator = Accelerator(cpu=True)
     benchmark = open_benchmark(options, accelerator)
-    run = mtl.MultiTask(options, benchmark, accelerator, commands.RunFolder(folder / "results/run"), StopSignals())
+    run = multi_task.MultiTask(options, benchmark, accelerator, RunFolder(folder / "results/run"), StopSignals())
     model = run.stored("retrain_000", benchmark.tasks)
     with torch.no_grad():
         metrics = benchmark.evaluate(model, "test", accelerator)
@@ -167,7 +169,7 @@ def test_classification_tasks_share_blocks_too(tree, here, tmp_path):
 
 
 def test_other_programs_say_what_a_multi_task_run_is(complete, here, finished):
-    from taps.results import find_runs
+    from taps.storage.run_folder import find_runs
 
     run = complete[0] / "results/run"
     done = here("evaluate.py", run, check=2)
@@ -211,26 +213,28 @@ def test_retraining_starts_where_policy_learning_ended(complete, scenes, monkeyp
     monkeypatch.chdir(complete[0])
     options = parse_mtl(["--dataset", str(scenes), *map(str, SMALL)])
     benchmark = open_benchmark(options, Accelerator(cpu=True))
-    folder = commands.RunFolder(complete[0] / "results/run")
-    run = mtl.MultiTask(options, benchmark, Accelerator(cpu=True), folder, StopSignals())
+    folder = RunFolder(complete[0] / "results/run")
+    run = multi_task.MultiTask(options, benchmark, Accelerator(cpu=True), folder, StopSignals())
     ways = {"semseg": (1.0,) * 4, "normals": (0.0, 1.0, 1.0, 1.0), "depth": (1.0, 0.0, 0.0, 1.0)}
     model = run.model(benchmark.tasks, policy=Policy("resnet10t", (), {}, ways), start="policy")
     stored = load_file(complete[0] / "results/run/policy/base.safetensors")
     parted = [norm for norm in model.task_norms if "depth" in norm.norms]
     assert parted
     for norm in parted:
-        assert torch.equal(norm.own("depth").running_mean, stored[f"{norm.name}.running_mean"])
-        assert float(norm.own("depth").running_mean.abs().sum()) > 0
+        assert torch.equal(norm.active("depth").running_mean, stored[f"{norm.name}.running_mean"])
+        assert float(norm.active("depth").running_mean.abs().sum()) > 0
 
 
 def test_settings_of_a_run_are_a_configuration(complete, scenes, tmp_path):
     stored = complete[0] / "results/run/settings.json"
-    options = vars(parse_mtl(["--config", str(stored)]))
+    options = as_dict(parse_mtl(["--config", str(stored)]))
+    assert options == {**as_dict(parse_mtl(["--config", str(stored.with_suffix(".yaml"))])), "config": str(stored)}
     settings = json.loads(stored.read_text())
     for name, value in options.items():
         if name not in ("config", "phases"):
             assert json.loads(json.dumps(value)) == settings[name], name
-    changed = parse_mtl(["--config", str(stored), "--lr", "0.5", "--tasks", "sn"])
+    with pytest.warns(UserWarning, match="the command line wins over .*settings.json: --lr, --tasks"):
+        changed = parse_mtl(["--config", str(stored), "--lr", "0.5", "--tasks", "sn"])
     assert (changed.lr, changed.tasks, changed.task_weights) == (0.5, ["normals"], {"normals": 3.0})
     (tmp_path / "own.yml").write_text(
         "method: dynashare\ntarget_rates: [1, 0.5]\npretrained: false\ntask_weights: {seg: 2}\n"
@@ -240,13 +244,15 @@ def test_settings_of_a_run_are_a_configuration(complete, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("benchmark", ["nyuv2", "cityscapes", "taskonomy", "domainnet", "scenes"])
-@pytest.mark.parametrize("method", MULTI_TASK_METHODS)
+@pytest.mark.parametrize(
+    "method", ["adashare", "dynashare", "automtl", "sparse_delta", "taps", "hard_sharing", "single_task"]
+)
 def test_published_values_fill_every_option(benchmark, method):
     arguments = ["--benchmark", benchmark, "--method", method]
     options = parse_mtl([*arguments, "--dataset", "x"] if benchmark == "domainnet" else arguments)
-    for name, value in preset(benchmark, None, method).items():
-        assert getattr(options, name) == (list(value) if isinstance(value, tuple) else value), name
-    assert vars(options).keys() >= {"lr", "base_lr", "iterations", "sparsity_weight", "policy_lr"}
+    for name, value in published(benchmark, None, method).items():
+        assert getattr(options, name) == value or value is None, name
+    assert as_dict(options).keys() >= {"lr", "base_lr", "iterations", "sparsity_weight", "policy_lr"}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,7 @@ def test_published_values_fill_every_option(benchmark, method):
             "unknown task of benchmark scenes in --task_weights 'semsg'; did you mean 'semseg'",
         ),
         (("--method", "dynashare", "--settle_iterations", 4), "leave none of 4 steps for gates to learn"),
-        (("--method", "finetune"), "invalid choice: 'finetune'"),
+        (("--method", "taps_budget"), "method taps_budget keeps a size: use train_sequential.py or train_joint.py"),
         (("--betas", 1, 0.9), "'1' is not a number"),
     ],
 )
@@ -281,15 +287,6 @@ def test_mistakes_are_one_line(scenes, here, tmp_path, arguments, message):
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.safetensors"))
-
-
-def test_a_wrong_configuration_names_the_option(here, tmp_path):
-    (tmp_path / "bad.yml").write_text("larning_rate: 1\n")
-    assert "unknown option in bad.yml 'larning_rate'" in here("train_mtl.py", "--config", "bad.yml", check=2).stderr
-    (tmp_path / "bad.yml").write_text("- 1\n")
-    assert "does not hold option: value lines" in here("train_mtl.py", "--config", "bad.yml", check=2).stderr
-    (tmp_path / "bad.yml").write_text("lr: fast\n")
-    assert "'fast' is not a number above 0" in here("train_mtl.py", "--config", "bad.yml", check=2).stderr
 
 
 def test_another_backbones_policy_is_refused_and_nothing_overwritten(complete, scenes, here, tmp_path):
@@ -307,13 +304,13 @@ def test_another_backbones_policy_is_refused_and_nothing_overwritten(complete, s
 
 
 def alternate(scenes, monkeypatch, tmp_path, **changes):
-    """A model, its benchmark and a plan of policy learning."""
+    """Return a model, its benchmark and a plan of policy learning."""
     monkeypatch.chdir(tmp_path)
     options = parse_mtl(["--dataset", str(scenes), *map(str, SMALL)])
     for name, value in changes.items():
-        setattr(options, name, value)
+        options = replace(options, **{name: value})
     benchmark = open_benchmark(options, Accelerator(cpu=True))
-    run = mtl.MultiTask(options, benchmark, Accelerator(cpu=True), commands.RunFolder(tmp_path), StopSignals())
+    run = multi_task.MultiTask(options, benchmark, Accelerator(cpu=True), RunFolder(tmp_path), StopSignals())
     model = run.model(benchmark.tasks)
     sizes = {split: benchmark.size(split) for split in ("weights", "policy")}
     plan = policy_plan(options, sizes, len(model.units))
@@ -336,7 +333,7 @@ def test_weight_and_policy_steps_move_only_what_they_should(scenes, monkeypatch,
                 role = "gate" if ".gates." in name else "statistics" if "running" in name else "weights"
                 moved.setdefault(kind, set()).add(role)
         before = now
-        opened.append([gate.opened for gate in model.gates("depth")])
+        opened.append([gate.in_curriculum for gate in model.gates("depth")])
         temperatures.append(model.state.temperature)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "num_batches" not in name}
@@ -352,11 +349,11 @@ def test_weight_and_policy_steps_move_only_what_they_should(scenes, monkeypatch,
     cycles = len(temperatures) // 2
     falling = [5.0 * (LAST_TEMPERATURE / 5.0) ** (cycle / (cycles - 1)) for cycle in range(cycles)]
     assert temperatures[1::2] == temperatures[2::2] == pytest.approx(falling)
-    assert all(gate.opened for gate in model.gates("depth"))
+    assert all(gate.in_curriculum for gate in model.gates("depth"))
 
 
 def test_every_trainable_tensor_is_in_one_group_of_each_optimiser(scenes, monkeypatch, tmp_path):
-    from taps.recipe import make_optimizer
+    from taps.training.recipe import make_optimizer
 
     model, benchmark, plan, _ = alternate(scenes, monkeypatch, tmp_path)
     everything = {id(p) for p in model.parameters() if p.requires_grad}
@@ -375,15 +372,17 @@ def test_plans_are_the_published_schedule():
     cycles = (20000 - 4000) // (39 + 9)
     assert plan.batches == {"weights": 39, "policy": 9, "train": 400}
     assert plan.recipe.epochs == 10 + 2 * cycles
-    assert plan.phases[0].opened == 0
-    assert [phase.opened for phase in plan.phases[1:]] == [min(c // 3 + 1, 8) for c in range(cycles) for _ in range(2)]
+    assert plan.phases[0].curriculum == 0
+    assert [phase.curriculum for phase in plan.phases[1:]] == [
+        min(c // 3 + 1, 8) for c in range(cycles) for _ in range(2)
+    ]
     assert [phase.competes for phase in plan.phases[2::2]] == [c >= 21 for c in range(cycles)]
     assert plan.phases[-1].temperature == pytest.approx(5.0 * 0.965 ** (cycles - 1))
     assert plan.recipe.learning_rate(9) == 1.0
     assert plan.recipe.learning_rate(10) == 0.5
-    options.curriculum_speed = 0.2
+    options = replace(options, curriculum_speed=0.2)
     faster = policy_plan(options, {"weights": 636, "policy": 159}, 52)
-    assert [phase.opened for phase in faster.phases[1:29:2]] == [*range(1, 52, 5), 52, 52, 52]
+    assert [phase.curriculum for phase in faster.phases[1:29:2]] == [*range(1, 52, 5), 52, 52, 52]
     again = weights_plan(options, {"weights": 636, "policy": 159}, 3)
     assert (again.recipe.epochs, again.batches, again.recipe.seed) == (50, {"train": 400}, 3)
 
@@ -392,26 +391,26 @@ def test_plans_are_the_published_schedule():
     ("benchmark", "method"), [("scenes", "dynashare"), ("domainnet", "adashare"), ("volumes", "adashare")]
 )
 def test_two_processes_take_the_same_steps(scenes, tree, tmp_path, benchmark, method):
-    """torchrun with gloo on the CPU, with penalties that couple tasks: both ranks hold the same network throughout."""
+    """With torchrun, gloo on the CPU and penalties that couple tasks, both ranks hold the same network throughout."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys, json, os\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_mtl, taps.mtl\n"
-        "original = taps.mtl.MultiTask.model\n"
+        "import train_mtl, taps.runs.multi_task as multi_task\n"
+        "original = multi_task.MultiTask.model\n"
         "def watch(self, tasks, *rest, **options):\n"
         "    model = original(self, tasks, *rest, **options)\n"
         "    models.append(model)\n"
         "    return model\n"
         "models = []\n"
-        "taps.mtl.MultiTask.model = watch\n"
-        "score = taps.mtl.score\n"
+        "multi_task.MultiTask.model = watch\n"
+        "score = multi_task.score\n"
         "def note(metrics):\n"
         "    model = models[-1]\n"
         "    sums = {n: float(p.double().sum()) for n, p in model.named_parameters()}\n"
         "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps([sums, metrics]) + '\\n')\n"
         "    return score(metrics)\n"
-        "taps.mtl.score = note\n"
+        "multi_task.score = note\n"
         "train_mtl.main(sys.argv[1:])\n"
     )
     data = {
@@ -421,7 +420,7 @@ def test_two_processes_take_the_same_steps(scenes, tree, tmp_path, benchmark, me
                     "picvocab", "--model_type", "resnet10", "--input_size", 16),
     }[benchmark]  # fmt: skip
     if benchmark == "volumes":
-        make_brains(tmp_path / "v", Brains(side=16, train=18, val=7, test=9))
+        make_brains(tmp_path / "v", BrainRecipe(side=16, train=18, val=7, test=9))
     arguments = ("--benchmark", benchmark, *SMALL, *data, "--method", method, "--single_task", "none", "--exp_ids", 0)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -445,4 +444,3 @@ def test_interrupted_is_not_swallowed(scenes, monkeypatch, tmp_path):
             {s: own for s, (_, own) in streams.items()}, plan.recipe, Accelerator(cpu=True),
             criterion=benchmark.criteria(), stop=stop,
         )  # fmt: skip
-    assert taps.METHODS["adashare"].fixed is not None

@@ -15,14 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import taps
-from taps.adashare import SelectGate, gumbel, sharing, sparsity
-from taps.data.shared import VOID, Task
-from taps.dynashare import InstanceGate, target_rate
-from taps.gates import ConstantGate, State
-from taps.heads import ASPP
-from taps.losses import make_loss
-from taps.meters import make_metric
-from taps.scores import delta_t, relative_gain
+from taps.core.execution import State
+from taps.core.gate import ConstantGate
+from taps.data.multi_label import IGNORE_INDEX, Task
+from taps.methods.adashare import SelectGate, sharing, sparsity
+from taps.methods.dynashare import InstanceGate, target_rate
+from taps.methods.gumbel import gumbel
+from taps.metrics.dense import make_metric
+from taps.metrics.losses import make_loss
+from taps.metrics.relative_gain import delta_t, relative_gain
+from taps.networks.heads import ASPP
 
 
 def seeded(seed):
@@ -30,24 +32,24 @@ def seeded(seed):
 
 
 def draw(logits, temperature, generator):
-    """The select column of softmax((logits + g) / temperature), g = −log(−log u)."""
+    """Return the select column of softmax((logits + g) / temperature), g = −log(−log u)."""
     u = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
     powers = torch.exp((logits - torch.log(-torch.log(u))) / temperature)
     return powers[..., 0] / (powers[..., 0] + powers[..., 1])
 
 
 def straight(soft):
-    """1[soft ≥ ½] whose gradient is that of soft."""
+    """Return 1[soft ≥ ½] with the gradient of soft."""
     return (soft >= 0.5).double() + (soft - soft.detach())
 
 
 def select_gates(logits, opened=None):
-    """One gate a row of logits, in float64."""
+    """Return one gate per row of logits, in float64."""
     gates = [SelectGate(init=tuple(row)).double() for row in np.asarray(logits).tolist()]
     for gate, row in zip(gates, np.asarray(logits), strict=True):
         gate.logits.data.copy_(torch.tensor(row))
     for gate, is_open in zip(gates, opened or [], strict=False):
-        gate.opened = is_open
+        gate.in_curriculum = is_open
     return gates
 
 
@@ -81,7 +83,7 @@ def test_hard_draws_have_the_softmax_probability(logits, temperature):
 
 @pytest.mark.parametrize("sampling", ["soft", "hard"])
 def test_select_gate_draws_and_decides(sampling):
-    """Relaxed: one draw from the state's generator; decided: 1 where the probability to select is at least ½."""
+    """Relaxed: one draw from the state's generator; decided: 1 if the probability to select is at least ½."""
     state = State()
     state.temperature, state.generator = 0.7, seeded(4)
     reference = seeded(4)
@@ -98,7 +100,7 @@ def test_select_gate_draws_and_decides(sampling):
 
 
 def two_blocks():
-    """A block with the identity as its shortcut, then one that halves the size, with a projection."""
+    """Return a block with an identity shortcut, then one that halves the size, with a projection."""
     downsample = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
     net = nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 6, stride=2, downsample=downsample)).double()
     for parameter in net.parameters():
@@ -107,7 +109,7 @@ def two_blocks():
 
 
 def normalized(x, norm, training=True):
-    """Batch normalisation by hand, with the batch's statistics or the running ones."""
+    """Compute batch normalisation with the batch's statistics or the running ones."""
     mean = x.mean((0, 2, 3)) if training else norm.running_mean
     var = x.var((0, 2, 3), unbiased=False) if training else norm.running_var
     mean, var, weight, bias = (t[:, None, None] for t in (mean, var, norm.weight, norm.bias))
@@ -172,7 +174,7 @@ def test_block_equation_and_its_gradients(sampling, temperature, norm):
 
 
 def test_block_equation_of_a_whole_resnet():
-    """Eight blocks of timm's resnet18, run one by one on an untouched copy of the network."""
+    """The reference runs the eight blocks of timm's resnet18 one by one on an unchanged copy of the network."""
     net = timm.create_model("resnet18", num_classes=0, channels=(8, 8, 8, 8)).double()
     plain = copy.deepcopy(net).train()
     model = taps.adapt(net, "adashare", sampling="soft")
@@ -222,7 +224,7 @@ def test_followed_policies_run_or_skip(policy, training):
 
 
 def sparsity_ref(logits, opened, variant):
-    """The mean of −log p_skip, or the sum of log p_select, over opened blocks."""
+    """Return the mean of −log p_skip, or the sum of log p_select, over opened blocks."""
     rows = [row for row, is_open in zip(logits, opened, strict=True) if is_open]
     if variant == "code":
         return sum(-torch.log(torch.exp(row[1]) / torch.exp(row).sum()) for row in rows) / len(rows)
@@ -230,7 +232,7 @@ def sparsity_ref(logits, opened, variant):
 
 
 def sharing_ref(a, b, variant):
-    """Σ (l+1)/L·|difference of select logits|, or Σ (L−l)/L·|difference of select probabilities|."""
+    """Return Σ (l+1)/L·|difference of select logits|, or Σ (L−l)/L·|difference of select probabilities|."""
     total, count = 0.0, len(a)
     for place in range(count):
         if variant == "code":
@@ -282,7 +284,7 @@ def test_penalties_of_all_tasks_add_up(tasks, sharing_loss, sparsity_loss):
         model.add_task(name, head=nn.Flatten())
         for gate, row, is_open in zip(model.gates(name), own, opened, strict=True):
             gate.logits.data.copy_(row)
-            gate.opened = is_open
+            gate.in_curriculum = is_open
     logits.requires_grad_()
     want = 0.3 * sum(sparsity_ref(own, opened, sparsity_loss) for own in logits)
     want = want + 1.7 * sum(sharing_ref(a, b, sharing_loss) for a, b in itertools.combinations(logits, 2))
@@ -302,7 +304,7 @@ SHAPES = {"1-d": ((6, 5, 9), 1), "2-d": ((6, 5, 4, 7), 1), "3-d": ((6, 5, 2, 3, 
 
 
 def instance_gate(channels=5, target=0.4, channel_dim=1):
-    """A gate whose every tensor is random, so that samples differ in what they choose."""
+    """Return a gate with only random tensors, so that samples make different choices."""
     gate = InstanceGate(channels, target, channel_dim).double()
     for parameter in gate.parameters():
         nn.init.normal_(parameter)
@@ -313,7 +315,7 @@ def instance_gate(channels=5, target=0.4, channel_dim=1):
 
 
 def instance_logits(gate, x, training, channel_dim=1):
-    """Pooling over all positions → linear → BatchNorm → ReLU → linear."""
+    """Compute pooling over all positions → linear → BatchNorm → ReLU → linear."""
     tensors = {**dict(gate.named_parameters()), **dict(gate.named_buffers())}
     x = x.movedim(channel_dim, 1)
     pooled = x.reshape(*x.shape[:2], -1).sum(-1) / math.prod(x.shape[2:])
@@ -372,7 +374,7 @@ def test_instance_gate_draws_while_training(layout):
 
 @pytest.mark.parametrize("variant", ["gated", "code"])
 def test_target_rate_and_its_gradient(variant):
-    """Five gates, of which one is constant and one has not seen a batch."""
+    """Of five gates, one is constant and one has not seen a batch."""
     targets = [0.2, 0.5, 0.9, 0.7]
     gates = [instance_gate(target=target).train() for target in targets]
     state = State()
@@ -395,7 +397,7 @@ def test_target_rate_and_its_gradient(variant):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("policy", [(1, 1), (0, 1), (1, 0)])
 def test_instance_gates_mix_samples_in_the_network(policy, training):
-    """x_next = u·a(x)·f(x) + (1 − u·a(x))·shortcut(x), one a(x) a sample; u is the task's policy."""
+    """x_next = u·a(x)·f(x) + (1 − u·a(x))·shortcut(x), with one a(x) per sample; u is the task's policy."""
     net = two_blocks()
     plain = copy.deepcopy(net)
     model = taps.adapt(net, "dynashare", target_rates=[0.3, 0.6], target_weight=4.0, target_loss="code")
@@ -436,10 +438,10 @@ def dense_task(kind, weights=None):
 
 
 def label_of(kind, size, rng, batch=3, missing=0.3):
-    """A label of that kind with some pixels that have no value."""
+    """Return a label of the given kind in which some pixels have no value."""
     gone = rng.random((batch, *size)) < missing
     if kind == "classes":
-        return np.where(gone, VOID, rng.integers(0, CHANNELS[kind], (batch, *size)))
+        return np.where(gone, IGNORE_INDEX, rng.integers(0, CHANNELS[kind], (batch, *size)))
     label = rng.normal(size=(batch, CHANNELS[kind], *size))
     if kind == "normals":
         label /= np.linalg.norm(label, axis=1, keepdims=True)
@@ -450,7 +452,7 @@ def label_of(kind, size, rng, batch=3, missing=0.3):
 
 
 def enlarged(prediction, size):
-    """Bilinear, pixel centres at half integers (align_corners=False), the border repeated."""
+    """Upsample bilinearly, with pixel centres at half integers (align_corners=False) and a repeated border."""
     axes = [
         np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
         for old, new in zip(prediction.shape[2:], size, strict=True)
@@ -460,7 +462,7 @@ def enlarged(prediction, size):
 
 
 def shrunk(label, size):
-    """For every new pixel the first of the old ones that it covers."""
+    """Downsample by taking for every new pixel the first of the old pixels that it covers."""
     rows, columns = (
         [place * old // new for place in range(new)] for old, new in zip(label.shape[-2:], size, strict=True)
     )
@@ -469,7 +471,7 @@ def shrunk(label, size):
 
 def loss_ref(kind, prediction, label, weights=None):
     if kind == "classes":
-        known = label != VOID
+        known = label != IGNORE_INDEX
         labels = label[known]
         scores = log_softmax(np.moveaxis(prediction, 1, -1)[known], axis=-1)
         each = np.ones(len(labels)) if weights is None else np.asarray(weights)[labels]
@@ -514,7 +516,7 @@ def test_losses(kind, weights, size, at_output):
     slope = float((x.grad * torch.tensor(direction)).sum())
     assert slope == pytest.approx((ahead - behind) / 2e-6, rel=1e-4, abs=1e-5)
     if size == SMALL:
-        gone = label == VOID if kind == "classes" else ~np.isfinite(label).all(1)
+        gone = label == IGNORE_INDEX if kind == "classes" else ~np.isfinite(label).all(1)
         assert (x.grad.abs().sum(1)[torch.tensor(gone)] == 0).all()
 
 
@@ -534,7 +536,7 @@ def test_losses_of_batches_without_labels(kind, weights, size, at_output):
 
 
 def streamed(kind, batches, published=False, channels=None):
-    """The library's metric over batches of (prediction, label)."""
+    """Return the library's metric over batches of (prediction, label)."""
     metric = make_metric(Task("a", kind, channels or CHANNELS[kind]), published)
     for prediction, label in batches:
         metric.update(torch.tensor(prediction), torch.tensor(label))
@@ -542,14 +544,14 @@ def streamed(kind, batches, published=False, channels=None):
 
 
 def class_batches():
-    """Seven classes: 0 and 1 often right, 2 labelled and never right, 3 predicted only, 4 only where void, 5 and 6 nowhere."""
+    """Return seven classes: 0 and 1 often right, 2 labelled but never right, 3 only predicted, 4 only in void, 5 and 6 absent."""
     rng = np.random.default_rng(2)
     batches = []
     for count, size in ((3, (6, 5)), (1, (4, 9)), (2, (3, 3))):
-        label = rng.choice([0, 1, 2, VOID], (count, *size), p=[0.4, 0.3, 0.1, 0.2])
+        label = rng.choice([0, 1, 2, IGNORE_INDEX], (count, *size), p=[0.4, 0.3, 0.1, 0.2])
         chosen = np.where(rng.random(label.shape) < 0.7, label, rng.choice([0, 1, 3], label.shape))
         chosen = np.where(chosen == 2, 3, chosen)
-        chosen = np.where(label == VOID, 4, chosen)
+        chosen = np.where(label == IGNORE_INDEX, 4, chosen)
         prediction = rng.normal(size=(count, 7, *size))
         np.put_along_axis(prediction, chosen[:, None], 9.0, axis=1)
         batches.append((prediction, label))
@@ -560,8 +562,8 @@ def class_batches():
 def test_class_metrics(published):
     batches = class_batches()
     labels = np.concatenate([label.ravel() for _, label in batches])
-    chosen = np.concatenate([prediction.argmax(1).ravel() for prediction, _ in batches])[labels != VOID]
-    labels = labels[labels != VOID]
+    chosen = np.concatenate([prediction.argmax(1).ravel() for prediction, _ in batches])[labels != IGNORE_INDEX]
+    labels = labels[labels != IGNORE_INDEX]
     ratios = []
     for number in range(7):
         both = ((labels == number) & (chosen == number)).sum()
@@ -571,14 +573,14 @@ def test_class_metrics(published):
     assert len(ratios) == (2 if published else 4)
     accuracy = (labels == chosen).mean()
     if published:
-        each = [(prediction.argmax(1) == label)[label != VOID].mean() for prediction, label in batches]
+        each = [(prediction.argmax(1) == label)[label != IGNORE_INDEX].mean() for prediction, label in batches]
         accuracy = np.average(each, weights=[len(label) for _, label in batches])
     got = streamed("classes", batches, published, 7)
     assert got == pytest.approx({"miou": 100 * np.mean(ratios), "pixel_accuracy": 100 * accuracy}, rel=1e-6)
 
 
 def angles_ref(batches, published):
-    """Degrees between unit vectors; published: between (n + 1)/2."""
+    """Return the degrees between unit vectors n or, if published, between the vectors (n + 1)/2."""
     found = []
     for prediction, label in batches:
         known = np.isfinite(label).all(1)
@@ -618,7 +620,7 @@ def test_normal_metrics(noise, published):
 
 @pytest.mark.parametrize("angles", [[40.0, 3.0, 95.0], [0.0, 180.0, 180.0], [12.0, 7.5, 7.5, 0.0, 60.0], [1.2345]])
 def test_median_of_few_angles(angles):
-    """An odd number of pixels, one a batch, has one median."""
+    """An odd number of pixels, one per batch, has a single median."""
     batches = []
     for angle in np.radians(angles):
         label = np.array([0.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
@@ -629,7 +631,7 @@ def test_median_of_few_angles(angles):
 
 
 def depth_batches(kind="depth"):
-    """Batches of unequal sizes; some predictions are not positive, some lie exactly on a threshold, one batch is void."""
+    """Return batches of unequal sizes; some predictions are not positive, some exactly on a threshold, one batch is void."""
     rng = np.random.default_rng(4)
     batches = []
     for count in (3, 1, 2):
@@ -687,7 +689,7 @@ def test_relative_gain_of_one_metric(name, sign):
 
 
 def test_relative_gain_and_delta_t():
-    """The means over the metrics of a task, which rmse and rmse_angle are none of, and over tasks."""
+    """Gains are means over the metrics of a task, excluding rmse and rmse_angle, and then over tasks."""
     lower = {"mean_angle", "median_angle", "abs_error", "rel_error", "error"}
     kinds = {
         "seg": ["miou", "pixel_accuracy"],
@@ -713,7 +715,7 @@ def test_relative_gain_and_delta_t():
 
 
 def convolved(x, layer, rate):
-    """A convolution of three taps a dimension, rate apart, with zeros outside, as a sum of shifted inputs."""
+    """Compute a convolution of three taps per dimension, rate apart, with zero padding, as a sum of shifted inputs."""
     weight, dimensions = layer.weight.detach().numpy(), x.ndim - 2
     padded = np.pad(x, [(0, 0), (0, 0)] + [(rate, rate)] * dimensions)
     y = layer.bias.detach().numpy().reshape(-1, *[1] * dimensions)

@@ -1,4 +1,4 @@
-"""The notebook runs on the results of each program, and says one thing where there are none."""
+"""The notebook runs on the results of each program, and reports when there are none."""
 
 import os
 
@@ -9,14 +9,14 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from taps.files import write_json
-from taps.policy import Policy
+from taps.methods.policy import Policy
+from taps.storage.files import write_json
 
 NOTEBOOK = ROOT / "visualize_taps.ipynb"
 
 
 def multi_task_run(folder):
-    """The files of a multi-task run that pictures are made from."""
+    """Write the files of a multi-task run from which pictures are made."""
     run = {"a": (1.0, 0.0), "b": (1.0, 1.0)}
     policy = Policy("resnet", ("layer1.0", "layer1.1"), {"a": (0.9, 0.2), "b": (0.8, 0.6)}, run)
     policy.write(folder / "retrain_000/policy.json")

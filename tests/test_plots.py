@@ -1,8 +1,10 @@
-"""Pictures show the hard decisions, at every size."""
+"""Figures for all numbers of tasks and layers."""
 
 import pytest
 
-from taps import plots
+from taps.plots import layers as layer_plots
+from taps.plots import predictions as prediction_plots
+from taps.plots import style
 
 
 def rows(units: int, every: int) -> list[dict]:
@@ -14,11 +16,11 @@ def rows(units: int, every: int) -> list[dict]:
 @pytest.mark.parametrize("tasks", [1, 6, 40])
 @pytest.mark.parametrize("units", [2, 53, 161])
 def test_layers(tmp_path, tasks, units):
-    figure = plots.layers({f"task {i}": rows(units, i + 2) for i in range(tasks)}, "title", {"task 0": "91 %"})
+    figure = layer_plots.layers({f"task {i}": rows(units, i + 2) for i in range(tasks)}, "title", {"task 0": "91 %"})
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (tasks, units)
     assert image[0].sum() == (units + 1) // 2
-    plots.save(figure, tmp_path / "layers.png")
+    style.save(figure, tmp_path / "layers.png")
     from PIL import Image
 
     with Image.open(tmp_path / "layers.png") as picture:
@@ -28,7 +30,7 @@ def test_layers(tmp_path, tasks, units):
 
 def test_layers_names_shortcuts_and_borders():
     names = ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer2.1.conv1"]
-    figure = plots.layers({"a": [{"name": name, "run": 1.0, "specific": 1.0} for name in names]})
+    figure = layer_plots.layers({"a": [{"name": name, "run": 1.0, "specific": 1.0} for name in names]})
     axes = figure.axes[0]
     above = axes.child_axes[0]
     assert [(tick.get_position()[0], tick.get_text()) for tick in above.get_xticklabels()] == [(3, "downsample")]
@@ -43,7 +45,7 @@ def summary(tasks: int) -> dict:
 def drawn(figure, path) -> tuple[int, int]:
     from PIL import Image
 
-    plots.save(figure, path)
+    style.save(figure, path)
     with Image.open(path) as picture:
         assert picture.getextrema()[0] != (255, 255)
         return picture.size
@@ -52,12 +54,12 @@ def drawn(figure, path) -> tuple[int, int]:
 @pytest.mark.parametrize("tasks", [1, 6, 40])
 def test_every_picture_at_every_number_of_tasks(tmp_path, tasks):
     units = {f"task {i}": rows(53, i + 2) for i in range(tasks)}
-    figure = plots.sizes(summary(tasks))
+    figure = layer_plots.sizes(summary(tasks))
     assert [bar.get_width() for bar in figure.axes[0].patches] == [90.0 - i for i in range(tasks)]
     assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([i / 1000 for i in range(tasks)])
     drawn(figure, tmp_path / "sizes.png")
 
-    figure = plots.overlap(units)
+    figure = layer_plots.overlap(units)
     shared = figure.axes[0].images[0].get_array()
     assert shared.shape == (tasks, tasks)
     assert all(shared[i][i] == 100 for i in range(tasks)), "every task tunes something"
@@ -66,7 +68,7 @@ def test_every_picture_at_every_number_of_tasks(tmp_path, tasks):
     metrics = [
         {"task": task, "epoch": epoch, "scores": [0.15 - 0.01 * epoch] * 53} for epoch in range(1, 4) for task in units
     ]
-    figure = plots.scores(metrics, threshold=0.1)
+    figure = layer_plots.scores(metrics, threshold=0.1)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == list(units)
     lines = panels[0].lines
@@ -78,7 +80,7 @@ def test_every_picture_at_every_number_of_tasks(tmp_path, tasks):
     from PIL import Image
 
     outputs = {task: [("a class with a long name", 0.75), ("b", 0.25)] for task in units}
-    figure = plots.predictions(Image.new("RGB", (8, 8)), outputs)
+    figure = prediction_plots.predictions(Image.new("RGB", (8, 8)), outputs)
     assert [axes.get_title(loc="left") for axes in figure.axes[1:]] == list(units)
     assert [bar.get_width() for bar in figure.axes[1].patches] == [75.0, 25.0]
     width, height = drawn(figure, tmp_path / "predictions.png")
@@ -89,14 +91,14 @@ def test_overlap_is_tuned_by_both_among_tuned_by_either():
     def task(*tuned: int) -> list[dict]:
         return [{"name": str(i), "run": 1.0, "specific": float(i in tuned)} for i in range(5)]
 
-    figure = plots.overlap({"a": task(0, 1, 2), "b": task(1, 2, 3), "c": task()})
+    figure = layer_plots.overlap({"a": task(0, 1, 2), "b": task(1, 2, 3), "c": task()})
     assert figure.axes[0].images[0].get_array().tolist() == [[100, 50, 0], [50, 100, 0], [0, 0, 0]]
     assert [text.get_text() for text in figure.axes[0].texts][::4] == ["3", "3", "0"]
 
 
 def test_trade_off_is_a_point_a_run(tmp_path):
     runs = {f"run {i}": {"parameters_x_base": 4.0 - i, "mean_accuracy": 90.0 - i} for i in range(3)}
-    figure = plots.trade_off(runs, {"run 0": "λ = 0"}, {"run 1": "joint"})
+    figure = layer_plots.trade_off(runs, {"run 0": "λ = 0"}, {"run 1": "joint"})
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert [[2, 88], [4, 90]] in lines.values(), "runs of one kind are connected"
     assert lines["joint"] == [[3, 89]]
@@ -105,7 +107,7 @@ def test_trade_off_is_a_point_a_run(tmp_path):
 
 
 def test_methods_without_scores_have_no_picture_of_them():
-    assert plots.scores([{"task": "a", "epoch": 1, "scores": [None, None]}], 0.1) is None
+    assert layer_plots.scores([{"task": "a", "epoch": 1, "scores": [None, None]}], 0.1) is None
 
 
 @pytest.mark.parametrize(
@@ -117,4 +119,4 @@ def test_methods_without_scores_have_no_picture_of_them():
     ],
 )  # fmt: skip
 def test_stage_of(name, stage):
-    assert plots.stage_of(name) == stage
+    assert style.stage_of(name) == stage

@@ -1,4 +1,4 @@
-"""Metrics and losses of stays and subjects against references of a few lines in float64, and against scikit-learn."""
+"""Metrics and losses of stays and subjects against short float64 references and scikit-learn."""
 
 import itertools
 import math
@@ -9,10 +9,10 @@ import torch
 from scipy.stats import rankdata
 from sklearn import metrics
 
-from taps.data.shared import VOID, Task
-from taps.losses import make_loss, stay_bins
-from taps.meters import make_metric
-from taps.record_meters import BIN_HOURS
+from taps.data.multi_label import IGNORE_INDEX, Task
+from taps.metrics.dense import make_metric
+from taps.metrics.losses import make_loss, stay_bins
+from taps.metrics.records import BIN_HOURS
 
 BINARY, MANY = Task("a", "binary", 1, positive_weight=5.0), Task("a", "binary", 4)
 DURATION, CATEGORY = Task("a", "duration", 10), Task("a", "category", 3)
@@ -20,7 +20,7 @@ NUMBER = Task("a", "number", 1, scale=(100.0, 8.0))
 
 
 def batches(kind: str, count: int = 3):
-    """Predictions and labels of a kind with gaps; the same questions in every batch."""
+    """Return predictions and labels of the given kind, with missing labels; every batch has the same targets."""
     shapes = {"binary": (6, 1, 20), "many": (6, 4, 20), "duration": (6, 10, 20), "category": (40, 3), "number": (40, 1)}
     for _ in range(count):
         prediction = torch.randn(shapes[kind])
@@ -29,7 +29,7 @@ def batches(kind: str, count: int = 3):
             target[torch.rand(6, 20) < 0.3] = math.nan
         elif kind == "category":
             target = torch.randint(0, 3, (40,))
-            target[::7] = VOID
+            target[::7] = IGNORE_INDEX
         elif kind == "number":
             target = prediction * 0.5 + torch.randn(40, 1)
             target[::9] = math.nan
@@ -51,14 +51,14 @@ def together(data: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def roc(target: np.ndarray, score: np.ndarray) -> float:
-    """The share of pairs of a yes and a no in which the yes scores higher (Mann-Whitney)."""
+    """Return the share of pairs of a positive and a negative in which the positive scores higher (Mann-Whitney)."""
     ranks, positive = rankdata(score), target == 1
     count = positive.sum()
     return (ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(target) - count))
 
 
 def precision_recall(target: np.ndarray, score: np.ndarray) -> float:
-    """Trapezoids between the points of all thresholds, from recall 0 at the precision of the benchmark, 1."""
+    """Sum trapezoids between the points of all thresholds, starting at recall 0 and precision 1, as in the benchmark."""
     points = [(0.0, 1.0)]
     for threshold in np.unique(score)[::-1]:
         chosen = score >= threshold
@@ -94,7 +94,7 @@ def test_large_answers_keep_their_order():
     prediction = torch.tensor([[40.0, 50.0, 60.0, 70.0]]).repeat(4, 1)[..., None] + torch.arange(4.0).view(4, 1, 1)
     target = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1).expand(4, 4, 1)
     assert measured(MANY, [(prediction, target)])["auc_macro"] == 1.0
-    with pytest.raises(ValueError, match="task a: the network's answers are not finite; lower --lr"):
+    with pytest.raises(ValueError, match="task a: the network's outputs are not finite; lower --lr"):
         measured(MANY, [(prediction * math.inf, target)])
 
 
@@ -117,13 +117,13 @@ def test_kappa_and_mean_absolute_deviation():
 
 def test_bins_include_their_lower_ends():
     hours = torch.tensor([0.0, 23.999, 24.0, 47.9, 191.9, 192.0, 335.9, 336.0, 5000.0, math.nan])
-    assert stay_bins(hours).tolist() == [0, 0, 1, 1, 7, 8, 8, 9, 9, VOID]
+    assert stay_bins(hours).tolist() == [0, 0, 1, 1, 7, 8, 8, 9, 9, IGNORE_INDEX]
 
 
 def test_accuracies():
     data = list(batches("category"))
     prediction, target = together(data)
-    known = target != VOID
+    known = target != IGNORE_INDEX
     chosen, target = prediction.argmax(1)[known], target[known]
     found = measured(CATEGORY, data)
     assert found["accuracy"] == pytest.approx(100 * metrics.accuracy_score(target, chosen))
@@ -149,7 +149,7 @@ def test_batches_and_what_is_missing_do_not_matter(kind):
     whole = [tuple(torch.cat([part[index] for part in data]) for index in (0, 1))]
     assert measured(KINDS[kind], data) == pytest.approx(measured(KINDS[kind], whole))
     prediction, target = (tensor.clone() for tensor in whole[0])
-    missing = target == VOID if kind == "category" else ~target.isfinite()
+    missing = target == IGNORE_INDEX if kind == "category" else ~target.isfinite()
     if kind == "duration":
         prediction[missing[:, None].expand_as(prediction)] = 99.0
     else:
@@ -160,7 +160,7 @@ def test_batches_and_what_is_missing_do_not_matter(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_labels_do_not_define_is_nan(kind):
     prediction, target = next(batches(kind))
-    target = torch.full_like(target, VOID) if kind == "category" else torch.full_like(target, math.nan)
+    target = torch.full_like(target, IGNORE_INDEX) if kind == "category" else torch.full_like(target, math.nan)
     assert all(math.isnan(value) for value in measured(KINDS[kind], [(prediction, target)]).values())
     loss = make_loss(KINDS[kind])(prediction.requires_grad_(), target)
     loss.backward()
@@ -182,7 +182,7 @@ def test_losses():
     bins = stay_bins(target).numpy()
     scores = prediction.numpy().astype(np.float64)
     logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
-    where = np.argwhere(bins != VOID)
+    where = np.argwhere(bins != IGNORE_INDEX)
     expected = -np.mean([logs[b, bins[b, t], t] for b, t in where])
     assert float(make_loss(DURATION)(prediction, target)) == pytest.approx(expected, rel=1e-5)
 

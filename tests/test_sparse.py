@@ -1,4 +1,4 @@
-"""Sparse deltas: hard-concrete gates against their formulas, supports, files as small as they can be, and reuse."""
+"""Sparse deltas: hard-concrete gates against their formulas, supports, files of minimal size, and reuse."""
 
 import json
 import math
@@ -11,20 +11,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import taps
-from taps.activations import beside_base
-from taps.cost import accounting
-from taps.data.scenes import clip, render
-from taps.encoding import decode, encode_as
-from taps.reuse import Reuse
-from taps.sparse import HIGH, LOW, chance_open, hard_concrete
-from taps.support import fix_support
-from taps.video import VideoReuse
+from taps.core.accounting import accounting, task_parameters
+from taps.data.generated.scenes import clip, render
+from taps.methods.activation_gap import distance_to_base
+from taps.methods.sparse_delta import HIGH, LOW, chance_open, fix_support, hard_concrete
+from taps.reuse.from_base import Reuse
+from taps.reuse.video import VideoReuse
+from taps.storage.encoding import encode_as
 
 SOME = ("resnet", "vit", "convnext", "series", "perceptron", "torchvision_vit")
 
 
 def draws(network: str, density: float = 0.05, structure: str = "weight", norm: str = "task") -> taps.TaskModel:
-    """A model with a base task and a sub-task whose support is fixed."""
+    """Return a model with a base task and a sub-task whose support is fixed."""
     torch.manual_seed(0)
     model = taps.adapt(NETWORKS[network][0](), "sparse_delta", density=density, structure=structure, norm=norm)
     for task in ("base", "sub"):
@@ -129,7 +128,7 @@ def test_zero_deltas_are_the_base_and_supports_keep_their_number(network, struct
     room = 0.4 * model.base_parameters - account["norm_parameters"]
     largest = max(unit.size for unit in model.units) if structure == "row" else 1
     assert room - largest <= count <= room
-    assert count == account["delta_parameters"] == sum(unit.own("a") for unit in model.units)
+    assert count == account["delta_parameters"] == sum(task_parameters(unit, "a") for unit in model.units)
     stored = sum(int(delta.count_nonzero()) for unit in model.units for delta in unit.deltas["a"].parameters())
     assert stored == count
 
@@ -179,11 +178,11 @@ def test_positions_take_little_more_than_the_least_possible(count, density):
     delta = torch.randn(count) * (torch.rand(count) < density)
     kept = int(delta.count_nonzero())
     stored = encode_as("sparse32", delta)
-    assert torch.equal(decode("sparse32", stored, delta.shape, delta.dtype), delta)
+    assert torch.equal(stored.decode(delta.shape, delta.dtype), delta)
     entropy = (math.lgamma(count + 1) - math.lgamma(kept + 1) - math.lgamma(count - kept + 1)) / math.log(2)
-    assert len(stored) <= 1.1 * (4 * kept + entropy / 8) + 8
+    assert len(stored.data) <= 1.1 * (4 * kept + entropy / 8) + 8
     if kept > 1000:  # where five bytes of the head are nothing
-        assert len(stored) <= 1.01 * (4 * kept + entropy / 8)
+        assert len(stored.data) <= 1.01 * (4 * kept + entropy / 8)
 
 
 @pytest.mark.parametrize("network", ["vit", "resnet"])
@@ -217,14 +216,14 @@ def test_files_hold_supports_and_values_alone(network, tmp_path):
 def test_the_gap_is_zero_for_the_base_and_pulls_a_task_to_it():
     model = draws("vit").train()
     x = torch.randn(2, 3, 32, 32)
-    with beside_base(model, x) as gap:
+    with distance_to_base(model, x) as gap:
         model(x, "base")
     assert float(gap.value()) == 0.0
     values = []
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(15):
         optimizer.zero_grad()
-        with beside_base(model, x) as gap:
+        with distance_to_base(model, x) as gap:
             model(x, "sub")
         gap.value().backward()
         optimizer.step()
@@ -251,9 +250,9 @@ def test_a_loaded_support_goes_on_learning_inside_of_itself(tmp_path):
 def test_momentum_of_the_gates_phase_does_not_leave_the_support():
     from torch.utils.data import DataLoader
 
-    from taps.data.shared import StreamSampler
-    from taps.recipe import Recipe
-    from taps.train import fit
+    from taps.data.multi_label import StreamSampler
+    from taps.training.loop import fit
+    from taps.training.recipe import Recipe
 
     model = taps.adapt(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), "sparse_delta", density=0.05)
     model.add_task("a", num_classes=3)
@@ -308,7 +307,7 @@ def test_what_is_equal_is_not_computed_again():
         if "sub" in unit.deltas:
             for delta in unit.deltas["sub"].parameters():
                 delta.data.zero_()
-            unit.gates["sub"].fix(
+            unit.gates["sub"].fix_support(
                 {name: torch.zeros(shape, dtype=torch.bool) for name, shape in unit.gates["sub"].shapes.items()}
             )
     calls = []
@@ -332,7 +331,7 @@ def test_larger_errors_leave_out_more_and_change_more():
     done, wrong = [], []
     for error in (0.0, 0.05, 0.2, 1.0):
         reuse.calibrate(images, error, rounds=1)
-        reuse.whole = {}
+        reuse.merged = {}
         for setting in reuse.settings["sub"].values():
             setting.dense = False
         wrong.append(float((reuse(images[0])["sub"] - exact).norm() / exact.norm()))
@@ -348,11 +347,11 @@ def test_larger_errors_leave_out_more_and_change_more():
 def test_the_merged_layer_takes_over_where_it_is_faster(monkeypatch):
     model = draws("vit")
     reuse = Reuse(model, "base")
-    monkeypatch.setattr("taps.reuse._slower", lambda *arguments: True)
+    monkeypatch.setattr("taps.reuse.from_base._slower", lambda *arguments: True)
     images = [torch.randn(2, 3, 32, 32)]
-    reuse.calibrate(images, 0.1)
+    reuse.calibrate(images, 0.1, by_time=True)
     assert all(setting.dense for setting in reuse.settings["sub"].values())
-    reuse.whole = {}
+    reuse.merged = {}
     with torch.no_grad():
         assert torch.equal(reuse(images[0])["sub"], model(images[0], "sub"))
     assert reuse.counts["sub"].done == reuse.counts["sub"].dense
@@ -362,9 +361,9 @@ def test_a_task_that_gains_nothing_is_run_as_its_merged_network(monkeypatch):
     model = draws("vit")
     reuse, images = Reuse(model, "base"), torch.randn(2, 3, 32, 32)
     monkeypatch.setattr(Reuse, "beside_dense", lambda self, x, rounds: {"sub": {"macs": 1.0, "time": 1.2}})
-    reuse.calibrate(images, 0.1)
+    reuse.calibrate(images, 0.1, by_time=True)
     monkeypatch.undo()
-    assert list(reuse.whole) == ["sub"]
+    assert list(reuse.merged) == ["sub"]
     with torch.no_grad():
         assert torch.equal(reuse(images)["sub"], model.merge("sub")(images))
     assert list(reuse(images)) == ["base", "sub"]
@@ -463,7 +462,7 @@ def test_what_comes_before_the_chosen_layers_is_computed_once():
         for delta in unit.deltas["sub"].parameters() if "sub" in unit.deltas else ():
             nn.init.normal_(delta, std=0.02)
     fix_support(model, "sub")
-    assert {unit.name.split(".")[1] for unit in model.units if unit.own("sub")} == {"1"}
+    assert {unit.name.split(".")[1] for unit in model.units if task_parameters(unit, "sub")} == {"1"}
     reuse, x = Reuse(model.eval(), "base"), torch.randn(2, 3, 32, 32)
     outputs = reuse(x)
     assert reuse.counts["sub"].done < 0.55 * reuse.counts["sub"].dense

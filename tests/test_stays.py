@@ -1,4 +1,4 @@
-"""Hospital stays: what the files mean, what is refused, what networks may see, and the benchmark as a user runs it."""
+"""Hospital stays: file formats, error messages, causality of networks, and the benchmark on the command line."""
 
 import csv
 import json
@@ -13,18 +13,17 @@ from torch.nn.functional import pad
 
 import taps
 from options import parse_mtl
-from taps.data.discretizer import Discretizer, read_normalizer
-from taps.data.known import check
-from taps.data.mimic3 import fit_normalizer, open_mimic3
-from taps.data.mimic3 import main as fit_command
-from taps.data.shared import make_stream, split_train
-from taps.data.stay_lists import PHENOTYPES, find_root, read_labels, rows_of
-from taps.data.stays import SHARED, Recipe, make_stays
-from taps.heads import HourHead
-from taps.residual import create_series_backbone
+from taps.data.checks import check
+from taps.data.generated.hospital_stays import SHARED, StayRecipe, make_stays
+from taps.data.multi_label import make_stream, split_train
+from taps.data.records.mimic3 import fit_normalizer, open_mimic3
+from taps.data.records.mimic3_discretizer import Discretizer, read_normalizer
+from taps.data.records.mimic3_lists import PHENOTYPES, find_root, read_labels, rows_of
+from taps.networks.heads import HourHead
+from taps.networks.series import create_series_backbone
 
 PUBLISHED = ROOT.parent / "shared/data/mimic3"
-TINY = Recipe(train=24, val=8, test=10, seed=3)
+TINY = StayRecipe(train=24, val=8, test=10, seed=3)
 SMALL = (
     "--benchmark", "mimic3", "--channels", 4, 4, 4, 4, "--head_width", 2, "--head_rates", 1, "--hours", 64, "--batch_size", 4,
     "--iterations", 12, "--warmup_iterations", 2, "--weight_iterations", 1, "--policy_iterations", 1, "--retrain_iterations", 4,
@@ -41,7 +40,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tree(made, tmp_path) -> Path:
-    """A copy to damage."""
+    """A copy of the data that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "tree"))
 
 
@@ -59,7 +58,7 @@ def first_stay(root: Path) -> Path:
 
 
 def slowly(config: dict, path: Path, hours: float) -> np.ndarray:
-    """The discretiser of mimic3-benchmarks, cell by cell: hourly bins, previous values, flags."""
+    """Discretise like mimic3-benchmarks, cell by cell: hourly bins, previous values, flags."""
     count = int(hours + 1 - 1e-6)
     seen: list[dict[str, str]] = [{} for _ in range(count)]
     with open(path, newline="") as file:
@@ -94,7 +93,7 @@ def test_bins_are_those_of_the_benchmark(made):
 
 
 def test_edges_of_bins(tmp_path, made):
-    """On the hour belongs to the hour before; of two values in an hour the later counts; what comes after the stay is left out."""
+    """Values on the hour belong to the hour before, later values in an hour win, and values after the stay are left out."""
     discretizer = Discretizer(made / "discretizer_config.json")
     heart, height = discretizer.channels.index("Heart Rate"), discretizer.channels.index("Height")
     lines = [["Hours", *discretizer.channels]]
@@ -195,15 +194,14 @@ def test_inputs_are_normalised_and_filled_up_with_zeros(made):
     assert torch.equal(samples[0][0], x), "read once, and the same again"
 
 
-def test_the_normaliser_is_fitted_on_the_training_bins(tree, capsys):
+def test_the_normaliser_is_fitted_on_the_training_bins(tree, here):
     (tree / "normalizer.json").unlink()
-    with pytest.raises(ValueError, match=r"has no normalizer.json; fit it with: python -m taps.data.mimic3"):
+    with pytest.raises(ValueError, match=r"has no normalizer.json; fit it with: taps data normalizer"):
         open_mimic3(tree)
     means, stds = read_normalizer(fit_normalizer(tree), 76)
-    with pytest.raises(SystemExit):
-        fit_command([str(tree)])
-    assert "exists; replace it with --overwrite" in capsys.readouterr().err
-    fit_command([str(tree), "--overwrite"])
+    refused = here("taps.cli.data", "normalizer", tree, check=2)
+    assert "exists; replace it with --overwrite" in refused.stderr
+    here("taps.cli.data", "normalizer", tree, "--overwrite")
     data = open_mimic3(tree)
     bins = np.concatenate([data.discretizer.expand(*data.bins(stay)) for stay in data.splits["train"]])
     np.testing.assert_allclose(means, bins.mean(0), rtol=1e-4, atol=1e-6)
@@ -243,7 +241,7 @@ def replace_cell(index: int, text: str):
 
 
 def lengthened(cells: list[str]) -> list[str]:
-    """Two more steps of remaining hours than the stay has."""
+    """Add two more steps of remaining hours than the stay has."""
     entries = cells[3].split(";")
     half = len(entries) // 2
     return [*cells[:3], ";".join([*entries[:half], "1", "1", *entries[half:], "0.5", "0.5"]), *cells[4:]]
@@ -257,7 +255,7 @@ LISTS = {
     "odd number of entries": (longer, r"train_listfile.csv row 2: remaining hours has \d+ entries, but as many masks"),
     "phenotypes": (replace_cell(4, "1;0"), r"train_listfile.csv row 2: phenotypes has 2 entries, 25 are needed"),
     "twice": (None, r"train_listfile.csv row 26: .*_timeseries.csv was in row 2 already"),
-    "header": (None, r"train_listfile.csv row 1 is no header 'filename,length of stay,…' of 6 columns"),
+    "header": (None, r"train_listfile.csv row 1 is not a header 'filename,length of stay,…' of 6 columns"),
     "cells": (lambda cells: cells[:5], r"train_listfile.csv row 2 has 5 cells instead of 6"),
     "length": (replace_cell(1, "long"), r"train_listfile.csv row 2: a length of stay of 'long' hours"),
     "file": (replace_cell(0, "1_episode1_timeseries.csv"), r"train_listfile.csv row 2: .*1_episode1_.* does not exist"),
@@ -291,9 +289,9 @@ LABELS = {
     "few steps": (3, "1;2.5", r"row 2: remaining hours has 1 steps, a stay of .* hours has \d+"),
     "position": (2, "200;1;1", r"row 2: mortality is asked at hour 200 of a stay of"),
     "phenotype": (4, ";".join(["2"] * 25), r"row 2: phenotypes has 25 entries, 25 of 0 or 1 are needed; entry 1 is 2"),
-    "number": (3, "1;x", r"row 2: remaining hours: 'x' is no number"),
+    "number": (3, "1;x", r"row 2: remaining hours: 'x' is not a number"),
     "nan": (3, "1;nan", r"row 2: remaining hours holds nan"),
-    "mask": (5, "3;1", r"row 2: decompensation holds entries that are no 0 or 1"),
+    "mask": (5, "3;1", r"row 2: decompensation holds entries other than 0 and 1"),
 }
 
 
@@ -310,10 +308,10 @@ SERIES = {
     "column twice": (1, lambda row: [*row, "Glucose"], r"has the column 'Glucose' twice"),
     "more columns": (1, lambda row: [*row, "Mood"], r"has a column 'Mood', which discretizer_config.json does not know"),
     "hours": (1, lambda row: ["Time", *row[1:]], r"the first column must be 'Hours', not 'Time'"),
-    "category": (3, replace_cell(4, "5 Asleep"), r"row 3: '5 Asleep' is no value of Glascow coma scale eye opening; known are"),
+    "category": (3, replace_cell(4, "5 Asleep"), r"row 3: '5 Asleep' is not a value of Glascow coma scale eye opening; known are"),
     "number": (3, replace_cell(9, "fast"), r"row 3: Heart Rate is 'fast', not a number"),
     "infinite": (3, replace_cell(9, "inf"), r"row 3: Heart Rate is 'inf', not a number"),
-    "hour": (3, replace_cell(0, "-2.5"), r"row 3: '-2.5' is no hour of a stay"),
+    "hour": (3, replace_cell(0, "-2.5"), r"row 3: '-2.5' is not an hour of a stay"),
     "order": (3, replace_cell(0, "0.0"), r"row 3: hour 0.0 comes after hour"),
     "cells": (3, lambda row: row[:-1], r"row 3 has 17 cells instead of 18"),
 }  # fmt: skip
@@ -348,7 +346,7 @@ def test_empty_stays_are_left_out_and_counted(tree):
 def test_one_answer_only_is_refused_and_single_phenotypes_are_named(tree):
     for number in range(2, TINY.test + 2):
         edit(tree / "test_listfile.csv", number, lambda cells: [*cells[:4], "0;" + cells[4].split(";", 1)[1], cells[5]])
-    assert any("test: 1 of 25 phenotypes have one answer only" in note for note in open_mimic3(tree).notes)
+    assert any("test: 1 of 25 phenotypes have equal labels only" in note for note in open_mimic3(tree).notes)
     for number in range(2, TINY.test + 2):
         edit(tree / "test_listfile.csv", number, replace_cell(2, "47;1;0"))
     with pytest.raises(ValueError, match=r"test_listfile.csv has only one answer for task ihm within the hours"):
@@ -399,7 +397,7 @@ def test_missing_files_are_named(tree):
 
 
 def answers(name: str, causal: bool):
-    """A network and a head for 40 hours, in evaluation mode."""
+    """Return a network and a head for 40 hours, in evaluation mode."""
     net = create_series_backbone(name, 5, (4, 4, 4, 4), causal)
     shifted = causal and name != "tcn"
     head = HourHead(4, 2, 40, net.output_stride, shifted, width=4, rates=(1, 6), dropout=0.0, causal=causal)

@@ -1,4 +1,4 @@
-"""``train_mtl.py`` with three choices a layer and with sparse deltas of a base task, as a user runs it."""
+"""``train_mtl.py`` on the command line, with three choices per layer and with sparse deltas of a base task."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_mtl import ROOT, SMALL, same
 
-from taps.data.scenes import Recipe, make_scenes
+from taps.data.generated.scenes import SceneRecipe, make_scenes
 
 VIT = (
     "--method", "sparse_delta", "--model_type", "test_vit", "--patch_size", 8, "--head_width", 4, "--head_rates", 1, "--crop", 32,
@@ -24,13 +24,13 @@ VIT = (
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sub") / "scenes"
-    make_scenes(root, Recipe(size=(32, 32), train=12, val=4, test=3))
+    make_scenes(root, SceneRecipe(size=(32, 32), train=12, val=4, test=3))
     return root
 
 
 @pytest.fixture(scope="module")
 def complete(scenes, command, tmp_path_factory):
-    """A finished run of sparse deltas, and what it printed."""
+    """A finished run of sparse deltas, and its output."""
     folder = tmp_path_factory.mktemp("complete_sub")
     return folder, command("train_mtl.py", "--dataset", scenes, *VIT, "--base_task", "normals", cwd=folder)
 
@@ -40,7 +40,8 @@ def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
     run = folder / "results/run"
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
     assert names == {
-        "settings.txt", "settings.json", "summary.json", "reuse.json", "single_task", "sub_task_000", "retrain_000",
+        "settings.txt", "settings.yaml", "settings.json", "summary.json", "reuse.json",
+        "single_task", "sub_task_000", "retrain_000",
         "predictions.png",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
@@ -112,8 +113,8 @@ def test_two_processes_agree_on_the_support(scenes, tmp_path):
     script.write_text(
         "import sys, json, os\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_mtl, taps.support, taps.train\n"
-        "fix = taps.support.fix_support\n"
+        "import train_mtl\nimport taps.methods.sparse_delta as sparse_delta\n"
+        "fix = sparse_delta.fix_support\n"
         "def note(model, task):\n"
         "    count = fix(model, task)\n"
         "    masks = [gate.support() for gate in model.gates(task)]\n"
@@ -122,7 +123,7 @@ def test_two_processes_agree_on_the_support(scenes, tmp_path):
         "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file:\n"
         "        file.write(json.dumps([task, count, where, deltas]) + '\\n')\n"
         "    return count\n"
-        "taps.support.fix_support = note\n"
+        "sparse_delta.fix_support = note\n"
         "train_mtl.main(sys.argv[1:])\n"
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -147,7 +148,7 @@ def test_two_processes_agree_on_the_support(scenes, tmp_path):
         (("--density", "0%"), "'0%' is not a share above 0 and up to 100%"),
         (("--density", "101%"), "'101%' is not a share"),
         (("--density", "much"), "'much' is not a share"),
-        (("--structure", "column"), "invalid choice: 'column'"),
+        (("--structure", "column"), "'column' is not one of weight, row"),
         (("--where", "zzz"), "where='zzz' matches no layer"),
         (("--density", "0.1%"), "has no room for single weights: the task's own norms take"),
         (("--single_task", "none", "--phases", "test"), "holds no run"),

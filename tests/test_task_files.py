@@ -1,4 +1,4 @@
-"""Task files: complete, small, refused when they do not fit; the model and the folder are left as they were."""
+"""Task files are complete, small and refused if they do not fit; the model and the folder are left unchanged."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The loop: averaging, flushing, resuming, phases, budgets, and what happens when the loss is lost."""
+"""The training loop: averaging, flushing, resuming, phases, budgets, and losses that are not finite."""
 
 import signal
 from dataclasses import replace
@@ -12,15 +12,17 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 import taps
-from taps import budget as budget_module
-from taps import train as train_module
-from taps.budget import allocate, hold_within, keep_within, parse_budget, smallest
-from taps.data.images import EpochSampler
+from taps.core.method import SETTLED, Method, Phase
+from taps.data.classification.images import EpochSampler
 from taps.errors import DivergedError
-from taps.methods import METHODS, SETTLED, Method, Phase, always_own
-from taps.recipe import Recipe
-from taps.signals import Interrupted, StopSignals
-from taps.train import fit
+from taps.methods import taps_budget
+from taps.methods.baselines import always_own
+from taps.methods.registry import METHODS
+from taps.methods.taps_budget import allocate, keep_within, min_bytes, parse_budget, round_within
+from taps.stop_signals import Interrupted, StopSignals
+from taps.training import loop
+from taps.training.loop import fit
+from taps.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def accelerator():
 
 
 class Points(torch.utils.data.Dataset):
-    """Labelled points, by (index, epoch) as the sampler asks for them."""
+    """Labelled points, indexed by (index, epoch) as the sampler does."""
 
     def __init__(self, count: int = 22) -> None:
         generator = torch.Generator().manual_seed(2)
@@ -72,7 +74,7 @@ def same(a, b, **tolerance) -> bool:
 
 
 def test_accumulation_is_the_large_batch(accelerator):
-    """Gradients are averaged over images and the left-over batches of an epoch are a step of their own."""
+    """Gradients are averaged over images, and the remaining batches of an epoch form a separate step."""
     recipe = {"epochs": 3, "warmup_epochs": 1, "lr": 0.1}
     small, _ = run(accelerator, Recipe(accumulate=4, **recipe), batch_size=4)  # windows of 16 and 6 images
     large, _ = run(accelerator, Recipe(**recipe), batch_size=16)
@@ -82,7 +84,7 @@ def test_accumulation_is_the_large_batch(accelerator):
 
 
 def test_it_learns_and_reports(accelerator):
-    model, rows = run(accelerator, Recipe(epochs=6, warmup_epochs=2, lr=0.2, penalty_weight=0.1))
+    model, rows = run(accelerator, Recipe(epochs=6, warmup_epochs=2, lr=0.2, lam=0.1))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["train"] * 4
     assert rows[0]["train_loss"] > rows[1]["train_loss"]
@@ -93,7 +95,7 @@ def test_it_learns_and_reports(accelerator):
 
 
 def test_larger_lambda_tunes_fewer_layers(accelerator):
-    tuned = [run(accelerator, Recipe(epochs=6, warmup_epochs=1, lr=0.05, penalty_weight=lam))[1][-1] for lam in (0, 5)]
+    tuned = [run(accelerator, Recipe(epochs=6, warmup_epochs=1, lr=0.05, lam=lam))[1][-1] for lam in (0, 5)]
     assert tuned[0]["tuned_layers"] == 1.0
     assert tuned[1]["tuned_layers"] < 1.0
 
@@ -101,7 +103,7 @@ def test_larger_lambda_tunes_fewer_layers(accelerator):
 @pytest.mark.parametrize("stop_after", [3, 6, 8])
 @pytest.mark.parametrize("optimizer", ["sgd", "nag", "adam", "adamw"])
 def test_stopped_and_resumed_is_never_stopped(accelerator, tmp_path, stop_after, optimizer):
-    """In the middle of an epoch or at its end, dropout and momentum included, bit for bit."""
+    """Results are bit-identical for stops in the middle or at the end of an epoch, including dropout and momentum."""
     recipe = Recipe(epochs=3, warmup_epochs=0.5, settle_epochs=1, lr=0.05, optimizer=optimizer)
     whole, rows = run(accelerator, recipe, perceptron(dropout=0.4))
 
@@ -139,12 +141,12 @@ def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path):
 
 
 def test_a_run_always_ends_with_a_task(accelerator):
-    """Even if the last phase is shorter than a step."""
+    """This holds even if the last phase is shorter than a step."""
     kept = []
     recipe = Recipe(epochs=2, warmup_epochs=1.95, accumulate=8, lr=0.1)
     batches, sampler = loader()
     fit(
-        perceptron(),
+        perceptron("taps", norm="task"),
         "a",
         batches,
         sampler,
@@ -154,8 +156,10 @@ def test_a_run_always_ends_with_a_task(accelerator):
         on_epoch=lambda r, b: kept.append(b),
     )
     assert kept == [False, True]
-    recipe = Recipe(epochs=1, accumulate=8, lr=0.1, budget=with_room(perceptron(), 100))
-    model, rows = run(accelerator, recipe)  # one step: nothing was learned that would be worth its bytes
+    recipe = Recipe(epochs=1, accumulate=8, lr=0.1, budget=with_room(perceptron("taps_budget", norm="task"), 100))
+    model, rows = run(
+        accelerator, recipe, perceptron("taps_budget", norm="task")
+    )  # one step: nothing was learned that would be worth its bytes
     assert rows[-1]["phase"] == "round"
     assert sum(row["specific"] for row in model.report("a")) == 0
 
@@ -170,7 +174,7 @@ def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(ac
     batches, sampler = loader()
     with pytest.raises(DivergedError, match="no longer finite in epoch 2; the last good state is kept"):
         fit(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, state_path=state)
-    assert taps.checkpoint.read_record(state)["progress"]["epoch"] == 1
+    assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
 
 
 def test_a_lost_loss_stops_and_keeps_the_last_checkpoint(accelerator, tmp_path):
@@ -187,16 +191,16 @@ def test_a_lost_loss_stops_and_keeps_the_last_checkpoint(accelerator, tmp_path):
     before = state.read_bytes()
     reference = perceptron()
     run(accelerator, Recipe(epochs=1, warmup_epochs=2, lr=0.01), reference)
-    assert taps.checkpoint.read_record(state)["progress"]["epoch"] == 1
+    assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in model.task_state("a").values())
     assert state.read_bytes() == before
 
 
 def test_phases_are_data(accelerator, monkeypatch):
-    """A row with its own phases: first only the head learns, then everything."""
+    """A row with its own phases trains first only the head, then everything."""
 
-    def phases(epochs, warmup, settle):
-        return (Phase("head first", 1, trains=("head",)), Phase("all", epochs - 1))
+    def phases(model, lengths):
+        return (Phase("head first", 1, trains=("head",)), Phase("all", lengths.epochs - 1))
 
     monkeypatch.setitem(METHODS, "staged", Method("head first", "a test", gate=always_own, phases=phases))
     model = perceptron("staged")
@@ -230,13 +234,13 @@ def test_wrong_budgets(text):
 
 
 def with_room(model, room):
-    """A budget that leaves so many bytes for deltas."""
-    return smallest(model, "a") + budget_module._header_growth(model, "a") + room
+    """Return a budget that leaves ``room`` bytes for deltas."""
+    return min_bytes(model, "a") + taps_budget._header_growth(model, "a") + room
 
 
 @pytest.mark.parametrize("norm", ["task", "follow"])
 def test_a_budget_is_kept_and_well_used(tmp_path, norm):
-    """Files are at or just below the budget, more bytes keep more, and what the model holds is what its file gives back."""
+    """Files are at or just below the budget, more bytes keep more, and the model holds the values that its file restores."""
 
     def network():
         torch.manual_seed(0)
@@ -250,12 +254,12 @@ def test_a_budget_is_kept_and_well_used(tmp_path, norm):
         return {unit.name: unit.effective_parameters("a", unit.gates["a"].decide()) for unit in model.units}
 
     trained = network()
-    smallest_size, full = smallest(trained, "a"), {u.name: u.deltas["a"]["weight"].detach() for u in trained.units}
-    errors = {budget_module._motion: [], budget_module._noise: []}
+    smallest_size, full = min_bytes(trained, "a"), {u.name: u.deltas["a"]["weight"].detach() for u in trained.units}
+    errors = {taps_budget._motion: [], taps_budget._noise: []}
     for budget in (smallest_size, 150_000, 600_000, 3_000_000, 12_000_000, 46_000_000):
         model = network()
         open_units = keep_within(model, "a", budget)
-        kept = hold_within(model, "a", budget)
+        kept = round_within(model, "a", budget)
         assert kept == open_units  # nothing has moved in between
         path = model.save_task("a", tmp_path / str(budget), compact=True) / "task.safetensors"
         size = path.stat().st_size
@@ -280,7 +284,7 @@ def test_a_budget_is_kept_and_well_used(tmp_path, norm):
 
 
 def test_bytes_go_where_they_keep_most():
-    """Against brute force: of all ways to store two layers within a size, the error that is left is the least, or nearly."""
+    """Compared with brute force over all ways to store two layers within a size, the remaining error is nearly minimal."""
     from itertools import product
 
     model = perceptron()
@@ -291,7 +295,7 @@ def test_bytes_go_where_they_keep_most():
     differ = 0
     for room in (0, 250, 300, 340, 500, 600, 700, 800, 5000):
         budget = with_room(model, room)
-        hulls = [budget_module._choices(model, unit, "a", room) for unit in model.units]
+        hulls = [taps_budget._choices(model, unit, "a", room) for unit in model.units]
         ways = [both for both in product(*hulls) if sum(choice.size for choice in both) <= room]
         for fine, scale in ((-1.0, lambda w, own: w.square().mean().sqrt()), (9.0, lambda w, own: own.square().sum())):
             levels = allocate(model, "a", budget, fine)
@@ -328,20 +332,20 @@ def test_what_has_not_moved_takes_no_bytes(tmp_path):
     for unit in model.units:
         for parameter in unit.deltas["a"].parameters():
             parameter.data.zero_()
-    assert hold_within(model, "a", smallest(model, "a")) == []
+    assert round_within(model, "a", min_bytes(model, "a")) == []
     path = model.save_task("a", tmp_path, compact=True) / "task.safetensors"
-    assert path.stat().st_size == smallest(model, "a")
+    assert path.stat().st_size == min_bytes(model, "a")
 
 
 def test_where_all_can_be_kept_finely_nothing_is_closed():
-    """And layers of few weights get more bits; with fewer bytes units are chosen by how much they have moved."""
+    """Small layers get more bits, too; with fewer bytes units are chosen by how much they have moved."""
     torch.manual_seed(0)
     model = taps.adapt(taps.create_backbone("resnet18", pretrained=False), "taps_budget")
     model.add_task("a", num_classes=5)
     for index, unit in enumerate(model.units):
         unit.deltas["a"]["weight"].data.normal_(std=0.002 if index % 3 else 0.02)
     ample, scarce = (allocate(model, "a", parse_budget(size, model)) for size in ("12%", "2%"))
-    assert max(ample.values()) <= budget_module._FINE
+    assert max(ample.values()) <= taps_budget._FINE
     assert ample["conv1"] < ample["layer4.1.conv2"]
     open_units = [unit.name for unit in model.units if scarce[unit.name] is not None]
     assert 0 < len(open_units) < len(model.units)
@@ -350,15 +354,15 @@ def test_where_all_can_be_kept_finely_nothing_is_closed():
 
 @pytest.mark.parametrize(("room", "kept", "still"), [(252, 1, 6), (275, 1, 3), (330, 1, 1), (600, 2, 3), (900, 2, 1)])
 def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerator, tmp_path):
-    """Whatever phase it is stopped in: before the choice, after it, after rounding what is coarse, what can be noticed, or all;
-    the coarser the rounding, the longer are deltas what files will hold."""
-    recipe = Recipe(epochs=6, lr=0.1, budget=with_room(perceptron(), room))
-    whole, rows = run(accelerator, recipe)
+    """The run is stopped before or after the choice, or after rounding coarse, noticeable or all deltas; the coarser the
+    rounding, the earlier deltas become the values that files will hold."""
+    recipe = Recipe(epochs=6, lr=0.1, budget=with_room(perceptron("taps_budget", norm="task"), room))
+    whole, rows = run(accelerator, recipe, perceptron("taps_budget", norm="task"))
     assert [row["phase"] for row in rows] == ["open", "open", "settle", "settle", "settle", "round"]
     assert rows[-1]["tuned_layers"] == kept / len(whole.units)
     assert any(unit.deltas["a"].encodings for unit in whole.units if "a" in unit.deltas)
     assert sum("a" in unit.deltas for unit in whole.units) == kept  # what is closed holds nothing
-    learning, watched = [], perceptron()
+    learning, watched = [], perceptron("taps_budget", norm="task")
 
     def watch(output, labels):
         deltas = [delta for unit in watched.units if "a" in unit.deltas for delta in unit.deltas["a"].parameters()]
@@ -368,7 +372,7 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
     run(accelerator, recipe, watched, criterion=watch)
     assert learning == [{True}] * (36 - still) + [{False}] * still
     for steps_before in (9, 20, 32, 34, 35):
-        stop, model, steps = StopSignals(), perceptron(), []
+        stop, model, steps = StopSignals(), perceptron("taps_budget", norm="task"), []
 
         def criterion(output, labels, stop=stop, steps=steps, steps_before=steps_before):
             steps.append(1)
@@ -378,7 +382,7 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
         state = tmp_path / f"{steps_before}.safetensors"
         with pytest.raises(Interrupted):
             run(accelerator, recipe, model, criterion=criterion, state_path=state, stop=stop)
-        resumed, _ = run(accelerator, recipe, state_path=state, resume=True)
+        resumed, _ = run(accelerator, recipe, perceptron("taps_budget", norm="task"), state_path=state, resume=True)
         assert same(whole, resumed, atol=0, rtol=0)
         whole.save_task("a", tmp_path / "whole", compact=True)
         resumed.save_task("a", tmp_path / "resumed", compact=True)
@@ -388,8 +392,8 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
 
 @pytest.mark.parametrize(("room", "first"), [(252, 10), (275, 11), (330, 12)])
 def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator, tmp_path):
-    """Of twelve: the first of those epochs is the best here, and what is saved then keeps the budget."""
-    model, numbers, saved = perceptron(), iter(range(100, 0, -1)), []
+    """Of twelve epochs, the first one that competes is the best here, and its file keeps the budget."""
+    model, numbers, saved = perceptron("taps_budget", norm="task"), iter(range(100, 0, -1)), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, room))
     batches, sampler = loader()
 
@@ -416,11 +420,17 @@ def test_a_checkpoint_of_another_schedule_is_refused(accelerator, tmp_path):
     state = tmp_path / "state.safetensors"
     run(accelerator, Recipe(epochs=1, warmup_epochs=0.5), state_path=state)
     with pytest.raises(ValueError, match=r"another schedule of phases; start again with --overwrite"):
-        run(accelerator, Recipe(epochs=1, budget=with_room(perceptron(), 600)), state_path=state, resume=True)
+        run(
+            accelerator,
+            Recipe(epochs=1, budget=with_room(perceptron("taps_budget", norm="task"), 600)),
+            perceptron("taps_budget", norm="task"),
+            state_path=state,
+            resume=True,
+        )
 
 
 class Scaled(nn.Module):
-    """A network with a parameter of its own: with finetune it is a unit that has units inside."""
+    """A network with a parameter of its own; with finetune it is a unit that contains units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -483,7 +493,7 @@ def test_compact_files_compute_the_same_to_rounding(tmp_path):
 
 @pytest.mark.parametrize("method", ["taps", "taps_budget"])
 def test_closed_layers_cost_nothing_once_gates_stand_still(accelerator, method):
-    """No delta, no gradient and no state of the optimiser; with norm="follow" nothing before the first open layer learns."""
+    """They have no delta, gradient or optimiser state; with norm="follow" nothing before the first open layer is trained."""
     torch.manual_seed(0)
     model = taps.adapt(nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 3)), method, norm="follow")
     model.add_task("a", num_classes=2)
@@ -493,14 +503,14 @@ def test_closed_layers_cost_nothing_once_gates_stand_still(accelerator, method):
     recipe = Recipe(epochs=2, settle_epochs=1, warmup_epochs=1, lr=0.01)
     recipe = replace(recipe, plan=(Phase("warm-up", 1, penalty=0.0), Phase("settle", 1, penalty=0.0, trains=SETTLED)))
     model.units[3].register_forward_hook(lambda module, x, y: seen.append(y.requires_grad))
-    original = train_module.make_optimizer
+    original = loop.make_optimizer
 
     def make(*given):
         optimizers.append(original(*given))
         return optimizers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "make_optimizer", make)
+        patch.setattr(loop, "make_optimizer", make)
         x = torch.randn(24, 6)
         data = [(x[i], int(x[i, 0] > 0)) for i in range(24)]
         batches = DataLoader(data, batch_size=4)
@@ -526,5 +536,5 @@ def test_compiled_steps_compute_the_same(accelerator):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="unknown optimizer 'sdg'; did you mean 'sgd'"):
+    with pytest.raises(ValueError, match=r"optimizer: 'sdg' is not one of \(did you mean sgd\?\)"):
         fit(perceptron(), "a", *loader(), Recipe(optimizer="sdg"), Accelerator(cpu=True))

@@ -1,4 +1,4 @@
-"""The four calls: pre-train, learn the policy, train under it, and what is left."""
+"""The four calls of the trainer: construct, pre-train, learn the policy and train under it, and the resulting network."""
 
 import math
 
@@ -11,7 +11,7 @@ import taps
 
 
 class Stripes(Dataset):
-    """Noise with stripes: their direction and their colour are the tasks."""
+    """Noise with stripes; the tasks are to predict their direction and their colour."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(size)
@@ -131,14 +131,14 @@ def test_other_methods_and_samples_of_their_own():
         ({"losses": {"way": nn.functional.cross_entropy}}, "losses are given for way; heads are given for way, colour"),
         ({"loaders": {"train": None}}, "loaders lack 'val'"),
         ({"task_weights": {"wy": 2.0}}, "unknown task in task_weights 'wy'; did you mean 'way'"),
-        ({"task_weights": {"way": -2.0}}, "task_weights of way has to be at least 0, not -2.0"),
-        ({"lr": 0.0}, "lr has to be above 0, not 0.0"),
-        ({"policy_lr": -0.1}, "policy_lr has to be above 0, not -0.1"),
-        ({"batch_size": 0}, "batch_size has to be at least 1, not 0"),
-        ({"temperature_decay": 1.5}, "temperature_decay has to be above 0 and at most 1, not 1.5"),
-        ({"eval_iterations": "1e"}, "eval_iterations has to be at least 1, not '1e'"),
-        ({"policy_wd": math.inf}, "policy_wd has to be at least 0, not inf"),
-        ({"policy_fraction": 0.0}, "policy_fraction 0.0 of 128 samples leaves a part empty"),
+        ({"task_weights": {"way": -2.0}}, "task_weights: -2.0 is not a number of at least 0"),
+        ({"lr": 0.0}, "lr: 0.0 is not a number above 0"),
+        ({"policy_lr": -0.1}, "policy_lr: -0.1 is not a number above 0"),
+        ({"batch_size": 0}, "batch_size: 0 is not a whole number of at least 1"),
+        ({"temperature_decay": 1.5}, "temperature_decay: 1.5 is not a number above 0 and at most 1"),
+        ({"eval_iterations": "1e"}, "eval_iterations: '1e' are passes; give a number of steps"),
+        ({"policy_wd": math.inf}, "policy_wd: inf is not a number of at least 0"),
+        ({"policy_fraction": 0.0}, "policy_fraction: 0.0 is not a number above 0 and at most 0.9"),
         (
             {"loaders": {name: DataLoader(list(range(4))) for name in ("train", "val")}},
             r"loaders have to give \(inputs, \{task: labels\}\)",

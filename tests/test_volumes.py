@@ -1,5 +1,4 @@
-"""Volumes and their table: what files mean, what is left out and what is refused, how subjects are divided, and the benchmark
-as a user runs it."""
+"""Volumes: table and lists, error messages, division of subjects, and the benchmark on the command line."""
 
 import csv
 import itertools
@@ -13,15 +12,14 @@ import pytest
 import torch
 
 from options import parse_mtl
-from taps.data.brains import CATEGORIES, NUMBERS, SHARED, Recipe, make_brain, make_brains
-from taps.data.known import check
-from taps.data.shared import VOID, split_train
-from taps.data.subjects import divide, join_groups, list_path, read_table
-from taps.data.subjects import main as divide_command
-from taps.data.volumes import open_volumes, read_volume, volume_shape
-from taps.residual import create_volume_backbone
+from taps.data.checks import check
+from taps.data.generated.brain_volumes import CATEGORIES, NUMBERS, SHARED, BrainRecipe, make_brain, make_brains
+from taps.data.multi_label import IGNORE_INDEX, split_train
+from taps.data.records.subjects import divide, join_groups, list_path, read_table
+from taps.data.records.volumes import open_volumes, read_volume, volume_shape
+from taps.networks.resnet_nd import create_volume_backbone
 
-TINY = Recipe(side=16, train=24, val=12, test=12, missing_numbers=0.05, missing_categories=0.05, seed=1)
+TINY = BrainRecipe(side=16, train=24, val=12, test=12, missing_numbers=0.05, missing_categories=0.05, seed=1)
 SMALL = (
     "--channels", 4, 4, 4, 4, "--model_type", "resnet10", "--batch_size", 4, "--iterations", 12, "--warmup_iterations", 2,
     "--weight_iterations", 1, "--policy_iterations", 1, "--retrain_iterations", 4, "--eval_iterations", 3, "--curriculum_speed", 1,
@@ -38,7 +36,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tree(made, tmp_path) -> Path:
-    """A copy to damage."""
+    """A copy of the data that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "tree"))
 
 
@@ -63,7 +61,7 @@ def names(root: Path, split: str) -> list[str]:
 
 
 def set_cells(root: Path, column: str, change, split: str) -> None:
-    """Change a column's cells for the subjects of a split."""
+    """Change a column's cells for the subjects in a split."""
     subjects = {name.removesuffix(".npy") for name in names(root, split)}
     rows = read_rows(root)
     for row in rows:
@@ -86,7 +84,7 @@ def test_labels_are_those_of_the_table_and_scales_those_of_the_training_subjects
             _, labels = samples[index]
             for name in CATEGORIES:
                 cell = rows[subject][name]
-                assert int(labels[name]) == (data.tasks[name].names.index(cell) if cell else VOID)
+                assert int(labels[name]) == (data.tasks[name].names.index(cell) if cell else IGNORE_INDEX)
             for name in NUMBERS:
                 cell, (mean, std) = rows[subject][name], data.tasks[name].scale
                 assert (
@@ -156,12 +154,12 @@ def test_categories_that_no_training_subject_has_are_left_out_and_named(tree):
         f"{count} values of diagnosis in test are in no training row and are left out, e.g. 'rare' in"
     )
     labels = [int(data.samples("test", False)[index][1]["diagnosis"]) for index in range(TINY.test)]
-    assert labels.count(VOID) >= count
+    assert labels.count(IGNORE_INDEX) >= count
     assert data.tasks["diagnosis"].channels == 3
 
 
 MISTAKES = {
-    "no target": (lambda root: None, {"cat": (), "num": ()}, r"name what is to be predicted with --cat_target, --num_target"),
+    "no target": (lambda root: None, {"cat": (), "num": ()}, r"choose the targets with --cat_target, --num_target"),
     "name": (lambda root: None, {"cat": ("race.eth",)}, r"target 'race.eth' of .*: rename the column to letters"),
     "families in two lists": (
         lambda root: set_cells(root, "site_id_l", lambda cell: "one", "test"),
@@ -170,7 +168,7 @@ MISTAKES = {
     "list of another encoding": (
         lambda root: list_path(root / "images", "val").write_bytes(b"\xff.npy"), {}, r"image_val_SubjectList.txt cannot be read",
     ),
-    "twice": (lambda root: None, {"cat": ("sex",), "num": ("sex",)}, r"target 'sex' is named twice"),
+    "twice": (lambda root: None, {"cat": ("sex",), "num": ("sex",)}, r"target 'sex' is given twice"),
     "column": (
         lambda root: None, {"cat": ("sexx",)}, r"unknown column of .*labels.csv 'sexx'; did you mean 'sex'\?",
     ),
@@ -181,7 +179,7 @@ MISTAKES = {
         lambda root: set_cells(root, "picvocab", lambda cell: "many", "train"), {}, r"labels.csv row \d+: picvocab is 'many'",
     ),
     "constant": (
-        lambda root: set_cells(root, "picvocab", lambda cell: "1", "train"), {}, r"picvocab has less than two different values",
+        lambda root: set_cells(root, "picvocab", lambda cell: "1", "train"), {}, r"picvocab has fewer than two different values",
     ),
     "one class": (
         lambda root: set_cells(root, "sex", lambda cell: "1", "val"), {},
@@ -240,7 +238,7 @@ def test_volumes_that_are_none_are_refused(tmp_path, array, message):
     with pytest.raises(ValueError, match="holds several arrays; a volume is one"):
         volume_shape(tmp_path / "several.npy")
     (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(ValueError, match=r"text.npy cannot be read: it is no .npy file"):
+    with pytest.raises(ValueError, match=r"text.npy cannot be read: it is not an .npy file"):
         volume_shape(tmp_path / "text.npy")
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
@@ -258,7 +256,7 @@ def test_other_shapes_can_be_allowed(tree):
 
 @pytest.fixture
 def table(tmp_path):
-    """200 subjects: a fifth with a rare value, families of one to three at two ages, three of them over two sites."""
+    """200 subjects: a fifth with a rare value, families of one to three at two ages, three of the families over two sites."""
     random = np.random.default_rng(0)
     lines = ["subjectkey,kind,age,family,site"]
     family = 0
@@ -316,21 +314,18 @@ def test_the_training_subjects_are_divided_by_families_too(made):
     assert len(data.splits["weights"]) + len(data.splits["policy"]) == TINY.train
 
 
-def test_dividing_as_a_command(tree, capsys):
-    arguments = ["--images", str(tree / "images"), "--labels", str(tree / "labels.csv"), "--group", "rel_family_id"]
-    with pytest.raises(SystemExit) as ended:
-        divide_command(arguments)
-    assert ended.value.code == 2
-    assert "exists; replace the lists with --overwrite" in capsys.readouterr().err
+def test_dividing_as_a_command(tree, here):
+    arguments = ["taps.cli.data", "subjects", "--images", tree / "images", "--labels", tree / "labels.csv"]
+    arguments += ["--group", "rel_family_id"]
+    assert "exists; replace the lists with --overwrite" in here(*arguments, check=2).stderr
     before = names(tree, "train")
-    divide_command([*arguments, "--stratify", "sex", "--test_size", "0.3", "--overwrite", "--seed", "5"])
-    assert f"{len(names(tree, 'train'))} train, " in capsys.readouterr().out
+    done = here(*arguments, "--stratify", "sex", "--test_size", "0.3", "--overwrite", "--seed", "5")
+    assert f"{len(names(tree, 'train'))} train, " in done.stdout
     assert names(tree, "train") != before
     lists = {split: names(tree, split) for split in ("train", "val", "test")}
     assert sorted(itertools.chain(*lists.values())) == sorted(path.name for path in (tree / "images").glob("*.npy"))
     assert len(lists["test"]) == pytest.approx(0.3 * 48, abs=3)
-    with pytest.raises(ValueError, match="did you mean 'sex'"):
-        divide_command([*arguments, "--stratify", "sexes", "--overwrite"])
+    assert "did you mean 'sex'" in here(*arguments, "--stratify", "sexes", "--overwrite", check=2).stderr
 
 
 def test_too_few_groups_are_refused(table):
@@ -358,7 +353,7 @@ def test_grain_is_seen_in_a_few_voxels_and_accord_in_no_lobe_alone():
 
 
 def test_each_target_follows_its_factor_and_categories_are_rarer(tmp_path):
-    make_brains(tmp_path / "many", Recipe(side=16, train=240, val=6, test=6, label_noise=0.0))
+    make_brains(tmp_path / "many", BrainRecipe(side=16, train=240, val=6, test=6, label_noise=0.0))
     with open(tmp_path / "many/labels.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for number, category, order in (

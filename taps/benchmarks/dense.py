@@ -1,8 +1,7 @@
-"""Maps to predict on the same images, as a benchmark."""
+"""Benchmarks of dense prediction: several maps of the same images."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +12,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from taps.benchmarks.shared import _CHECKED, SharedBenchmark
-from taps.data.context import PROTOCOLS, open_protocol
-from taps.data.dense import DenseData, DenseSet
-from taps.data.formatted import ALIASES, layout_of, open_formatted
-from taps.data.scenes import make_scenes
+from taps.benchmarks.base import _CHECKED, SharedBenchmark
+from taps.data.dense.adashare_layout import layout_of, open_formatted
+from taps.data.dense.astmt_layout import PROTOCOLS, open_protocol
+from taps.data.dense.dataset import DenseData, DenseSet
+from taps.data.generated.scenes import make_scenes
 from taps.errors import UserError
-from taps.heads import ASPP, create_dense_backbone
-from taps.losses import to_size
-from taps.model import TaskModel
+from taps.metrics.losses import to_size
+from taps.networks.dense_backbones import create_dense_backbone
+from taps.networks.heads import ASPP
+from taps.settings.multi_task import MultiTaskSettings
+from taps.settings.task_names import DENSE
+from taps.task_model import TaskModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: where a benchmark's data is looked for, below the data root
+
+#: default folders of the benchmarks below the data root
 FOLDERS = {
     "nyuv2": "nyu_v2",
     "cityscapes": "cityscapes",
@@ -39,15 +42,15 @@ FOLDERS = {
 
 @dataclass(frozen=True)
 class DenseBenchmark(SharedBenchmark):
-    """Maps to predict on the same images."""
+    """A benchmark of dense prediction: several maps of the same images."""
 
     data: DenseData
 
     def check(self) -> None:
-        """Read samples of every split, all of them where there are few.
+        """Read samples of every split; small splits are read in full.
 
         Raises:
-            UserError: if a file holds what it should not, or the images of val or test differ in size.
+            UserError: if a file has invalid contents, or the images of val or test differ in size.
         """
         for split in ("train", "val", "test"):
             samples = DenseSet(self.data, split, False)
@@ -98,16 +101,17 @@ class DenseBenchmark(SharedBenchmark):
         return rows
 
     def picture(self, shown: list[dict]) -> Figure:
-        from taps import plots
 
-        return plots.maps(shown, {name: task.kind for name, task in self.data.tasks.items()})
+        from taps.plots import predictions
+
+        return predictions.maps(shown, {name: task.kind for name, task in self.data.tasks.items()})
 
 
-def open_dense(options: Namespace, accelerator: Accelerator) -> DenseBenchmark:
-    """The benchmark that the options name, not yet divided.
+def open_dense(options: MultiTaskSettings, accelerator: Accelerator) -> DenseBenchmark:
+    """Open the benchmark that the options name, with train not yet split.
 
     Raises:
-        UserError: if it is missing or wrong, or lacks a task.
+        UserError: if the data is missing or invalid, or lacks a task.
     """
     if options.dataset and len(options.dataset) > 1:
         raise UserError(f"benchmark {options.benchmark} lies in one folder; --dataset names {len(options.dataset)}")
@@ -115,7 +119,7 @@ def open_dense(options: Namespace, accelerator: Accelerator) -> DenseBenchmark:
     if options.benchmark == "scenes" and not options.dataset:
         with accelerator.local_main_process_first():
             make_scenes(root)
-    names = list(dict.fromkeys(ALIASES.get(name, name) for name in options.tasks or ()))
+    names = list(dict.fromkeys(DENSE.get(name, name) for name in options.tasks or ()))
     if options.benchmark in PROTOCOLS:
         data = open_protocol(options.benchmark, root, names)
     else:

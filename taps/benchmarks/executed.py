@@ -1,4 +1,4 @@
-"""What gates really execute, counted while a benchmark is evaluated."""
+"""Shares of samples for which gates execute each unit, counted while a benchmark is evaluated."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from taps.benchmarks.shared import Benchmark, Metrics
-from taps.layer import evaluating
-from taps.model import TaskModel
+from taps.benchmarks.base import Benchmark
+from taps.core.execution import evaluating
+from taps.metrics.relative_gain import Metrics
+from taps.task_model import TaskModel
 
 
 class Executed:
-    """Counts, inside a ``with`` block, the share of samples for which each task's gates run each unit."""
+    """A counter of the share of samples for which each task's gates run each unit, inside a ``with`` block."""
 
     def __init__(self, model: TaskModel, tasks: Iterable[str]) -> None:
         self.model, self.tasks = model, tuple(tasks)
@@ -44,19 +45,22 @@ class Executed:
         return count
 
     def rates(self, accelerator: Accelerator) -> dict[str, list[float]]:
-        """For each task the share of its samples, over all processes, that ran each unit: 0..1."""
+        """Return for each task the share of its samples, over all processes, that ran each unit: 0..1."""
         found = {}
         for task in self.tasks:
             both = torch.tensor([self.sums[task], self.calls[task]], dtype=torch.float32, device=accelerator.device)
             total, count = accelerator.reduce(both, "sum").cpu()
-            found[task] = (total / count.clamp(min=1)).tolist()
+            counted = (total / count.clamp(min=1)).tolist()
+            rows = zip(self.model.gates(task), counted, self.model.report(task), strict=True)
+            # A constant gate is not called for every sample, and not at all if two tasks share its decision.
+            found[task] = [share if gate.uses_input else row["run"] for gate, share, row in rows]
         return found
 
 
 def measure_executed(
     benchmark: Benchmark, model: TaskModel, split: str, accelerator: Accelerator, limit: int | None = None
 ) -> tuple[Metrics, Mapping[str, list[float]]]:
-    """The metrics on a split, and for each task the share of samples that ran each unit."""
+    """Return the metrics on a split, and for each task the share of samples that ran each unit."""
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         counts = stack.enter_context(Executed(model, model.tasks))

@@ -1,8 +1,7 @@
-"""Volumes as a benchmark: categories and numbers to predict of every subject."""
+"""The benchmark of volumes: categories and numbers to predict for every subject."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,26 +10,30 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from taps.backbones import load_weights
-from taps.benchmarks.shared import SharedBenchmark
-from taps.data.brains import CATEGORIES, COLUMNS, NUMBERS, make_brains
-from taps.data.shared import VOID
-from taps.data.volumes import VolumeData, open_volumes
+from taps.benchmarks.base import SharedBenchmark
+from taps.data.generated.brain_volumes import CATEGORIES, COLUMNS, NUMBERS, make_brains
+from taps.data.multi_label import IGNORE_INDEX
+from taps.data.records.volumes import VolumeData, open_volumes
 from taps.errors import UserError, unknown
-from taps.model import TaskModel
-from taps.residual import create_volume_backbone
+from taps.networks.resnet_nd import create_volume_backbone
+from taps.networks.weights import load_weights
+from taps.settings.multi_task import MultiTaskSettings
+from taps.task_model import TaskModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: where the generated volumes are, that are used unless data is named
+
+#: folder of the generated volumes, which are used unless data is named
 GENERATED = Path("datasets") / "volumes_generated"
+
+
 _SHOWN = 300
 
 
 @dataclass(frozen=True)
 class VolumeBenchmark(SharedBenchmark):
-    """Categories and numbers to predict of every subject's volume."""
+    """A benchmark of categories and numbers to predict from every subject's volume."""
 
     data: VolumeData
 
@@ -55,13 +58,13 @@ class VolumeBenchmark(SharedBenchmark):
         ]
 
     def picture(self, shown: list[dict]) -> Figure:
-        from taps import record_plots
+        from taps.plots import records as record_plots
 
         pairs: dict[str, list[tuple[float, float]]] = {}
         for name, task in self.data.tasks.items():
             rows = [(row["targets"][name], row["predicted"][name]) for row in shown]
             if task.kind == "category":
-                pairs[name] = [(int(label), int(output.argmax())) for label, output in rows if label != VOID]
+                pairs[name] = [(int(label), int(output.argmax())) for label, output in rows if label != IGNORE_INDEX]
             else:
                 mean, std = task.scale
                 known = [(float(label), float(output)) for label, output in rows if label.isfinite().all()]
@@ -69,11 +72,11 @@ class VolumeBenchmark(SharedBenchmark):
         return record_plots.subjects(pairs, {name: task.names for name, task in self.data.tasks.items()})
 
 
-def open_subjects(options: Namespace, accelerator: Accelerator) -> VolumeBenchmark:
-    """The benchmark that the options name, not yet divided; generated volumes unless data is named.
+def open_subjects(options: MultiTaskSettings, accelerator: Accelerator) -> VolumeBenchmark:
+    """Open the benchmark that the options name, with train not yet split; generated volumes unless data is named.
 
     Raises:
-        UserError: if it is missing or wrong, or lacks a task.
+        UserError: if the data is missing or invalid, or lacks a task.
     """
     given = [options.images, options.labels]
     if any(given) and not all(given):

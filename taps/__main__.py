@@ -1,0 +1,5 @@
+"""``taps train|joint|mtl|evaluate|tasks|data …``."""
+
+from taps.cli.main import main
+
+main()

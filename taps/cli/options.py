@@ -1,0 +1,209 @@
+"""Parsing of a command line, a ``--config`` file and presets into a program's settings, without importing torch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from taps.methods.registry import catalog
+from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
+from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
+from taps.settings.multi_task import MultiTaskSettings
+from taps.settings.presets import demo, published
+from taps.settings.task_names import aliases
+
+S = TypeVar("S", bound=Settings)
+A = TypeVar("A", bound=AdaptationSettings)
+
+_STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
+#: entries of settings.json that are not settings, or are derived from others
+_DERIVED = ("versions", "commit", "command", "resize", "tasks")
+
+
+def sequential_parser() -> Parser:
+    """Return the parser of ``train_sequential.py``."""
+    return _adaptation_parser(
+        SequentialSettings,
+        "Adapt one pretrained network to one task after another. Without --dataset, run the demo.",
+    )
+
+
+def joint_parser() -> Parser:
+    """Return the parser of ``train_joint.py``."""
+    return _adaptation_parser(
+        JointSettings,
+        "Train one network for many tasks together. Without --dataset, run the demo.",
+    )
+
+
+def _adaptation_parser(kind: type[AdaptationSettings], description: str) -> Parser:
+    parser = make_parser(kind, description, _STATUS, {"demo": demo(), "demo with --budget": demo(budget=True)})
+    others = ("policy_gate",) if kind is JointSettings else ("policy_gate", "trains_base")  # another program's
+    return _with_methods(parser, catalog(without=others))
+
+
+def mtl_parser() -> Parser:
+    """Return the parser of ``train_mtl.py``."""
+    parser = make_parser(
+        MultiTaskSettings,
+        "Learn which blocks of one network each of several tasks runs, train again under sampled policies, and "
+        "test. Without options, run AdaShare on Scenes, a generated benchmark.",
+        "Defaults that are not shown depend on the benchmark, the number of tasks and the method; they are the published "
+        f"values where there are any (taps/settings/published). {_STATUS}",
+        {"Scenes": published("scenes", None, "adashare")},
+    )
+    return _with_methods(parser, {**catalog(without=("budget",)), "single_task": "one network per task"})
+
+
+def evaluate_parser() -> Parser:
+    """Return the parser of ``evaluate.py``."""
+    return make_parser(
+        EvaluateSettings,
+        "Test a results folder on its test splits and print its table.",
+        positional=("folder",),
+    )
+
+
+def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
+    action = parser._option_string_actions["--method"]
+    action.metavar = "{" + ",".join(methods) + "}"  # checked once the command line and the file are combined
+    summaries = "; ".join(f"{name}: {summary}" for name, summary in methods.items()).replace("%", "%%")
+    action.help = f"{summaries} {action.help or ''}".strip()
+    return parser
+
+
+def _given(parser: Parser, kind: type[S], arguments: Sequence[str]) -> dict[str, Any]:
+    """Combine the command line with the file that it names; the command line takes precedence, with a note."""
+    given = vars(parser.parse_args(arguments))
+    if "config" not in given:
+        return given
+    path = Path(given["config"])
+    stored = read_config(kind, path, _DERIVED)
+    beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
+    if beaten:
+        warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
+    return {**stored, **given}
+
+
+def parse_sequential(arguments: Sequence[str]) -> SequentialSettings:
+    """Parse the settings of ``train_sequential.py``."""
+    parser = sequential_parser()
+    given = _given(parser, SequentialSettings, arguments)
+    return _complete(parser, SequentialSettings, given, demo(_has_budget(given)))
+
+
+def parse_joint(arguments: Sequence[str]) -> JointSettings:
+    """Parse the settings of ``train_joint.py``."""
+    parser = joint_parser()
+    given = _given(parser, JointSettings, arguments)
+    variant = given.get("variant", "joint")
+    preset = {**demo(_has_budget(given)), "experiment_name": f"demo_{variant}"}
+    settings = _complete(parser, JointSettings, given, preset, f"_{variant}")
+    if settings.method == "hard_sharing" and variant == "lite":
+        parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
+    if isinstance(settings.budget, list) and variant == "lite":
+        parser.error("--variant lite takes one --budget")
+    return settings if settings.shared_epochs is not None else replace(settings, shared_epochs=settings.epochs)
+
+
+def _has_budget(given: Mapping[str, Any]) -> bool:
+    return given.get("budget") is not None or given.get("method") == "taps_budget"
+
+
+def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict[str, Any], suffix: str = "") -> A:
+    """Fill in defaults, for the demo those of the demo, and refuse options that contradict each other."""
+    budget = given.pop("budget", None)
+    budget = budget[0] if isinstance(budget, list) and len(budget) == 1 else budget
+    given.setdefault("method", "taps" if budget is None else "taps_budget")
+    if given["method"] not in catalog():
+        parser.error(f"argument --method: {not_one_of(given['method'], catalog())}")
+    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr"):
+        if (budget is not None or given["method"] == "taps_budget") and name in given:
+            parser.error(f"--{name} is not used with a budget, which takes its place: leave one of them out")
+    if given.get("resume") and given.get("overwrite"):
+        parser.error("--resume and --overwrite exclude each other")
+    if given.get("dataset"):
+        preset = {}
+    elif "epochs" in given:  # phases keep their shares of the demo's epochs
+        part = given["epochs"] / preset["epochs"]
+        preset = {**preset, **{name: preset[name] * part for name in ("warmup_epochs", "settle_epochs")}}
+    settings = build(kind, preset, given)
+    name = settings.experiment_name
+    if name is None:
+        data = "_".join(Path(path).name or Path(path).resolve().name for path in settings.dataset or ())
+        name = f"{data}_{settings.model_type}_{settings.method}{suffix}"
+    penalised = settings.method == "taps" and settings.lam > 0
+    if penalised and settings.settle_epochs > 0 and settings.warmup_epochs + settings.settle_epochs >= settings.epochs:
+        parser.error(
+            f"--warmup_epochs {settings.warmup_epochs:g} and --settle_epochs {settings.settle_epochs:g} leave none of "
+            f"{settings.epochs} epochs for --lam"
+        )
+    return replace(
+        settings,
+        budget=budget,
+        experiment_name=name,
+        resize=settings.resize or round(settings.input_size * 8 / 7),
+        dataset=settings.dataset and [os.path.abspath(path) for path in settings.dataset],
+        model_path=settings.model_path and os.path.abspath(settings.model_path),
+    )
+
+
+def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
+    """Parse the settings of ``train_mtl.py``: the command line, then ``--config``, then the benchmark's published values."""
+    parser = mtl_parser()
+    given = _given(parser, MultiTaskSettings, arguments)
+    benchmark, method = given.get("benchmark", "scenes"), given.get("method", "adashare")
+    if method not in {**catalog(), "single_task": ""}:
+        parser.error(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
+    if given.get("skip") is not None and method != "automtl":
+        parser.error(f"--skip is for --method automtl, not {method}")
+    of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
+    if benchmark != "volumes" and of_volumes:
+        parser.error(f"--{of_volumes[0]} is for --benchmark volumes")
+    if benchmark == "domainnet" and not given.get("dataset"):
+        parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
+    if given.get("resume") and given.get("overwrite"):
+        parser.error("--resume and --overwrite exclude each other")
+    own_names = aliases(benchmark)
+    if "tasks" in given:
+        given["tasks"] = [own_names.get(name, name) for name in given["tasks"]]
+    chosen = given.get("tasks") or [*given.get("cat_target", ()), *given.get("num_target", ())]
+    generated = not any(given.get(name) for name in ("dataset", "images", "labels"))
+    preset = published(benchmark, len(chosen) or None, method, generated)
+    for name in ("task_weights", "positive_weights"):
+        if name in given:
+            own = {own_names.get(task, task): weight for task, weight in given[name].items()}
+            given[name] = {**preset[name], **own}
+    settings = build(MultiTaskSettings, {"task_weights": {}, "positive_weights": {}}, preset, given)
+    changes: dict[str, Any] = {"resize": round((settings.input_size or 224) * 8 / 7)}
+    if chosen:
+        others = preset["task_weights"].keys() - set(chosen)
+        changes["task_weights"] = {n: w for n, w in (settings.task_weights or {}).items() if n not in others}
+    if settings.experiment_name is None:
+        changes["experiment_name"] = f"{benchmark}_{method}"
+    small = "channels" in given or settings.model_type == preset["model_type"]
+    if not small and not (settings.model_type or "").startswith("resnet"):
+        changes["channels"] = None
+    for name in ("model_path", "policy", "images", "labels", "normalizer"):
+        if getattr(settings, name):
+            changes[name] = os.path.abspath(getattr(settings, name))
+    if settings.dataset:
+        changes["dataset"] = [os.path.abspath(path) for path in settings.dataset]
+    if settings.single_task not in (None, "measure", "none"):
+        changes["single_task"] = os.path.abspath(settings.single_task)
+    return replace(settings, **changes)
+
+
+def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:
+    """Parse the settings of ``evaluate.py``."""
+    parser = evaluate_parser()
+    settings = build(EvaluateSettings, vars(parser.parse_args(arguments)))
+    if settings.onnx and not settings.export:
+        parser.error("--onnx says how to export: give --export DIR too")
+    if settings.verify and (settings.export or settings.dataset):
+        parser.error("--verify looks at the stored files alone: leave out --export and --dataset")
+    return settings

@@ -1,0 +1,60 @@
+"""Execution of commands: exit statuses and processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from taps.errors import UserError
+from taps.stop_signals import Interrupted
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a command; a user error gives one line and status 2, Ctrl-C status 130, SIGTERM status 143."""
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        status = 0
+    except UserError as error:
+        # An error in a data-loading process has the traceback as its message; only the last line is the error's own.
+        line = str(error).strip().splitlines()[-1]
+        for kind in (UserError, *UserError.__subclasses__()):
+            line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        if os.environ.get("RANK", "0") == "0":  # one line, not one per process
+            print(f"error: {line}", file=sys.stderr)
+        status = 2
+    except Interrupted as stopped:
+        print(f"stopped by {stopped}; continue with --resume", file=sys.stderr)
+        status = stopped.status
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        print(
+            f"error: {error.strerror or error}: {error.filename}" if error.filename else f"error: {error}",
+            file=sys.stderr,
+        )
+        status = 2
+    sys.exit(status)
+
+
+def launch_on_every_gpu(command: str, arguments: Sequence[str]) -> None:
+    """Start ``taps command`` again as one process per GPU, unless a launcher has done so or there is at most one."""
+    import torch
+
+    if "WORLD_SIZE" in os.environ or torch.cuda.device_count() < 2:
+        return
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torch.cuda.device_count())]
+    root = str(Path(__file__).resolve().parents[2])  # a clone need not be installed
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command_line = [sys.executable, *launcher, "-m", "taps", command, *arguments]
+    os.execve(sys.executable, command_line, {**os.environ, "PYTHONPATH": path})

@@ -1,0 +1,180 @@
+"""Normalisation layers with per-task copies of their affine parameters and running statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from taps.core.execution import Place, State, TaskDict, with_tensors
+from taps.core.unit import GatedUnit
+
+
+class TaskNorm(Place):
+    """A norm of the base with optional copies for tasks.
+
+    Policies: with ``"task"`` every task uses its copy; with ``"follow"`` it uses its copy only while the unit that feeds the norm
+    is tuned, so that shared parts are shared exactly, and where tasks skip blocks, tasks that took the same route share a copy;
+    with ``"frozen"`` every task uses the base's norm. While the base is frozen, its own norm stays in evaluation mode and its
+    statistics never change.
+
+    Args:
+        name: the norm's dotted name in the unwrapped network.
+        base: the norm.
+        state: shared by all places of the model.
+        policy: ``"task"``, ``"follow"`` or ``"frozen"``.
+        feeder: the preceding layer in network order, if it is a unit.
+        frozen: whether the base is frozen.
+        position: number of units that start before it in network order.
+        parent: index of the enclosing unit, ``None`` if there is none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: nn.Module,
+        state: State,
+        policy: str,
+        feeder: GatedUnit | None,
+        frozen: bool,
+        position: int = 0,
+        parent: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.policy, self.state, self.frozen = name, policy, state, frozen
+        self.position, self.parent = position, parent
+        self.base = base
+        self.norms = TaskDict()
+        self.ready: dict[str | None, nn.Module] = {}
+        self._contents: dict[int, tuple] = {}
+        self._feeder = (feeder,)  # in a tuple, so that it is not registered as a submodule
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    def add_task(self, *tasks: str, always: bool = False) -> None:
+        """Give ``tasks`` one common copy if the policy requires it or ``always`` is set."""
+        if not always and (self.policy == "frozen" or (self.policy == "follow" and self._feeder[0] is None)):
+            return
+        norm = copy.deepcopy(self.base)
+        norm.requires_grad_(True)
+        for task in tasks:
+            self.norms[task] = norm.train(self.training)
+
+    def remove_task(self, task: str) -> None:
+        self.ready.pop(task, None)
+        if task in self.norms:
+            del self.norms[task]
+
+    def share(self, groups: list[list[str]]) -> None:
+        """Give each group of tasks its own copy, or none if there is only one group; a group that has one keeps it."""
+        for tasks in groups:
+            others = {id(self.norms[task]) for task in self.norms if task not in tasks}
+            held = {id(self.norms.get(task)) for task in tasks}
+            if len(groups) > 1 and len(held) == 1 and tasks[0] in self.norms and not held & others:
+                continue
+            for task in tasks:
+                self.remove_task(task)
+            if len(groups) > 1:
+                self.add_task(*tasks, always=True)
+
+    def settle(self, task: str) -> None:
+        """Prepare for a task that is no longer trained."""
+        self.prepare(task)
+
+    def prepare(self, task: str) -> None:
+        self.ready[task] = self.active(task) or self.base
+
+    def follows(self, unit: GatedUnit) -> bool:
+        """Return whether this norm is task-specific only while ``unit`` is tuned."""
+        return self.policy == "follow" and self._feeder[0] is unit
+
+    def active(self, task: str | None) -> nn.Module | None:
+        """Return the task's copy if it is in use, else ``None``."""
+        norm = self.norms.get(task)
+        if task is None or norm is None or self.policy == "task" or self._feeder[0] is None:
+            return norm
+        return norm if self._feeder[0].gates[task].decide().uses_delta else None
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def decision_for(self, task: str | None, x: Tensor | None) -> nn.Module | None:
+        return self.active(task)
+
+    def settled_decision(self, task: str | None) -> nn.Module:
+        return self.active(task) or self.base
+
+    def sharing_key(self, norm: nn.Module | None) -> Hashable:
+        """Return ``"base"`` or a key for the copy; in evaluation mode copies with equal contents have equal keys."""
+        if norm is None or norm is self.base:
+            return "base"
+        if norm.training:
+            return id(norm)
+        tensors = [tensor for tensor in (*norm.parameters(), *norm.buffers()) if tensor.dim()]
+        version = tuple((id(tensor), tensor._version) for tensor in tensors)
+        known = self._contents.get(id(norm))
+        if known is None or known[0] != version:
+            contents = hash(tuple(tensor.detach().float().cpu().numpy().tobytes() for tensor in tensors))
+            known = self._contents[id(norm)] = (version, contents)
+        return known[1]
+
+    def uses_batch_statistics(self) -> bool:
+        return self.base.training and next(self.base.buffers(), None) is not None
+
+    def compute(self, task: str | None, norm: nn.Module | None, args: tuple, kwargs: dict):
+        norm = self.base if norm is None else norm
+        if norm.training:
+            if self.state.is_recomputing:  # this batch has already updated the statistics
+                return with_tensors(norm, {}, copy_buffers=True)(*args, **kwargs)
+            call = self.state.call
+            if call is not None and call.statistics is not None:
+                call.statistics.extend((buffer, buffer.clone()) for buffer in norm.buffers())
+        return norm(*args, **kwargs)
+
+    def freeze_running_stats(self, frozen: bool, tasks: bool = True) -> None:
+        """Make norms use batch statistics without updating their running statistics, or end this.
+
+        Args:
+            frozen: whether to freeze the running statistics.
+            tasks: whether to include the tasks' norms, not only the base's.
+        """
+        for norm in (self.base, *(self.norms[task] for task in self.norms if tasks)):
+            for inner in norm.modules():
+                if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+                    momentum = inner.__dict__.setdefault("_momentum", inner.momentum)
+                    inner.momentum = 0.0 if frozen else momentum
+
+    def train(self, mode: bool = True) -> TaskNorm:
+        super().train(mode)
+        if self.frozen:
+            self.base.eval()
+        return self
+
+    def attribute(self, name: str):
+        return self.state.execution.read(lambda task: getattr(self.active(task) or self.base, name))
+
+    def merged(self, task: str, memo: dict) -> nn.Module:
+        return copy.deepcopy(self.active(task) or self.base, memo)
+
+
+def norm_tensors(norm: nn.Module) -> dict[str, Tensor]:
+    """Return a norm's affine parameters and running statistics, without the batch counter, which is not a weight."""
+    return {name: tensor for name, tensor in norm.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+@contextmanager
+def batch_statistics(module: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Make norms use batch statistics inside the ``with`` block if ``wanted``, without updating their running ones."""
+    norms = [inner for inner in module.modules() if isinstance(inner, TaskNorm)] if wanted else []
+    modes = {inner: inner.training for norm in norms for inner in norm.modules()}
+    for norm in norms:
+        norm.train()
+        norm.freeze_running_stats(True)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.freeze_running_stats(False)
+        for inner, mode in modes.items():
+            inner.training = mode

@@ -1,0 +1,75 @@
+"""Wrap a network's units and norms in place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from taps.core.execution import Place, State
+from taps.core.find import Found, find_layers, is_norm
+from taps.core.norm import TaskNorm
+from taps.core.unit import GatedUnit
+from taps.errors import UserError
+
+
+def wrap(
+    net: nn.Module, found: list[Found], state: State, norm: str, frozen: bool, by_policy: bool = False
+) -> tuple[nn.Module, list[GatedUnit], list[TaskNorm]]:
+    """Replace each module found by a :class:`GatedUnit` and each norm by a :class:`TaskNorm`.
+
+    Args:
+        net: changed in place; its output without a task stays the same.
+        found: the units, in network order.
+        state: shared by everything that is wrapped.
+        norm: norm policy.
+        frozen: whether the base is frozen.
+        by_policy: whether norms follow the routes that policies give tasks, instead of whether the preceding layer is tuned.
+
+    Returns:
+        The network (a new object only if the network itself is a unit), its units and its norms in network order.
+
+    Raises:
+        UserError: if the network is wrapped already.
+    """
+    if any(isinstance(module, (GatedUnit, TaskNorm)) for module in net.modules()):
+        raise UserError("this network is adapted already: add tasks to its model, or adapt a fresh network")
+    for unit in found:
+        for name in unit.parameter_names:
+            parameter = unit.module.get_parameter(name)
+            if not parameter.is_floating_point():
+                raise UserError(
+                    f"unit {unit.name!r}: parameter {name!r} is {parameter.dtype}, deltas need floating point"
+                )
+    by_module = {id(unit.module): unit for unit in found}
+    replacement: dict[int, nn.Module] = {}
+    units: list[GatedUnit] = []
+    norms: list[TaskNorm] = []
+    inside_norm: set[int] = set()
+    layers = {id(layer.module) for layer in find_layers(net)}
+    feeder: GatedUnit | None = None  # of the next norm; norms fed by a layer that is not a unit stay shared
+    for name, module in net.named_modules():
+        if id(module) in layers and id(module) not in by_module:
+            feeder = None
+        if id(module) in by_module:
+            unit = by_module[id(module)]
+            gated = GatedUnit(name, module, unit.parameter_names, state, unit.shortcut)
+            units.append(gated)
+            feeder = gated if unit.parameter_names and not by_policy else None
+            replacement[id(module)] = gated
+        elif id(module) not in inside_norm and is_norm(module):
+            around = [index for index, unit in enumerate(found) if unit.contains(Found(name, module, ()))]
+            normed = TaskNorm(name, module, state, norm, feeder, frozen, len(units), max(around, default=None))
+            inside_norm.update(id(inner) for inner in module.modules())
+            norms.append(normed)
+            replacement[id(module)] = normed
+    for parent in list(net.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in replacement:
+                parent._modules[child_name] = replacement[id(child)]
+    for wrapper in units:
+        wrapper.shortcut = replacement.get(id(wrapper.shortcut), wrapper.shortcut)
+        inner = list(wrapper.base.modules())
+        holds_places = any(isinstance(module, Place) for module in inner)
+        wrapper.changes_itself = (
+            frozen and not holds_places and any(b.is_floating_point() for b in wrapper.base.buffers())
+        )
+    return replacement.get(id(net), net), units, norms

@@ -1,0 +1,1 @@
+"""Image classification: folders, DomainNet, preprocessing and loaders."""

@@ -1,0 +1,241 @@
+"""Labelled images: the data of a classification task, preprocessing, and loaders with reproducible order and transforms.
+
+Every random choice (order of an epoch, crops, flips) is a function of the seed, the epoch and the image alone. Results
+therefore do not depend on the number of worker processes, and a run can resume in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from torchvision.transforms.functional import InterpolationMode
+from tqdm import tqdm
+
+from taps.data.seeded import mix_seed, planned_loader
+from taps.errors import UserError
+
+#: file name endings of images
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+
+Sample = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The images of one task.
+
+    Attributes:
+        name: the task's name.
+        classes: class names by label.
+        train, test: (path, label) pairs.
+        val: the same for validation, or ``None`` if the data has no validation split.
+        stretch: resize images to the square input without keeping their aspect ratio (sets cropped to objects).
+        flip: whether a mirrored image still belongs to its class.
+        notes: remarks about the data to show to the user, one line each.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    val: tuple[Sample, ...] | None = None
+    stretch: bool = False
+    flip: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Preprocessing of images for a backbone.
+
+    Attributes:
+        input_size: side of the square input in pixels.
+        resize: length of the shorter side in pixels before the centre crop in evaluation.
+        mean, std: per RGB channel in 0..1, as in the backbone's training.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+    """
+
+    input_size: int = 224
+    resize: int = 256
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    def transform(self, train: bool, stretch: bool = False, flip: bool = True) -> v2.Compose:
+        """The transform from a PIL image to a (3, input_size, input_size) float tensor.
+
+        For training it is a random resized crop and a horizontal flip, for evaluation a centre crop; with ``stretch`` both
+        use the whole image.
+        """
+        mode = InterpolationMode(self.interpolation)
+        size = (self.input_size, self.input_size)
+        if stretch:
+            geometry = [v2.Resize(size, mode, antialias=True)]
+        elif train:
+            geometry = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True)]
+        else:
+            geometry = [v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
+        mirror = [v2.RandomHorizontalFlip()] if train and flip else []
+        normalize = v2.Normalize(list(self.mean), list(self.std))
+        return v2.Compose([*geometry, *mirror, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalize])
+
+
+def read_image(path: str) -> Image.Image:
+    """An image as RGB.
+
+    Raises:
+        UserError: with the path, if the file is missing, truncated or not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not concern the pixels
+            with Image.open(path) as image:
+                has_alpha = image.mode == "P" and "transparency" in image.info
+                return (image.convert("RGBA") if has_alpha else image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path} does not exist") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(repr(path), "the file")
+        raise UserError(f"image {path} cannot be read ({reason}); remove it, or use --skip_bad_images") from None
+
+
+class ImageSet(Dataset):
+    """Images and labels by (index, epoch); the random transform of an image depends on the seed and the epoch."""
+
+    def __init__(self, samples: Sequence[Sample], transform: v2.Compose, seed: int = 0) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        path, label = self.samples[index]
+        image = read_image(path)
+        with torch.random.fork_rng(devices=[]):
+            # only the CPU's generator: torch.manual_seed would also reset the accelerator's
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            return self.transform(image), label
+
+
+class EpochSampler(Sampler):
+    """(index, epoch) pairs in an order that depends on the seed and the epoch alone. Set ``epoch`` before iterating."""
+
+    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.arange(self.size)
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
+        return iter([(index, self.epoch) for index in order.tolist()])
+
+
+def make_loader(
+    samples: Sequence[Sample],
+    transform: v2.Compose,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+    processes: int = 1,
+) -> tuple[DataLoader, EpochSampler]:
+    """A loader and its sampler.
+
+    A training epoch uses every image once in random order, except that a last batch of a single image is dropped, because
+    batch normalisation needs two (it is a different image each epoch). With several ``processes`` short batches are filled up
+    instead.
+    """
+    sampler = EpochSampler(len(samples), seed, shuffle=train)
+    single_left = train and processes == 1 and len(samples) % batch_size == 1 and len(samples) > 1
+    batches = BatchSampler(sampler, batch_size, drop_last=single_left)
+    keep = train  # a validation loader is used too rarely to keep its processes
+    return planned_loader(ImageSet(samples, transform, seed), batches, workers, seed, keep, pin_memory), sampler
+
+
+def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
+    """Move a random stratified part of the training images to validation, if the data has no validation split.
+
+    Args:
+        task: returned unchanged if it has validation images.
+        fraction: share of the training images in 0..1; each class keeps at least one for training.
+        seed: seed of the random choice.
+
+    Raises:
+        UserError: if the validation split would be empty.
+    """
+    if task.val is not None or fraction == 0:
+        return task
+    by_class: dict[int, list[Sample]] = {}
+    for sample in task.train:
+        by_class.setdefault(sample[1], []).append(sample)
+    generator = torch.Generator().manual_seed(mix_seed(seed, len(task.train)))
+    chosen: set[Sample] = set()
+    owed = 0.0  # the remainder is carried over to the next class, so that many small classes add up to the right number
+    for _, members in sorted(by_class.items()):
+        owed += fraction * len(members)
+        take = min(round(owed), len(members) - 1)
+        owed -= take
+        order = torch.randperm(len(members), generator=generator).tolist()
+        chosen.update(members[index] for index in order[: max(take, 0)])
+    if not chosen:
+        raise UserError(
+            f"task {task.name}: val_fraction {fraction} of {len(task.train)} training images leaves none to validate on"
+        )
+    train = tuple(sample for sample in task.train if sample not in chosen)
+    return replace(task, train=train, val=tuple(sample for sample in task.train if sample in chosen))
+
+
+def without_bad_images(task: TaskData, workers: int = 8) -> tuple[TaskData, list[str]]:
+    """Decode every image once and leave out those that cannot be read.
+
+    Returns:
+        The task, and the paths that were left out.
+
+    Raises:
+        UserError: if a split has no image left.
+    """
+    splits = {name: getattr(task, name) for name in ("train", "val", "test") if getattr(task, name) is not None}
+    samples = [sample for split in splits.values() for sample in split]
+    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+        checks = pool.map(_is_readable, [path for path, _ in samples])
+        try:
+            readable = list(tqdm(checks, total=len(samples), desc=f"checking {task.name}", disable=None, leave=False))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    bad = {path for (path, _), good in zip(samples, readable, strict=True) if not good}
+    kept = {name: tuple(sample for sample in split if sample[0] not in bad) for name, split in splits.items()}
+    for name, split in kept.items():
+        if not split:
+            raise UserError(f"task {task.name}: none of the {len(splits[name])} images in {name} can be read")
+    return replace(task, **kept), sorted(bad)
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        read_image(path)
+    except UserError:
+        return False
+    return True
+
+
+def list_images(folder: Path) -> list[str]:
+    """Sorted paths of all images below a folder, without hidden files."""
+    paths = sorted(folder.rglob("*"))
+    return [str(path) for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]

@@ -1,0 +1,1 @@
+"""Dense benchmarks: images labelled with maps."""

@@ -1,0 +1,1 @@
+"""Generators of data with known properties, for demos and tests without downloads."""

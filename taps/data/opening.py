@@ -1,0 +1,37 @@
+"""Data, backbone and preprocessing that a run's settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from taps.data.classification.folders import find_tasks
+from taps.data.classification.images import Preprocessing, TaskData
+from taps.data.generated.demo import make_demo, read_demo
+from taps.networks.backbones import create_backbone, needs_image_size, preprocessing
+from taps.settings.adaptation import AdaptationSettings
+from taps.settings.multi_task import MultiTaskSettings
+
+
+def read_data(paths: Sequence[str] | None, options: AdaptationSettings | MultiTaskSettings) -> list[TaskData]:
+    """The tasks in ``paths``; without paths those of the demo, which are generated if missing."""
+    if paths:
+        return find_tasks(paths, cropped=True if options.cropped else None)
+    root = Path("datasets/demo")
+    make_demo(root)
+    return read_demo(root)
+
+
+def make_base(options: AdaptationSettings | MultiTaskSettings, path: Path | None = None) -> torch.nn.Module:
+    """The backbone that the options name, with its own weights or those in ``path``; random weights depend on the seed."""
+    torch.manual_seed(options.seed)
+    size = {"img_size": options.input_size} if needs_image_size(options.model_type, options.input_size) else {}
+    path = path or options.model_path or None
+    return create_backbone(options.model_type, pretrained=options.pretrained, path=path, **size)
+
+
+def make_preprocessing(options: AdaptationSettings | MultiTaskSettings, net: torch.nn.Module) -> Preprocessing:
+    """Preprocessing with the options' input size and the mean, std and interpolation of the backbone's training."""
+    return Preprocessing(input_size=options.input_size, resize=options.resize, **preprocessing(net))

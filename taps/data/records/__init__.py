@@ -1,0 +1,1 @@
+"""Hospital stays and volumes: samples with rows in a table."""

@@ -1,0 +1,67 @@
+"""The distance between a task's activations and the base's at the inputs of matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from taps.core.execution import evaluating, first_input
+from taps.core.network import Network
+from taps.core.unit import GatedUnit
+
+
+def is_product(unit: GatedUnit) -> bool:
+    """Return whether the unit multiplies its input by a matrix with one row per output: a linear layer or a convolution."""
+    transposed = isinstance(unit.base, nn.modules.conv._ConvTransposeNd)
+    return isinstance(unit.base, (nn.Linear, nn.modules.conv._ConvNd)) and not transposed
+
+
+def sizes(unit: GatedUnit, x: Tensor) -> Tensor:
+    """Return the Euclidean norm over channels of a matrix product's input at every position: (B, …), without channels."""
+    return x.norm(dim=-1 if isinstance(unit.base, nn.Linear) else 1)
+
+
+class Gap:
+    """The weighted distance of the activations since :func:`distance_to_base` was entered; see :meth:`value`."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+        self.parts: list[Tensor] = []
+
+    def value(self) -> Tensor:
+        """Return the mean over matrix products of Σ ‖x_task − x_base‖ / Σ ‖x_base‖ over the positions of their inputs.
+
+        The norm over channels is not squared, so that single positions can become equal, which are then not recomputed
+        (:mod:`taps.reuse.from_base`). The paper (§3) sums the absolute differences of the products' outputs, so that the weight
+        depends on batch size, resolution and width.
+        """
+        return self.weight * torch.stack(self.parts).mean() if self.parts else torch.zeros(())
+
+
+@contextmanager
+def distance_to_base(model: Network, x: Tensor, weight: float = 1.0) -> Iterator[Gap]:
+    """Compare the activations of the ``with`` block, which must run on the same ``x``, with the base's."""
+    units = [unit for unit in model.units if is_product(unit)]
+    seen: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
+    gap, recording = Gap(weight), True
+
+    def look(unit: GatedUnit, args: tuple, kwargs: dict) -> None:
+        own = first_input(args, kwargs)
+        if recording:
+            seen[unit.name].append(own)
+        elif seen[unit.name]:
+            base = seen[unit.name].pop(0)  # in the order of the calls
+            gap.parts.append(sizes(unit, own - base).sum() / sizes(unit, base).sum().clamp(min=1e-12))
+
+    hooks = [unit.register_forward_pre_hook(look, with_kwargs=True) for unit in units]
+    try:
+        with evaluating(model.backbone), torch.no_grad():
+            model.features(x)
+        recording = False
+        yield gap
+    finally:
+        for hook in hooks:
+            hook.remove()

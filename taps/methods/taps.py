@@ -1,0 +1,137 @@
+r"""TAPS: each task learns, layer by layer, whether it needs its own weights (CVPR 2022, arXiv 2203.16708).
+
+With one learned score s per layer and task, the frozen weights W and the task's delta δ
+
+    w = W + 1[s ≥ τ] · δ          loss = task loss + λ · (1/L) Σ |s|
+
+over the network's L layers. A layer is tuned while s ≥ τ; the penalty pulls scores towards 0, so that layers whose delta does not
+help are closed and shared with all other tasks. The published code differs in two ways: it divides by 52 for every network,
+and its last learning rate is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taps.core.execution import State
+from taps.core.find import Unit
+from taps.core.gate import Decision, Gate, HardThreshold
+from taps.core.method import SETTLED, Lengths, Method, Model, Phase
+from taps.errors import UserError
+from taps.methods.registry import register
+
+
+class ThresholdGate(Gate):
+    r"""The gate of TAPS: ``specific`` = 1[s ≥ τ] with one learned score s per unit (CVPR 2022, arXiv 2203.16708, §3).
+
+    The step function has no useful gradient, so the backward pass treats the effective weight as if it moved
+    with the score. Two conventions are in use; with g = dL/dw and w = W + 1[s ≥ τ]·δ, both have dL/ds = ⟨g, δ⟩ and
+
+    - ``ste="code"`` (the published code): dL/dδ = 1[s ≥ τ]·g, so a closed unit's delta gets no gradient;
+    - ``ste="paper"`` (backward as if w = W + s·δ): dL/dδ = s·g, so it still changes and may reopen the unit.
+
+    Args:
+        threshold: τ, any finite number. The published value is 0.1.
+        score_init: s before training. The published value is 0.15: every unit starts open.
+        ste: ``"code"`` or ``"paper"``.
+
+    Raises:
+        UserError: for an unknown ``ste`` or a number that is not finite.
+    """
+
+    def __init__(self, threshold: float = 0.1, score_init: float = 0.15, ste: str = "code") -> None:
+        super().__init__()
+        if ste not in ("code", "paper"):
+            raise UserError(f"ste must be 'code' or 'paper', not {ste!r}")
+        for name, value in (("threshold", threshold), ("score_init", score_init)):
+            if not -1e30 < float(value) < 1e30:
+                raise UserError(f"{name} must be a finite number, not {value!r}")
+        self.threshold = float(threshold)
+        self.ste = ste
+        self.score = nn.Parameter(torch.tensor(float(score_init)))
+        self._seen: tuple[int, int] | None = None
+        self._open = True
+
+    def relax(self, x: Tensor | None, state: State) -> Decision:
+        if not self.score.requires_grad:  # the gate is fixed: a closed unit costs as much as the base
+            return self.decide(x)
+        specific = HardThreshold.apply(self.score, self.threshold)
+        return Decision(specific=specific, delta_gradient=self.score.detach() if self.ste == "paper" else None)
+
+    def decide(self, x: Tensor | None = None) -> Decision:
+        # A frozen score was read before compilation; reading it here would split the compiled program.
+        if not (torch.compiler.is_compiling() and self._seen is not None and not self.score.requires_grad):
+            self._read_score()
+        return Decision(specific=1.0 if self._open else 0.0)
+
+    def settled(self) -> Decision | None:
+        learns = self.training and self.score.requires_grad
+        return Decision() if not self.in_curriculum else None if learns else self.decide()
+
+    def _read_score(self) -> None:
+        # Reading a scalar is free on a CPU but stalls an accelerator, where it is read only once per change.
+        version = (id(self.score), self.score._version)
+        if self._seen != version or (self.score.device.type == "cpu" and self.score.requires_grad):
+            self._open = bool(self.score.detach() >= self.threshold)
+            self._seen = version
+
+    def set(self, open: bool) -> None:
+        """Open or close the gate by moving its score across the threshold."""
+        score = float(self.score.detach())
+        if open != (score >= self.threshold):
+            self.score.data.fill_(self.threshold if open else min(0.0, self.threshold - 1.0))
+        self._seen = None
+
+    def train(self, mode: bool = True) -> ThresholdGate:
+        self._seen = None
+        return super().train(mode)
+
+
+def mean_absolute_score(gates: Mapping[str, Sequence[Any]], task: str, **options) -> Tensor:
+    """Return (1/L) Σ |s_i| over the task's L units (TAPS §3), where L is the actual number of units of the network."""
+    return torch.stack([gate.score for gate in gates[task]]).abs().mean()
+
+
+def threshold_gate(unit: Unit, **options) -> Gate:
+    """Return the TAPS gate of a unit; options as in :class:`taps.methods.taps.ThresholdGate`."""
+    return ThresholdGate(**options)
+
+
+def warmup_penalty_settle(model: Model, lengths: Lengths) -> tuple[Phase, ...]:
+    """Return the phases of TAPS: epochs without the penalty, then with it, then epochs with fixed gates (settle).
+
+    ``settle_epochs=0`` is exactly the published schedule.
+
+    Raises:
+        UserError: if a budget is requested.
+    """
+    if lengths.budget is not None:
+        raise UserError(f"method {model.method.name!r} keeps no budget; use method 'taps_budget'")
+    warmup = min(lengths.warmup_epochs, lengths.epochs)
+    settle = min(lengths.settle_epochs, lengths.epochs - warmup)
+    phases = (
+        Phase("warm-up", warmup, penalty=0.0),
+        Phase("train", lengths.epochs - warmup - settle),
+        Phase("settle", settle, penalty=0.0, trains=SETTLED),
+    )
+    return tuple(phase for phase in phases if phase.epochs > 0)
+
+
+#: τ, the initial score and the straight-through convention, as published
+OPTIONS = {"threshold": 0.1, "score_init": 0.15, "ste": "code"}
+
+register(
+    "taps",
+    Method(
+        summary="learn, layer by layer, whether the task needs its own weights",
+        source="Task Adaptive Parameter Sharing, CVPR 2022, arXiv 2203.16708",
+        gate=threshold_gate,
+        penalty=mean_absolute_score,
+        phases=warmup_penalty_settle,
+        options=OPTIONS,
+    ),
+)

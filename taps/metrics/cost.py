@@ -1,0 +1,104 @@
+"""Cost of a multi-task model relative to one network per task: operations, parameters and time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from taps.core.accounting import accounting, own_norm_parameters
+from taps.core.execution import evaluating
+from taps.multitask.macs import macs
+
+if TYPE_CHECKING:
+    from taps.task_model import TaskModel
+
+
+@torch.no_grad()
+def relative_cost(model: TaskModel, x: Tensor) -> dict:
+    """Cost of a model with all its tasks, and its ratio to the cost of one complete network per task.
+
+    Args:
+        model: a model with its gates' hard decisions. Base units that no task runs with shared weights are not counted as
+            stored; stand-ins of skipped units are.
+        x: a batch (B, ...).
+
+    Returns:
+        ``macs`` and ``macs_heads`` per sample, ``parameters`` and ``parameters_heads``, and the ratios ``macs_x_single``,
+        ``parameters_x_single`` and ``time_x_single`` of the backbone, and ``…_with_heads`` including the heads.
+    """
+    tasks = model.tasks
+    with evaluating(model), model.state.running(None):
+        full = len(tasks) * macs(model.backbone, x)
+    own = model.predict_cost(x)
+    used = model.base_parameters + own_norm_parameters(model, tasks)
+    used += sum(accounting(model, task)["delta_parameters"] for task in tasks)
+    if model.policies and model.method.learns_policy:
+        unused: dict[int, int] = {}  # by address, since a layer may be part of a block
+        for index, unit in enumerate(model.units):
+            gates = [gate for task in tasks for gate in unit.gates[task].parameters()]
+            used += sum(parameter.numel() for parameter in gates)
+            decisions = [model.policies[task][index] for task in tasks]
+            if (1.0, 0.0) not in decisions:  # no task shares it; its shortcut is still needed
+                stays = {parameter.data_ptr() for parameter in unit.shortcut.parameters()}
+                held = {tensor.data_ptr(): tensor.numel() for tensor in unit.weights().values()}
+                unused.update((place, size) for place, size in held.items() if place not in stays)
+            if any(run == 0.0 for run, _ in decisions):
+                used += sum(parameter.numel() for parameter in unit.stand_in().values())
+        used -= sum(unused.values())
+    heads = sum(parameter.numel() for task in tasks for parameter in model.heads[task].parameters())
+    single = len(tasks) * model.base_parameters
+    return {
+        "macs": own["macs"] // len(x),
+        "macs_heads": own["macs_heads"] // len(x),
+        "macs_x_single": own["macs"] / full,
+        "macs_x_single_with_heads": (own["macs"] + own["macs_heads"]) / (full + own["macs_heads"]),
+        "parameters": used,
+        "parameters_heads": heads,
+        "parameters_x_single": used / single,
+        "parameters_x_single_with_heads": (used + heads) / (single + heads),
+        **_time_beside_single(model, x),
+    }
+
+
+def _time_beside_single(model: TaskModel, x: Tensor, rounds: int = 5) -> dict[str, float]:
+    """Time of one pass for all tasks relative to one full pass per task: medians over several alternating rounds.
+
+    If the gates do not depend on samples, the predictor is measured, which has no gates.
+    """
+    ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
+    tasks = model.tasks
+
+    def seconds(function: Callable) -> float:
+        started = time.perf_counter()
+        function()
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def full() -> None:
+        for _ in tasks:
+            with model.state.running(None):
+                model.backbone(x)
+
+    with evaluating(model):
+        try:
+            together = model.predictor(tasks)
+        except ValueError:  # gates that depend on the sample
+
+            def together(x: Tensor) -> dict[str, Tensor]:
+                return model(x, tasks=tasks)
+
+        together(x)
+        with model.state.running(None):
+            features = model.backbone(x)
+        for _ in range(rounds):
+            everything = seconds(lambda: together(x))
+            single, heads = seconds(full), seconds(lambda: [model.heads[task](features) for task in tasks])
+            ratios["time_x_single"].append((everything - heads) / single)
+            ratios["time_x_single_with_heads"].append(everything / (single + heads))
+    return {name: statistics.median(values) for name, values in ratios.items()}

@@ -1,0 +1,401 @@
+"""Several tasks on the same samples, with common computation done once.
+
+The tasks run one after another. A module that behaves alike for two tasks and gets the same inputs from both is run only for the
+first one; the second one gets the stored output. Nothing is traced or analysed, so that every network gives the same results as
+running its tasks one by one. Inputs are the same if they are the same tensors, unchanged since; until a task first computes
+something of its own, equal tensors count too, because the network's code has then made them from the same tensors.
+In-place activations work on copies where this does not change results.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taps.core.execution import OneTask, Place, State, evaluating, first_input, without_reentrant_warning
+from taps.core.network import Network, inner_first
+from taps.multitask.trees import flatten, map_tensors, run_head, tensors
+
+
+class SharedPass:
+    """The stored calls of modules in one pass of several tasks."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        self.records: dict[Hashable, list[_Record]] = {}
+        self.is_inside = False
+        self._keys: dict[tuple[int, str], Hashable | None] = {}
+        self._of_places: dict[tuple[int, str], Hashable | None] = {}
+
+    def key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
+        """Return a key for what a module computes for a task; ``None`` if its parts must be looked up one by one."""
+        known = (id(module), task)
+        if known not in self._keys:
+            self._keys[known] = self._find_key(view, module, task)
+        return self._keys[known]
+
+    def _find_key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
+        places = view.places(module)
+        key = self._sharing_key(places, task)
+        if key is None or len(places) == 1 or (not places and view.is_common(module)):
+            return key
+        return key if places and all(self._sharing_key(places, other) == key for other in self.tasks) else None
+
+    def _sharing_key(self, places: Sequence[Place], task: str) -> Hashable | None:
+        found = []
+        for place in places:
+            known = (id(place), task)
+            if known not in self._of_places:
+                decision = place.settled_decision(task)
+                self._of_places[known] = None if decision is None else place.sharing_key(decision)
+            if self._of_places[known] is None:
+                return None
+            found.append(self._of_places[known])
+        return tuple(found)
+
+
+class OneOfSeveral(OneTask):
+    """The execution of one task of a :class:`SharedPass`."""
+
+    def __init__(self, task: str, shared: SharedPass) -> None:
+        super().__init__(task)
+        self.shared = shared
+        #: whether the task has computed anything that may differ from the other tasks
+        self.has_differed = False
+
+    def run(self, place: Place, args: tuple, kwargs: dict):
+        ready = place.ready.get(self.task)
+        if ready is not None and not place.training and ready is not place.__dict__["_modules"]["base"]:
+            return ready(*args, **kwargs)
+        return place.compute(self.task, place.decision_for(self.task, first_input(args, kwargs)), args, kwargs)
+
+    def read(self, value: Callable[[str | None], object]):
+        self.has_differed = True
+        return super().read(value)
+
+    def reused(self, module: nn.Module) -> None:
+        """Hook that is called when a module's stored output is reused."""
+
+
+class _Record:
+    """A call of a module: its inputs and output, and their versions at that time."""
+
+    def __init__(self, inputs: list) -> None:
+        self.inputs, self.input_versions = inputs, _versions(inputs)
+        self.output: object = None
+
+    def answered(self, output: object, parts: list) -> None:
+        self.output, self.parts, self.output_versions = output, parts, _versions(parts)
+
+    def serves(self, inputs: list, by_value: bool) -> bool:
+        """Return whether the stored output is valid for these inputs; ``by_value``: equal tensors count as the same."""
+        if len(inputs) != len(self.inputs) or _versions(self.parts) != self.output_versions:
+            return False
+        if _versions(self.inputs) != self.input_versions:  # their earlier values are no longer known
+            return False
+        return all(a is b or _is_equal(a, b, by_value) for a, b in zip(inputs, self.inputs, strict=True))
+
+
+def _is_equal(a: object, b: object, by_value: bool) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        alike = by_value and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+        return alike and (torch.compiler.is_exporting() or torch.equal(a, b))
+    return type(a) is type(b) and isinstance(a, (int, float, str, bool, torch.Size, torch.dtype)) and a == b
+
+
+def _versions(values: Sequence[object]) -> list[int]:
+    return [value._version for value in values if isinstance(value, Tensor)]
+
+
+class SharedView:
+    """A view of a network whose modules remember their calls during a pass; it has the same modules with the same state.
+
+    Args:
+        root: the network; its structure must not change.
+        state: state of its model.
+        common: if each task has its own network, ids of the modules that these have in common.
+        differing: ids of the modules in which this network differs from the others.
+    """
+
+    def __init__(
+        self, root: nn.Module, state: State, common: Set[int] | None = None, differing: Set[int] = frozenset()
+    ) -> None:
+        self.root, self.state, self.common, self.differing = root, state, common, differing
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._places: dict[int, list[Place]] = {}
+        #: whether in-place activations work on copies, unless the network relies on the change of their input
+        self.copies = True
+        self._is_checked = False
+
+    def __getstate__(self) -> dict:  # a copy rebuilds everything that is keyed by the identity of modules
+        return {"root": self.root, "state": self.state, "common": None, "differing": frozenset()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def run(self, execution: OneOfSeveral, args: tuple, kwargs: dict):
+        """Call the network with the execution of one of several tasks."""
+        self.check_copies(args, kwargs)
+        return self.state.run(execution, self.of(self.root), args, kwargs)
+
+    def check_copies(self, args: tuple, kwargs: dict) -> None:
+        """Test once whether the network gives the same results with copies; timm's and torchvision's networks are known to."""
+        root = self.root.base if isinstance(self.root, Place) else self.root
+        known = self._is_checked or type(root).__module__.split(".")[0] in ("timm", "torchvision")
+        if known or torch.compiler.is_exporting():
+            return
+        self._is_checked = True
+        if not any(getattr(module, "inplace", False) for module in self.root.modules()):
+            return
+        with evaluating(self.root), without_reentrant_warning(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            plain = flatten(self.state.run(None, self.root, *_copied(args, kwargs)))[0]
+            seen = flatten(self.state.run(None, self.of(self.root), *_copied(args, kwargs)))[0]
+        self.copies = all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True) if isinstance(a, Tensor))
+
+    def places(self, module: nn.Module) -> list[Place]:
+        """Return the places in a module, including the module itself."""
+        if id(module) not in self._places:
+            self._places[id(module)] = [inner for inner in module.modules() if isinstance(inner, Place)]
+        return self._places[id(module)]
+
+    def is_common(self, module: nn.Module) -> bool:
+        """Return whether a module without places is the same object for all tasks."""
+        return self.common is None or id(module) in self.common or not module._modules
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """Return this view's version of the module."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        known = self._seen.get(id(module))
+        if known is None:
+            seen: Any = object.__new__(_remembering(type(module)))
+            object.__setattr__(
+                seen, "__dict__", module.__dict__
+            )  # shared state: modes, buffers and hooks are the module's
+            object.__setattr__(seen, "_view", self)
+            object.__setattr__(seen, "_module", module)
+            known = self._seen[id(module)] = (seen, module)
+        return known[0]
+
+
+class _Remembering:
+    """Mixin for the class of each module of a :class:`SharedView`."""
+
+    __slots__ = ()
+
+    @property
+    def _modules(self) -> dict[str, nn.Module | None]:
+        inner = self.__dict__["_modules"]
+        view = _view_of(self)
+        return (
+            inner
+            if view is None
+            else {name: None if child is None else view.of(child) for name, child in inner.items()}
+        )
+
+    @_modules.setter
+    def _modules(self, modules: dict[str, nn.Module | None]) -> None:
+        self.__dict__["_modules"] = modules
+
+    @property
+    def inplace(self) -> bool:  # an activation that changes its input would invalidate the stored one
+        view = _view_of(self)
+        return self.__dict__["inplace"] and (view is None or not view.copies)
+
+    @inplace.setter
+    def inplace(self, value: bool) -> None:
+        self.__dict__["inplace"] = value
+
+    def original(self) -> nn.Module:
+        """Return the module itself."""
+        return self if _view_of(self) is None else self._module  # type: ignore[attr-defined,return-value]
+
+    def __getattr__(self, name: str):
+        child, view = self.__dict__["_modules"].get(name), _view_of(self)
+        if child is None or view is None or (isinstance(self, Place) and name not in ("base", "shortcut")):
+            return super().__getattr__(name)  # type: ignore[misc]
+        return view.of(child)
+
+    def __call__(self, *args, **kwargs):
+        # A tracer identifies modules by their position in a network, which these do not have.
+        run = self.forward if torch.compiler.is_exporting() else super().__call__  # type: ignore[attr-defined,misc]
+        view = _view_of(self)
+        call = None if view is None else view.state.call
+        if view is None or call is None or not isinstance(call.execution, OneOfSeveral) or call.look_for_checkpoints():
+            return run(*args, **kwargs)
+        module, execution = self._module, call.execution  # type: ignore[attr-defined]
+        shared = execution.shared
+        key = None if shared.is_inside else shared.key(view, module, execution.task)
+        if key is None:
+            own = isinstance(module, Place) or id(module) in view.differing
+            execution.has_differed |= own and not shared.is_inside
+            return run(*args, **kwargs)
+        execution.has_differed |= id(module) in view.differing
+        inputs = _leaves(args) if not kwargs else flatten((args, kwargs))[0]
+        records = shared.records.setdefault((id(module), key), [])
+        for record in records:
+            if record.serves(inputs, by_value=not execution.has_differed):
+                execution.reused(module)
+                return record.output
+        record = _Record(inputs)
+        shared.is_inside = True
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            shared.is_inside = False
+        parts = [output] if isinstance(output, Tensor) else flatten(output)[0]
+        if all(isinstance(part, Tensor) for part in parts):
+            record.answered(output, parts)
+            records.append(record)
+        return output
+
+
+def _view_of(module: object) -> SharedView | None:
+    try:
+        return object.__getattribute__(module, "_view")
+    except AttributeError:  # made by the network's code, for example a slice of an ``nn.Sequential``
+        return None
+
+
+def _copied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return map_tensors(Tensor.clone, (args, kwargs))  # type: ignore[return-value]
+
+
+def _leaves(args: tuple) -> list:
+    return list(args) if all(isinstance(value, Tensor) for value in args) else flatten(args)[0]
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _remembering(kind: type) -> type:
+    if kind not in _CLASSES:
+        body = {"__slots__": ("_module", "_view"), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _CLASSES[kind] = type(kind.__name__, (_Remembering, kind), body)
+    return _CLASSES[kind]
+
+
+def outputs(model: Network, view: SharedView, args: tuple, kwargs: dict, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return every task's output on the same batch in the model's current mode; see :meth:`taps.task_model.TaskModel.predict`."""
+    if len(tasks) == 1:
+        return {tasks[0]: model.heads[tasks[0]](model.run(tasks[0], args, kwargs))}
+    args, kwargs = outside_of_inference(args, kwargs)
+    shared, found = SharedPass(tasks), {}
+    with _outside_of_inference():
+        for task in tasks:
+            found[task] = run_head(model.heads[task], view.run(OneOfSeveral(task, shared), args, kwargs))
+    return found
+
+
+@contextmanager
+def _outside_of_inference() -> Iterator[None]:
+    """Leave inference mode inside the ``with`` block, because it does not track changes of tensors."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def outside_of_inference(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Return inputs whose changes are tracked, with copies of inference tensors."""
+    if not any(tensor.is_inference() for tensor in tensors((args, kwargs))):
+        return args, kwargs
+    with torch.inference_mode(False):
+        return map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))  # type: ignore[return-value]
+
+
+class Predictor(nn.Module):
+    """A module from a batch to ``{task: output}`` that does shared computation once and contains no gates.
+
+    Made by :meth:`taps.task_model.TaskModel.predictor`. ``torch.export`` turns it into one program with many outputs.
+
+    Args:
+        networks: plain network of each task; they share modules and tensors.
+        heads: head of each task.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.tasks = tuple(networks)
+        self.networks, self.heads = nn.ModuleList(networks.values()), nn.ModuleList(heads.values())
+        self.state = State()
+        self._find_views()
+
+    def _find_views(self) -> None:
+        modules = [{id(module): module for module in network.modules()} for network in self.networks]
+        tensors_of = [{id(t) for t in (*network.parameters(), *network.buffers())} for network in self.networks]
+        common, same = set.intersection(*map(set, modules)), set.intersection(*tensors_of)
+
+        def differs(module: nn.Module) -> bool:
+            loose = (*module._parameters.values(), *module._buffers.values())
+            return not module._modules or any(tensor is not None and id(tensor) not in same for tensor in loose)
+
+        self._views = [
+            SharedView(network, self.state, common, {i for i, m in known.items() if i not in common and differs(m)})
+            for network, known in zip(self.networks, modules, strict=True)
+        ]
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._find_views()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_views"}
+
+    def forward(self, x: Tensor, **inputs) -> dict[str, Tensor]:
+        args, kwargs = outside_of_inference((x,), inputs)
+        shared, found = SharedPass(self.tasks), {}
+        with _outside_of_inference():
+            for task, view, head in zip(self.tasks, self._views, self.heads, strict=True):
+                found[task] = run_head(head, view.run(OneOfSeveral(task, shared), args, kwargs))
+        return found
+
+
+def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
+    """Return one module for all tasks; see :meth:`taps.task_model.TaskModel.predictor`. The model must be in evaluation mode.
+
+    Raises:
+        ValueError: if a decision depends on the input, so that no fixed network is equivalent.
+    """
+    places = inner_first((*model.units, *model.task_norms))
+    modules = {
+        module: [inner for inner in module.modules() if isinstance(inner, Place)] for module in _outside(model.backbone)
+    }
+    copies: dict[tuple, nn.Module] = {}  # copies of modules, by their behaviour
+    tensors_of: dict[int, object] = {}  # copies of tensors that belong to no place
+    networks = {}
+    for task in tasks:
+        keys: dict[Place, Hashable] = {}
+        for place in places:
+            decision = place.settled_decision(task)
+            keys[place] = (None if decision is None else place.sharing_key(decision)) or (task,)  # type: ignore[arg-type]
+        names = {module: (module, *(keys[place] for place in inner)) for module, inner in modules.items()}
+        memo: dict[int, object] = {**tensors_of, **{id(m): copies[name] for m, name in names.items() if name in copies}}
+        for place in places:
+            if id(place) not in memo:
+                memo[id(place)] = place.merged(task, dict(memo))
+        networks[task] = copy.deepcopy(model.backbone, memo)
+        copies.update((name, memo[id(module)]) for module, name in names.items() if id(module) in memo)  # type: ignore[misc]
+        loose = (tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values()))
+        tensors_of.update((id(tensor), memo[id(tensor)]) for tensor in loose if id(tensor) in memo)
+    heads = {task: copy.deepcopy(model.heads[task]) for task in tasks}
+    made = Predictor(networks, heads).eval()
+    made.networks.requires_grad_(False)
+    return made
+
+
+def _outside(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a network's modules down to and including its places."""
+    yield module
+    for child in () if isinstance(module, Place) else module.children():
+        yield from _outside(child)

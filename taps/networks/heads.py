@@ -1,0 +1,94 @@
+"""Heads of multi-task networks: ASPP for maps and series, and its use for the hours of a series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from taps.networks.layers_nd import CONVOLUTIONS, CausalConv1d
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling with summation (DeepLab-LargeFOV, arXiv 1606.00915), the head of AdaShare.
+
+    The output is the sum of one branch per rate: dilated convolution → ReLU → dropout → 1×1 convolution → ReLU → dropout →
+    1×1 convolution. Defaults are the published values.
+
+    Args:
+        in_channels: channels of the features.
+        out_channels: channels of the output.
+        width: channels of the branches.
+        rates: dilations.
+        dropout: probability of dropout.
+        dimensions: 1, 2 or 3.
+        causal: with one dimension, make outputs independent of later positions.
+
+    Shape:
+        (B, in_channels, *positions) to (B, out_channels, *positions).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int = 1024,
+        rates: Sequence[int] = (6, 12, 18, 24),
+        dropout: float = 0.5,
+        dimensions: int = 2,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        convolution = CONVOLUTIONS[dimensions]
+
+        def dilated(rate: int) -> nn.Module:
+            if causal:
+                return CausalConv1d(in_channels, width, 3, dilation=rate)
+            return convolution(in_channels, width, 3, padding=rate, dilation=rate)
+
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                dilated(rate),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+                convolution(width, width, 1),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+                convolution(width, out_channels, 1),
+            )
+            for rate in rates
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+
+class HourHead(nn.Module):
+    """Predictions for every hour from features with a stride of several hours.
+
+    An ASPP head predicts all hours of a position in separate channels, which are rearranged in time. After a causal network with
+    stride S, position j depends on hours 0..S·j − 1 and predicts hours S·j − 1 .. S·j + S − 2.
+
+    Args:
+        in_channels: channels of the features.
+        out_channels: K, predictions per hour.
+        hours: T, number of hours.
+        stride: S, hours per position.
+        shifted: whether the network pads an empty hour in front.
+        **options: options of :class:`ASPP`.
+
+    Shape:
+        (B, in_channels, P) to (B, K, T).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, hours: int, stride: int = 1, shifted: bool = False, **options
+    ) -> None:
+        super().__init__()
+        self.hours, self.stride, self.shifted = hours, stride, shifted
+        self.answers = ASPP(in_channels, out_channels * stride, dimensions=1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = self.answers(x).unflatten(1, (-1, self.stride)).transpose(2, 3).flatten(2)
+        return answers[..., int(self.shifted) :][..., : self.hours]

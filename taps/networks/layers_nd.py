@@ -1,0 +1,41 @@
+"""Convolutions, norms and pooling in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+
+class CausalConv1d(nn.Conv1d):
+    """A convolution over time that depends only on the present and the past: all padding is in front."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class Layers:
+    """Creates convolutions and norms with a given number of dimensions."""
+
+    def __init__(self, dimensions: int, causal: bool = False) -> None:
+        self.dimensions, self.causal = dimensions, causal
+
+    def convolution(self, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Module:
+        options = {"stride": stride, "dilation": dilation, "bias": False}
+        if self.causal:
+            return CausalConv1d(inputs, outputs, kernel, **options)
+        padding = dilation * (kernel // 2) * (kernel % 2)
+        return CONVOLUTIONS[self.dimensions](inputs, outputs, kernel, padding=padding, **options)
+
+    def norm(self, channels: int) -> nn.Module:
+        return NORMS[self.dimensions](channels)
+
+    def projection(self, inputs: int, outputs: int, stride: int) -> nn.Module | None:
+        """The projection of a block's shortcut; ``None`` if input and output have the same shape."""
+        if stride == 1 and inputs == outputs:
+            return None
+        return nn.Sequential(self.convolution(inputs, outputs, 1, stride), self.norm(outputs))

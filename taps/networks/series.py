@@ -1,0 +1,36 @@
+"""Backbones for series, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from taps.errors import UserError, unknown
+from taps.networks.resnet_nd import RESNETS, ResNet
+from taps.networks.tcn import TCN
+
+
+def create_series_backbone(
+    name: str, in_channels: int, channels: Sequence[int] | None = None, causal: bool = True, output_stride: int = 8
+) -> nn.Module:
+    """Create a network from series (B, in_channels, T) to features (B, ``.num_features``, T / ``.output_stride``).
+
+    Args:
+        name: a name in :data:`RESNETS`, or ``"tcn"``.
+        in_channels: channels of the input.
+        channels: channels of the stages; ``None``: 64 to 512.
+        causal: make outputs independent of later hours, as those of a TCN always are.
+        output_stride: stride of a ResNet.
+
+    Raises:
+        UserError: for an unknown name, or a TCN with ``causal=False``.
+    """
+    widths = tuple(channels) if channels else (64, 128, 256, 512)
+    if name == "tcn":
+        if not causal:
+            raise UserError("a tcn never looks ahead; leave --no-causal out, or take a resnet")
+        return TCN(in_channels, widths)
+    if name not in RESNETS:
+        raise unknown("network for series", name, [*RESNETS, "tcn"])
+    return ResNet(name, 1, in_channels, widths, output_stride, causal=causal)

@@ -1,0 +1,208 @@
+"""Figures of the layers that tasks tune, of their sizes and scores, and of accuracy against size.
+
+All values are read from results folders, i.e. from the gates' hard decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from taps.core.accounting import is_tuned
+from taps.plots.style import BORDER, SECOND, SHARED, TUNED, bare, new_figure, pair_map, stage_of, white_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHORTCUTS = ("downsample", "shortcut", "skip")
+
+
+def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[str, str] | None = None) -> Figure:
+    """Heat map of tasks × units in network order: tuned or shared.
+
+    Stages are separated by lines, and shortcut convolutions are named above the map.
+
+    Args:
+        tasks: rows of ``model.report`` by task, all of the same network.
+        title: title of the figure.
+        captions: by task, a short text at the right end of its row, e.g. its accuracy.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    names = list(tasks)
+    units = [row["name"] for row in tasks[names[0]]]
+    matrix = [[float(is_tuned(row)) for row in tasks[name]] for name in names]
+    figure = new_figure(min(max(0.17 * len(units) + 3.2, 7), 26), 0.3 * len(names) + 2.3)
+    axes = figure.add_subplot()
+    axes.imshow(matrix, aspect="auto", cmap=ListedColormap([SHARED, TUNED]), vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(len(names)), names)
+    white_grid(axes, len(units), len(names))
+    stages = [stage_of(unit) for unit in units]
+    starts = [index for index in range(len(units)) if index == 0 or stages[index] != stages[index - 1]]
+    ends = [*starts[1:], len(units)]
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color=BORDER, linewidth=1.0)
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(starts) > 6 else {}
+    axes.set_xticks(middles, [stages[start] for start in starts], fontsize=8, **turned)
+    axes.set_xlabel(f"layers in network order, {len(units)} in all")
+    bare(axes)
+    shortcuts = {n: word for n, unit in enumerate(units) for word in reversed(_SHORTCUTS) if word in unit}
+    if shortcuts:
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(list(shortcuts), shortcuts.values(), fontsize=7, color=BORDER)
+        above.tick_params(length=3, color=BORDER)
+        above.spines["top"].set_visible(False)
+    if captions:
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(range(len(names)), [captions.get(name, "") for name in names])
+        right.tick_params(length=0)
+        right.spines["right"].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    keys = [Patch(color=TUNED, label="the task's own weights"), Patch(color=SHARED, label="shared with the base")]
+    figure.legend(handles=keys, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def sizes(summary: Mapping) -> Figure:
+    """Accuracy and number of stored parameters of each task in a ``summary.json``."""
+    rows = summary["tasks"]
+    names = list(rows)
+    figure = new_figure(9, 0.3 * len(names) + 1.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = [row["accuracy"] for row in rows.values()]
+    bars = left.barh(names, values, color=SECOND, height=0.7)
+    left.axvline(summary["mean_accuracy"], color=BORDER, linestyle="--", linewidth=1, zorder=0)
+    left.bar_label(bars, [f"{value:.1f}" for value in values], label_type="center", color="white", fontsize=8)
+    left.set_xlim(0, 100)
+    left.set_xticks(range(0, 101, 20))
+    left.set_xlabel(f"accuracy on the test split, %  (mean {summary['mean_accuracy']:.1f}, dashed)")
+    millions = [row["parameters"] / 1e6 for row in rows.values()]
+    bars = right.barh(names, millions, color=TUNED, height=0.7)
+    texts = [f"{row['parameters'] / 1e6:.2f} M, {100 * row['tuned_layers']:.0f} %" for row in rows.values()]
+    right.bar_label(bars, texts, padding=3, fontsize=8)
+    right.set_xlim(0, max([*millions, 1e-3]) * 1.35)
+    right.set_xlabel(f"stored parameters, and layers tuned  (all: {summary['parameters_x_base']:.2f} × base)")
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def scores(metrics: Iterable[Mapping], threshold: float) -> Figure | None:
+    """Every layer's score by epoch, in one panel per task, with the threshold τ above which a layer is tuned.
+
+    Args:
+        metrics: rows of ``metrics.jsonl``.
+        threshold: τ.
+
+    Returns:
+        ``None`` if the method's gates have no scores.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    tasks: dict[str, list[Mapping]] = {}
+    for row in metrics:
+        if row["scores"] and row["scores"][0] is not None:
+            tasks.setdefault(row["task"], []).append(row)
+    if not tasks:
+        return None
+    columns = min(len(tasks), max(3, math.ceil(math.sqrt(len(tasks)))))
+    lines = math.ceil(len(tasks) / columns)
+    figure = new_figure(max(2.6 * columns + 1.6, 6), max(2.0 * lines + 0.9, 3.6))
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    depth = colormaps["viridis"]
+    for axes in panels.flat[len(tasks) :]:
+        axes.axis("off")
+    for axes, (name, rows) in zip(panels.flat, tasks.items(), strict=False):
+        epochs, count = [row["epoch"] for row in rows], len(rows[0]["scores"])
+        for unit in range(count):
+            values = [row["scores"][unit] for row in rows]
+            axes.plot(epochs, values, color=depth(unit / max(count - 1, 1)), linewidth=0.8, marker=".", markersize=3)
+        axes.axhline(threshold, color=TUNED, linestyle="--", linewidth=1.2)
+        axes.set_title(name, fontsize=9)
+        axes.set_yscale("symlog", linthresh=0.5, linscale=2)  # most scores stay near τ, a few are far away
+        axes.set_yticks([-1, 0, 1], ["-1", "0", "1"])
+        axes.set_yticks([], minor=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel(f"score of a layer (dashed: threshold {threshold:g})", fontsize=9)
+    bar = figure.colorbar(ScalarMappable(Normalize(1, count), depth), ax=panels, pad=0.01, aspect=30)
+    bar.set_label("layer, in network order", fontsize=8)
+    return figure
+
+
+def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
+    """For each pair of tasks, the layers that both tune in % of those that either tunes; the diagonal has numbers of layers."""
+    tuned = [{row["name"] for row in rows if is_tuned(row)} for rows in tasks.values()]
+    shared = [[100 * len(a & b) / max(len(a | b), 1) for b in tuned] for a in tuned]
+
+    def text(row: int, column: int) -> str:
+        return str(len(tuned[row])) if row == column else f"{shared[row][column]:.0f}"
+
+    title = "which tasks tune the same layers (diagonal: how many)"
+    return pair_map(list(tasks), shared, 0, 0.42, "tuned by both, % of tuned by either", title, text)
+
+
+def trade_off(
+    runs: Mapping[str, Mapping],
+    labels: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
+    size: str = "parameters_x_base",
+) -> Figure:
+    """Mean accuracy against size, with one point per run.
+
+    Args:
+        runs: ``summary.json`` by run.
+        labels: text at each point by run, e.g. λ; the run's name by default.
+        groups: line of each run, e.g. its way of training; one line by default.
+        size: size in the summary, ``"parameters_x_base"`` or ``"bytes_x_base"``.
+    """
+    figure = new_figure(7, 4.4)
+    axes = figure.add_subplot()
+    colors = (TUNED, SECOND, "#4f9d69", "#8a5fa8", "#b08d2f", "#5f6b78")
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for name, run in runs.items():
+        line = (groups or {}).get(name, "")
+        lines.setdefault(line, []).append((run[size], run["mean_accuracy"], name))
+    for index, (line, points) in enumerate(sorted(lines.items())):
+        points.sort()
+        color = colors[index % len(colors)]
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=color, linewidth=1, label=line)
+        for x, y, name in points:
+            axes.annotate(
+                (labels or {}).get(name, name), (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8
+            )
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.margins(x=0.15, y=0.2)
+    axes.set_xlabel(f"{size.partition('_')[0]} of base and tasks together, × base")
+    axes.set_ylabel("mean accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def run_pictures(
+    descriptions: Mapping[str, Mapping], summary: Mapping, metrics: Iterable[Mapping]
+) -> dict[str, Figure]:
+    """The figures of a run by name, from its tasks' descriptions, ``summary.json`` and ``metrics.jsonl``."""
+    captions = {
+        name: f"{row['accuracy']:.1f} %, {100 * row['tuned_layers']:.0f} % tuned"
+        for name, row in summary["tasks"].items()
+    }
+    first = next(iter(descriptions.values()))
+    units = {name: description["units"] for name, description in descriptions.items()}
+    title = f"{first['base']['name']}: which layers each task tuned ({summary['parameters_x_base']:.2f} × base)"
+    figures = {"layers": layers(units, title, captions), "sizes": sizes(summary)}
+    over_time = scores(metrics, first["options"].get("threshold", 0.0))
+    if over_time is not None:
+        figures["scores"] = over_time
+    if len(units) > 1:
+        figures["overlap"] = overlap(units)
+    return figures

@@ -1,0 +1,73 @@
+"""Figures of policies: which units each task runs, and how similar the tasks' policies are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from taps.plots.style import bare, new_figure, pair_map, white_grid, write_cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def policy(
+    learned,
+    executed: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    own: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> Figure:
+    """Heat maps of tasks × units: the learned probability of running each unit, and for each network trained under a policy the
+    share of samples that ran it. If tasks can have their own weights, skipped units are white, shared ones light and the
+    task's own dark.
+
+    Args:
+        learned: a :class:`taps.methods.policy.Policy`.
+        executed: by network and task, shares of samples in 0..1.
+        own: by network and task, 1.0 for units with the task's own weights.
+    """
+    panels = {"learned probability of running": learned.probability}
+    if learned.own:
+        panels["learned probability of own weights"] = learned.own
+    names, count = list(learned.run), len(learned.units)
+    for title, shares in (executed or {}).items():
+        mine = (own or {}).get(title)
+        if mine:
+            shares = {name: [r * (1 + o) / 2 for r, o in zip(shares[name], mine[name], strict=True)] for name in names}
+        panels[title] = shares
+    figure = new_figure(min(max(0.34 * count + 3.0, 7), 26), len(panels) * (0.28 * len(names) + 0.5) + 1.2)
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, shares) in zip(grid, panels.items(), strict=True):
+        rows = [shares[name] for name in names]
+        axes.imshow(rows, aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        values = [value for row in rows for value in row]
+        with_own = bool((own or {}).get(title))
+        summary = f"{100 * sum(values) / len(values):.0f} %"
+        if with_own:
+            parts = [100 * values.count(level) / len(values) for level in (0.5, 1.0, 0.0)]
+            summary = f"{parts[0]:.0f} % shared, {parts[1]:.0f} % the task's own, {parts[2]:.0f} % skipped"
+        axes.set_title(f"{title}: {summary}", fontsize=9, loc="left")
+        white_grid(axes, count, len(names))
+        if count <= 40:
+            marks = {0.0: "", 0.5: "·", 1.0: "own"} if with_own else {}
+            texts = [[marks.get(value, _short(value)) for value in row] for row in rows]
+            write_cells(axes, rows, lambda row, column, texts=texts: texts[row][column], 0.7)
+        bare(axes)
+    grid[-1].set_xticks(range(count), learned.units, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
+    grid[-1].set_xlabel(f"units of {learned.backbone} in network order")
+    return figure
+
+
+def _short(share: float) -> str:
+    return f"{share:.2f}".lstrip("0") if 0 < share < 1 else f"{share:.0f}"
+
+
+def similarity(learned) -> Figure:
+    """Similarity of the tasks' policies in %: 1 − mean difference of the probabilities."""
+    names = list(learned.run)
+    values = [[100 * learned.similarity(a, b) for b in names] for a in names]
+    low = min(map(min, values))
+    low = math.floor(low / 10) * 10 if low < 100 else 90
+    title = "which tasks have similar policies"
+    return pair_map(names, values, low, 0.6, "similarity of policies, %", title, lambda a, b: f"{values[a][b]:.0f}")

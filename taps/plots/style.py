@@ -1,0 +1,86 @@
+"""Colours and elements that all figures share. Figures are created without pyplot, so that no display is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taps.storage.files import whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TUNED, SHARED, BORDER, SECOND = "#d9542b", "#e9edf2", "#8793a3", "#3f6fa3"
+
+
+def stage_of(name: str) -> str:
+    """The stage of a layer: ``layer3`` of ``layer3.0.conv1``, ``blocks.4`` of ``blocks.4.1.conv_pw``."""
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part[-1].isdigit():
+            return ".".join(parts[: index + 1])
+    return parts[0]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure with a size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def bare(axes) -> None:
+    """Remove frame and tick marks."""
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def white_grid(axes, columns: int, rows: int) -> None:
+    """White lines between the cells of an image."""
+    axes.set_xticks([index - 0.5 for index in range(1, columns)], minor=True)
+    axes.set_yticks([index - 0.5 for index in range(1, rows)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+
+
+def write_cells(
+    axes, values: Sequence[Sequence[float]], text: Callable[[int, int], str], dark: float, size: int = 7
+) -> None:
+    """Write ``text(row, column)`` into the cells of an image, in white where the value is above ``dark``."""
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            color = "white" if value > dark else "black"
+            axes.text(column, row, text(row, column), ha="center", va="center", fontsize=size, color=color)
+
+
+def pair_map(
+    names: Sequence[str], values: Sequence[Sequence[float]], low: float, cell: float, label: str, title: str, text
+):
+    """A figure of a matrix of percentages between pairs of tasks.
+
+    Args:
+        names: the tasks.
+        values: rows of percentages from ``low`` to 100.
+        low: lowest value of the colour scale.
+        cell: side of a cell in inches.
+        label: label of the colour bar.
+        title: title of the figure.
+        text: function from row and column to the text of a cell.
+    """
+    side = cell * len(names) + 2.4
+    figure = new_figure(side + 1.2, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="Blues", vmin=low, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    write_cells(axes, values, text, low + 0.6 * (100 - low))
+    bare(axes)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label(label, fontsize=8)
+    axes.set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, completely or not at all."""
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,0 +1,335 @@
+"""Experiments: train tasks one after another or all together, from settings and data to a results folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from taps.core.execution import evaluating
+from taps.data import opening
+from taps.data.classification.images import (
+    Preprocessing,
+    Sample,
+    TaskData,
+    make_loader,
+    split_validation,
+    without_bad_images,
+)
+from taps.data.classification.mixed_batches import make_task_loader
+from taps.errors import UserError
+from taps.methods.taps_budget import check_size, parse_budget
+from taps.metrics.accuracy import accuracy
+from taps.plots import layers as layer_plots
+from taps.plots import style
+from taps.runs import tensorboard
+from taps.settings.adaptation import AdaptationSettings
+from taps.settings.declare import as_dict, as_yaml
+from taps.stop_signals import StopSignals
+from taps.storage import certificate, run_folder, task_file
+from taps.storage.files import read_tensors, write_json, write_tensors
+from taps.task_model import TaskModel
+from taps.training.recipe import Recipe
+from taps.training.stage import Stage
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+#: file names in a run or an export that cannot be task names
+RESERVED = ("checkpoint", "shared", "together")
+
+
+def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list[TaskData]:
+    """Find the data, split off validation images, and refuse data that cannot be trained on."""
+    with accelerator.local_main_process_first():
+        tasks = opening.read_data(options.dataset, options)
+    prepared = []
+    for task in tasks:
+        if options.skip_bad_images:
+            task, bad = without_bad_images(task, options.workers)
+            if bad:
+                accelerator.print(f"{task.name}: {len(bad)} unreadable images are left out, e.g. {bad[0]}")
+        task = split_validation(task, options.val_fraction, options.seed)
+        if options.no_flip:
+            task = replace(task, flip=False)
+        if options.batch_size > len(task.train):
+            raise UserError(
+                f"task {task.name}: --batch_size {options.batch_size} is larger than its {len(task.train)} training images"
+            )
+        if task.name in RESERVED:
+            raise UserError(f"a task cannot be named {task.name!r}, which is needed for files; rename its folder")
+        if len(task.classes) < 2:
+            raise UserError(f"task {task.name}: there is one class ({task.classes[0]}); a task needs at least two")
+        if len(task.train) == 1:
+            raise UserError(f"task {task.name}: one training image is not enough")
+        prepared.append(task)
+    return prepared
+
+
+def check_budget(options: AdaptationSettings, model: TaskModel, tasks: Sequence[TaskData]) -> None:
+    """Refuse a budget that cannot be kept before anything is written or trained."""
+    size = None if options.budget is None else parse_budget(options.budget, model)
+    for task in tasks if size is not None else ():
+        model.add_task(task.name, num_classes=len(task.classes))
+        check_size(model, task.name, size)
+        model.remove_task(task.name)
+
+
+def score(
+    model: TaskModel,
+    task: TaskData,
+    samples: Sequence[Sample],
+    prepare: Preprocessing,
+    accelerator: Accelerator,
+    options: AdaptationSettings,
+    title: str,
+) -> float:
+    """Return a task's accuracy on ``samples`` in percent, with the options ``batch_size``, ``workers`` and ``limit_batches``."""
+    transform = prepare.transform(False, task.stretch)
+    loader, _ = make_loader(samples, transform, options.batch_size, train=False, workers=options.workers)
+    loader = accelerator.prepare_data_loader(loader)
+    with evaluating(model):
+        return accuracy(model, task.name, loader, accelerator, len(task.classes), options.limit_batches, title)
+
+
+def recipe_of(options: AdaptationSettings) -> Recipe:
+    """Return the training recipe of the settings."""
+    known = {field.name for field in fields(Recipe)}
+    values = {name: value for name, value in as_dict(options).items() if name in known}
+    return Recipe(**values, mixed=getattr(options, "variant", "joint") != "lite")
+
+
+@dataclass
+class Experiment:
+    """A run: :meth:`start` creates it, :meth:`finish` writes its table and pictures.
+
+    Attributes:
+        options: settings of the command.
+        accelerator: devices and processes.
+        tasks: the data, in order.
+        prepare: maps images to the network's input.
+        folder: the results folder.
+        stop: signals that end the run.
+        fork: folder of the states at the end of a budget's open phase, for other sizes (:mod:`taps.runs.budget_sweep`).
+        writer: TensorBoard writer; ``None`` if nothing is left to train, and in all processes but the first.
+    """
+
+    options: AdaptationSettings
+    accelerator: Accelerator
+    tasks: list[TaskData]
+    prepare: Preprocessing
+    folder: run_folder.RunFolder
+    stop: StopSignals
+    fork: Path | None = None
+    writer: SummaryWriter | None = None
+
+    @classmethod
+    @contextmanager
+    def start(
+        cls,
+        options: AdaptationSettings,
+        accelerator: Accelerator,
+        tasks: list[TaskData],
+        prepare: Preprocessing,
+        path: Path,
+        stop: StopSignals,
+        stages: Sequence[str] = (),
+        fork: Path | None = None,
+    ) -> Iterator[Experiment]:
+        """Open the results folder and TensorBoard's file for the ``with`` block; ``stages`` as in ``RunFolder.open``."""
+        settings = {**as_dict(options), "tasks": [task.name for task in tasks]}
+        if accelerator.is_main_process:
+            folder = run_folder.RunFolder.open(
+                path, settings, options.resume, options.overwrite, stages, as_yaml(options)
+            )
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            folder = run_folder.RunFolder(path)
+        experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork)
+        wanted = bool(experiment.unfinished) and accelerator.is_main_process
+        with tensorboard.tensorboard(path, wanted) as experiment.writer:
+            yield experiment
+
+    @property
+    def compact(self) -> bool:
+        """Whether task files have a size budget."""
+        return self.options.budget is not None
+
+    @property
+    def unfinished(self) -> list[TaskData]:
+        return [task for task in self.tasks if not self.folder.is_finished(task.name)]
+
+    def announce(self, model: TaskModel) -> None:
+        """Print the model, the tasks and the data of the run."""
+        say, options = self.accelerator.print, self.options
+        say(
+            f"{options.model_type}: {model.base_parameters:,} parameters, {len(model.units)} layers, method {options.method}, "
+            f"{self.accelerator.num_processes} × {self.accelerator.device.type}, results in {self.folder.path}"
+        )
+        for task in self.tasks:
+            val = len(task.val) if task.val is not None else 0
+            say(
+                f"  {task.name}: {len(task.classes)} classes, {len(task.train)} train, {val} val, {len(task.test)} test"
+            )
+            for note in task.notes:
+                say(f"    {note}")
+        if any(task.val is None for task in self.tasks):
+            say("  no validation split: the best epoch is selected on the test split, as in the published program")
+        if options.multi_gpu and self.accelerator.num_processes == 1:
+            say("  --multi_gpu: there is at most one GPU here, so one process is used")
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train_in_sequence(self, model: TaskModel, heads: Path | None = None) -> None:
+        """Train the tasks one after another; the model is restored after each.
+
+        Args:
+            model: a model without tasks.
+            heads: folder of a finished run on the same data, whose heads are the initial heads.
+        """
+        for task in self.unfinished:
+            torch.manual_seed(self.options.seed)  # the initial head does not depend on the tasks before
+            model.add_task(task.name, num_classes=len(task.classes))
+            if heads is not None:
+                stored = read_tensors(heads / task.name / "task.safetensors")
+                head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
+                model.heads[task.name].load_state_dict(head)
+            kind = {"batch_size": self.options.batch_size, "seed": self.options.seed, "workers": self.options.workers}
+            kind["processes"] = self.accelerator.num_processes
+            transform = self.prepare.transform(True, task.stretch, task.flip)
+            loader, sampler = make_loader(task.train, transform, train=True, **kind)
+            suffix = f"_{task.name}" if len(self.tasks) > 1 else ""
+            self._fit(model, [task], loader, sampler, suffix)
+            self.accelerator.wait_for_everyone()
+            model.remove_task(task.name)
+            model.load_task(self.folder.task_path(task.name))
+            self._test(model, [task])
+            model.remove_task(task.name)
+
+    def train_together(self, model: TaskModel) -> None:
+        """Train all tasks at once, and the base if the model trains it; the model ends in its best epoch's state."""
+        if not self.unfinished:
+            return
+        torch.manual_seed(self.options.seed)
+        for task in self.tasks:
+            model.add_task(task.name, num_classes=len(task.classes))
+        loader, sampler = make_task_loader(
+            {task.name: task.train for task in self.tasks},
+            {task.name: self.prepare.transform(True, task.stretch, task.flip) for task in self.tasks},
+            self.options.batch_size,
+            sampling=self.options.sampling,
+            temperature=self.options.sampling_temperature,
+            seed=self.options.seed,
+            workers=self.options.workers,
+            processes=self.accelerator.num_processes,
+        )
+        self._fit(model, self.tasks, loader, sampler)
+        self.accelerator.wait_for_everyone()
+        for task in self.tasks:
+            model.remove_task(task.name)
+        model.load_base(read_tensors(self.folder.base_path))
+        for task in self.tasks:
+            model.load_task(self.folder.task_path(task.name))
+        self._test(model, self.tasks)
+
+    def _fit(self, model: TaskModel, tasks: list[TaskData], loader, sampler, suffix: str | None = None) -> None:
+        """Train the given tasks and keep their best epoch in the results folder."""
+
+        def report(rows: list[dict], is_best: bool) -> None:
+            for row in rows:
+                self._write_tensorboard(row, f"_{row['task']}" if suffix is None else suffix)
+            self.accelerator.print(epoch_line(rows, self.options.epochs, len(model.units), is_best), flush=True)
+
+        def keep(rows: list[dict]) -> None:
+            if model.train_base:
+                write_tensors(self.folder.base_path, model.base_state())
+            for task, row in zip(tasks, rows, strict=True):
+                about = {"classes": list(task.classes), "epoch": row["epoch"], "val_error": row.get("val_error")}
+                model.save_task(task.name, self.folder.task_path(task.name), about, compact=self.compact)
+
+        def validate() -> tuple[dict[str, dict], float]:
+            accuracies = {task.name: self._score(model, task, "validation") for task in tasks}
+            errors = {name: {"val_error": 100.0 - accuracy} for name, accuracy in accuracies.items()}
+            return errors, sum(accuracies.values()) / len(accuracies)
+
+        names = [task.name for task in tasks]
+        fork = self.fork and self.fork / f"{names[0] if len(names) == 1 else 'together'}.safetensors"
+        recipe, streams = recipe_of(self.options), {"train": (loader, sampler)}
+        Stage(
+            model, names, streams, recipe, validate=validate, report=report, keep=keep, folder=self.folder, fork=fork
+        ).train(self.accelerator, self.stop)
+
+    def _test(self, model: TaskModel, tasks: list[TaskData]) -> None:
+        """Score the best epoch on the test splits and record the accuracies in the task files."""
+        for task in tasks:
+            tested = self._score(model, task, "test")
+            path, side = self.folder.task_path(task.name), self.prepare.input_size
+            answer = certificate.probe(
+                model, task.name, (2, 3, side, side)
+            )  # in all processes, since it moves weights in memory
+            if self.accelerator.is_main_process:
+                stored = task_file.read_description(path)
+                about = {key: stored[key] for key in ("classes", "epoch", "val_error")}
+                about.update(accuracy=tested, probe=answer)
+                model.save_task(task.name, path, about, compact=self.compact)
+                if not self.folder.fingerprints_path.is_file():
+                    write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
+            self.accelerator.wait_for_everyone()
+
+    def _score(self, model: TaskModel, task: TaskData, split: str) -> float:
+        """Return the accuracy in percent on all images of a split; without a validation split the test split is used."""
+        samples = task.val if split == "validation" and task.val is not None else task.test
+        return score(model, task, samples, self.prepare, self.accelerator, self.options, split)
+
+    def _write_tensorboard(self, row: Mapping, suffix: str) -> None:
+        """Write the published tags; with several tasks in one run, each tag gets the task's name as a suffix."""
+        tags = {
+            "Validation Error": row.get("val_error"),
+            "Training Error": row["train_error"],
+            "Training Loss": row["train_loss"],
+            "Learning Rate": row["lr"],
+            "Percent Weights Activated": row["tuned_layers"],
+        }
+        for tag, value in tags.items():
+            if value is not None:
+                self.writer.add_scalar(tag + suffix, value, row["epoch"])
+        self.writer.flush()
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def finish(self, before: float = 0.0) -> None:
+        """Write the summary, its table and the pictures in the first process; ``before``: seconds of earlier stages."""
+        if not self.accelerator.is_main_process:
+            return
+        names = [task.name for task in self.tasks]
+        summary = self.folder.write_summary(self.options.method, self.options.seed, names, before)
+        stored = {name: task_file.read_description(self.folder.task_path(name)) for name in names}
+        figures = layer_plots.run_pictures(stored, summary, self.folder.rows)
+        pictures = [self.folder.path / f"{name}.png" for name in figures]
+        for path, (name, figure) in zip(pictures, figures.items(), strict=True):
+            style.save(figure, path)
+            if self.writer is not None:
+                self.writer.add_figure(name, figure)
+        self.accelerator.print(f"\n{run_folder.table(summary)}\npictures: {', '.join(map(str, pictures))}")
+
+
+def epoch_line(rows: list[dict], epochs: int, units: int, is_best: bool) -> str:
+    """Return an epoch as one line: a task's numbers, or the means over several tasks."""
+
+    def mean(key: str) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    first = rows[0]
+    name = first["task"] if len(rows) == 1 else f"{len(rows)} tasks"
+    validation = f"  validation error {mean('val_error'):5.2f} %" if "val_error" in first else ""
+    tuned = round(mean("tuned_layers") * units, 1 if len(rows) > 1 else None)
+    return (
+        f"{name} {first['epoch']}/{epochs} {first['phase']}: loss {mean('train_loss'):.3f}  "
+        f"train error {mean('train_error'):5.2f} %{validation}  tuned {tuned}/{units}{'  *' if is_best else ''}"
+    )

@@ -1,0 +1,177 @@
+"""Testing of finished runs, verification that nothing has drifted, and export of tasks as separate networks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from taps.core import accounting
+from taps.data import opening
+from taps.data.classification.images import Preprocessing, TaskData, without_bad_images
+from taps.errors import UserError, unknown
+from taps.runs import setup
+from taps.runs.adaptation import score
+from taps.settings.adaptation import AdaptationSettings, EvaluateSettings
+from taps.storage import certificate, files, run_folder
+from taps.task_model import TaskModel
+
+#: name of the exported program with one output per task
+TOGETHER = "together"
+
+
+def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
+    """Test the tasks of a run, or verify it, and export them if requested.
+
+    Args:
+        given: settings of the command.
+        say: receives each line of output.
+
+    Raises:
+        UserError: if the folder holds no run, or a task or its data is missing.
+    """
+    folder = Path(given.folder)
+    descriptions = run_folder.read_tasks(folder)
+    for name in given.tasks or ():
+        if name not in descriptions:
+            raise unknown("task", name, descriptions)
+    names = given.tasks or list(descriptions)
+    if given.verify:
+        verify(folder, descriptions, names, say)
+        return
+    options = replace(setup.read_settings(folder), device=given.device, amp="none")
+    accelerator = setup.make_accelerator(options)
+    model, prepare = setup.load_run(folder, names, accelerator.device)
+    if given.no_test:
+        accuracies = {name: descriptions[name].get("accuracy") for name in names}
+        missing = [name for name in names if accuracies[name] is None]
+        if missing:
+            raise UserError(f"{folder}: task {missing[0]} has not been tested; leave out --no_test")
+    else:
+        data = {task.name: task for task in opening.read_data(given.dataset or options.dataset, options)}
+        absent = [name for name in names if name not in data]
+        if absent:
+            raise UserError(f"task {absent[0]} has no data; the folders given hold {', '.join(data)}")
+        accuracies = {
+            name: test(model, data[name], descriptions[name], prepare, given, options, accelerator) for name in names
+        }
+    if accelerator.is_main_process:
+        tested = {
+            name: {**descriptions[name], "accounting": accounting.accounting(model, name), "accuracy": accuracies[name]}
+            for name in names
+        }
+        say(run_folder.table({"method": options.method, **run_folder.summarise(tested)}))
+        if given.export:
+            export(model, names, Path(given.export), options, given.onnx, say)
+    accelerator.end_training()
+
+
+def verify(folder: Path, descriptions: dict[str, dict], names: list[str], say: Callable[[str], None]) -> None:
+    """Report whether base and tasks are bit for bit unchanged; exits with status 1 if they are not."""
+    path = run_folder.RunFolder(folder).fingerprints_path
+    stored = files.read_json(path)
+    net, _ = setup.load_base(folder)
+    moved = certificate.check_base(net, stored)
+    for name in moved:
+        say(f"base: {name} is not what it was")
+    if moved:
+        raise SystemExit(1)
+    say(f"base: {len(stored)} tensors, bit for bit")
+    model, _ = setup.load_run(folder, names)
+    wrong = 0
+    for name in names:
+        if "probe" not in descriptions[name]:
+            raise UserError(f"{folder / name}: the task has no certificate; its run did not end")
+        problem = certificate.check_task(model, name, descriptions[name]["probe"])
+        wrong += problem is not None
+        say(f"{name}: {'answers bit for bit as after its training' if problem is None else problem}")
+    if wrong:
+        raise SystemExit(1)
+
+
+def test(
+    model: TaskModel,
+    task: TaskData,
+    description: dict,
+    prepare: Preprocessing,
+    given: EvaluateSettings,
+    options: AdaptationSettings,
+    accelerator: Accelerator,
+) -> float:
+    """Return the accuracy of one task on its test split, in percent."""
+    if list(task.classes) != description.get("classes", list(task.classes)):
+        raise UserError(f"task {task.name}: the data's classes are not those the task was trained on")
+    if given.skip_bad_images or options.skip_bad_images:
+        task, bad = without_bad_images(task)
+        if bad:
+            accelerator.print(f"{task.name}: {len(bad)} unreadable images are left out")
+    how = replace(
+        options,
+        batch_size=given.batch_size or options.batch_size,
+        workers=options.workers if given.workers is None else given.workers,
+        limit_batches=given.limit_batches,
+    )
+    return score(model, task, task.test, prepare, accelerator, how, f"testing {task.name}")
+
+
+def export(model: TaskModel, names: list[str], target: Path, options: AdaptationSettings, onnx: bool, say) -> None:
+    """Export each task as a timm state dict and as a program, and all tasks as one program that computes shared work once."""
+    networks = {name: model.merge(name).cpu() for name in names}
+    programs = {**networks, **({TOGETHER: model.predictor(names).cpu()} if len(names) > 1 else {})}
+    files_of = {name: target / f"{name}.safetensors" for name in networks}
+    endings = (".pt2", ".onnx") if onnx else (".pt2",)
+    existing = [path for path in files_of.values() if path.exists()]
+    existing += [
+        target / f"{name}{ending}" for name in programs for ending in endings if (target / f"{name}{ending}").exists()
+    ]
+    if existing:
+        raise UserError(f"{existing[0]} exists; export to another folder or remove it")
+    image = torch.zeros(2, 3, options.input_size, options.input_size)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    for name, plain in networks.items():
+        files.write_tensors(files_of[name], plain.state_dict())
+        say(f"{files_of[name]}: state dict for timm's {options.model_type}")
+    for name, network in programs.items():
+        outputs = "outputs of all tasks by name" if name == TOGETHER else f"outputs of {name}"
+        try:
+            program = torch.export.export(network, (image,), dynamic_shapes=shapes)
+        except Exception as reason:
+            if name != TOGETHER:
+                raise
+            line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+            warnings.warn(f"no program for all tasks together: {line}", stacklevel=2)
+            continue
+        with files.whole(target / f"{name}.pt2") as temporary:
+            torch.export.save(program, temporary)
+        say(f"{target / name}.pt2: torch.export program, {outputs}")
+        if onnx:
+            write_onnx(network, image, shapes, names if name == TOGETHER else [name], target / f"{name}.onnx")
+            say(f"{target / name}.onnx: {outputs}")
+
+
+def write_onnx(network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Sequence[str], path: Path) -> None:
+    """Export a network to an ONNX file with named outputs.
+
+    Raises:
+        UserError: if the required packages are not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX export needs the package {error.name}: pip install 'taps-vision[onnx]'") from None
+    program = torch.onnx.export(
+        network,
+        (x,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["images"],
+        output_names=list(outputs),
+        verbose=False,
+    )
+    with files.whole(path) as temporary:
+        program.save(temporary)

@@ -1,0 +1,450 @@
+"""Multi-task benchmark runs: from settings and data to a results folder, stage by stage.
+
+    results/<experiment>/
+      single_task/<task>/…     one network per task, the reference of Δ_T if it is measured
+      policy/policy.json …     result of warm-up and policy learning: the best policy, with its weights
+      retrain_000/policy.json … training under a policy sampled with seed 0, or plain training for a method without policies
+      summary.json             the table; policy.png, similarity.png, predictions.png
+
+A stage holds ``base.safetensors`` and task files of its best epoch, ``trained.json`` once it is trained, and ``summary.json``
+once it is tested. Finished stages are not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from taps.benchmarks.base import Benchmark
+from taps.benchmarks.executed import measure_executed
+from taps.core import accounting
+from taps.core.execution import evaluating
+from taps.core.norm import batch_statistics
+from taps.errors import UserError
+from taps.methods.policy import Policy, read_policy
+from taps.methods.registry import METHODS
+from taps.metrics import cost
+from taps.metrics.relative_gain import Metrics, mean_metrics, score
+from taps.plots import style
+from taps.runs import tensorboard
+from taps.runs.multi_task_summary import policy_pictures, read_reference, summarise, table
+from taps.settings.declare import as_dict, as_yaml
+from taps.settings.multi_task import MultiTaskSettings
+from taps.stop_signals import Interrupted, StopSignals
+from taps.storage import checkpoint, run_folder
+from taps.storage.files import read_json, read_tensors, write_json, write_tensors
+from taps.task_model import TaskModel, adapt
+from taps.training.schedules import Plan, learns_policy, policy_plan, resolve_passes, weights_plan
+from taps.training.stage import Stage
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+PHASES = ("policy", "retrain", "test")
+
+
+@dataclass
+class MultiTask:
+    """A multi-task run: :meth:`start` opens its folder, :meth:`train` and :meth:`test` do the work.
+
+    Attributes:
+        options: settings of the command.
+        benchmark: the data.
+        accelerator: devices and processes.
+        folder: the results folder.
+        stop: signals that end the run.
+        writer: TensorBoard writer, in the first process.
+    """
+
+    options: MultiTaskSettings
+    benchmark: Benchmark
+    accelerator: Accelerator
+    folder: run_folder.RunFolder
+    stop: StopSignals
+    writer: SummaryWriter | None = None
+
+    @classmethod
+    @contextmanager
+    def start(cls, options: MultiTaskSettings, benchmark: Benchmark, accelerator: Accelerator, stop: StopSignals):
+        """Open the results folder for the ``with`` block; a run of later phases continues an existing one."""
+        path = Path(options.result_path) / options.experiment_name
+        later = ("policy" not in options.phases and learns_policy(options.method)) or options.phases == ["test"]
+        exists = (path / "settings.json").is_file()
+        if later and not exists and not (options.policy and "retrain" in options.phases):
+            raise UserError(f"{path} holds no run; start it with --phases policy, or all phases")
+        if later and options.overwrite and exists:
+            raise UserError(f"--overwrite starts {path} again from its first phase; leave it out, or name all --phases")
+        options = resolve_passes(options, benchmark.size("train"))
+        settings = {**as_dict(options), "resize": options.resize, "tasks": benchmark.tasks}
+        run = cls(options, benchmark, accelerator, run_folder.RunFolder(path), stop)
+        run.check()
+        if accelerator.is_main_process:
+            run_folder.RunFolder.open(
+                path, settings, options.resume or later, options.overwrite, repeatable=as_yaml(options)
+            )
+        accelerator.wait_for_everyone()
+        with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
+            yield run
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the number of samples used to train weights and policies in turn."""
+        return {split: self.benchmark.size(split) for split in ("weights", "policy")}
+
+    @property
+    def learns_policy(self) -> bool:
+        return learns_policy(self.options.method)
+
+    def check(self) -> None:
+        """Refuse settings that cannot be trained, before anything is written.
+
+        Raises:
+            UserError: for an unsuitable network, plan, policy or reference.
+        """
+        options = self.options
+        model = self.model((), "hard_sharing" if options.method == "single_task" else None)
+        for split in ("train", "weights", "policy") if self.learns_policy else ("train",):
+            self.benchmark.stream(split, 1, 0, 1, self.benchmark.tasks)
+        weights_plan(options, self.sizes, options.seed)
+        self.benchmark.check()
+        if self.learns_policy:
+            model.make_gates([1.0] * len(model.units))
+            if "policy" in options.phases:
+                policy_plan(options, self.sizes, len(model.units))
+            if options.policy:
+                self.policy()
+                if options.retrain_from == "policy" and not (
+                    {"policy"} & set(options.phases) or self._is_trained("policy")
+                ):
+                    raise UserError(
+                        "--policy without a policy stage leaves no weights to start from: add --retrain_from scratch"
+                    )
+        if options.single_task not in (None, "none", "measure"):
+            read_reference(Path(options.single_task), self.benchmark.tasks)
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    def model(
+        self, tasks: Sequence[str], method: str | None = None, policy: Policy | None = None, start: str | None = None
+    ) -> TaskModel:
+        """Return a new model, whose initial state depends on the seed but not on earlier training.
+
+        Args:
+            tasks: tasks to add.
+            method: method to use instead of that of the options.
+            policy: policy that the tasks follow.
+            start: stage that supplies the initial weights, heads and norms.
+        """
+        name = method or self.options.method
+        options = {
+            key: getattr(self.options, key)
+            for key in METHODS[name].options
+            if getattr(self.options, key, None) is not None
+        }
+        norm = self.options.norm if self.options.norm in METHODS[name].norms else None
+        learns = not METHODS[name].builds_on_base
+        model = adapt(self.benchmark.backbone(), name, norm=norm, train_base=learns, **options)
+        if self.options.checkpoint_activations:
+            model.checkpoint_activations()
+        for index, task in enumerate(tasks):
+            torch.manual_seed(self.options.seed + 1 + index)
+            model.add_task(task, head=self.benchmark.head(task, model.num_features))
+        if start is not None:
+            self._start_from(model, start)
+        if policy is not None:
+            # Must follow the loading of weights: tasks that diverge copy the base's norms.
+            model.follow({task: policy.entries(task) for task in tasks})
+        return model.to(self.accelerator.device)
+
+    def stored(self, stage: str, tasks: Sequence[str], method: str | None = None) -> TaskModel:
+        """Return the model that a stage has saved."""
+        path = self.folder.path / stage
+        model = self.model((), method)
+        model.load_base(read_tensors(path / "base.safetensors"))
+        for task in tasks:
+            model.load_task(path / task, head=self.benchmark.head(task, model.num_features))
+        return model.eval()
+
+    def _start_from(self, model: TaskModel, stage: str) -> None:
+        """Load the weights, heads and norms that a stage has saved into a model with new gates."""
+        path = self.folder.path / stage
+        tasks = model.tasks
+        model.load_base(read_tensors(path / "base.safetensors"))
+        for task in tasks:
+            head = model.heads[task]
+            model.remove_task(task)
+            model.load_task(path / task, head=head, trainable=True)
+            for unit, gate in zip(model.units, model.make_gates(), strict=True):
+                unit.change_gate(task, gate)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train every unfinished stage that the phases include."""
+        options, tasks = self.options, self.benchmark.tasks
+        model = self.model((), options.method if options.method in METHODS else "hard_sharing")
+        units = len(model.units)
+        self._announce(model)
+        if options.single_task == "measure" and {"policy", "retrain"} & set(options.phases):
+            self._train_single()
+        if options.method == "single_task":
+            self._train_single()
+            return
+        if self.learns_policy and "policy" in options.phases and not self._is_trained("policy"):
+            self._fit("policy", self.model(tasks), policy_plan(options, self.sizes, units), tasks)
+        if "retrain" not in options.phases:
+            return
+        if not self.learns_policy:
+            if not self._is_trained("retrain_000"):
+                self._fit("retrain_000", self.model(tasks), weights_plan(options, self.sizes, options.seed), tasks)
+            return
+        learned = self.policy()
+        doubt = learned.uncertainty_warning() if options.sample else None
+        if doubt is not None:
+            self.accelerator.print(f"warning: {doubt} (--no-sample)")
+        for number in options.exp_ids:
+            stage = f"retrain_{number:03d}"
+            if self._is_trained(stage):
+                continue
+            path = self.folder.path / stage
+            if checkpoint.read_record(run_folder.RunFolder(path).state_path) is not None:
+                policy = read_policy(path / "policy.json")  # the policy with which the stage began
+            elif options.sample:
+                policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
+            else:
+                policy = learned.top(number + 1)[-1] if number else learned  # possibly written by hand
+            start = "policy" if options.retrain_from == "policy" else None
+            model = self.model(tasks, policy=policy, start=start)
+            if self.accelerator.is_main_process:
+                policy.write(path / "policy.json")
+            self._fit(stage, model, weights_plan(options, self.sizes, options.seed + number), tasks)
+
+    def policy(self) -> Policy:
+        """Return the policy to train under: the given one, or the one that this run has learned.
+
+        Raises:
+            UserError: if there is none, or it belongs to another network or other tasks.
+        """
+        path = Path(self.options.policy) if self.options.policy else self.folder.path / "policy" / "policy.json"
+        if not self.options.policy and not self._is_trained("policy"):
+            raise UserError(
+                f"{self.folder.path} has no finished policy; continue with --resume --phases policy, or give one that it has "
+                "so far with --policy"
+            )
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; learn a policy first with --phases policy")
+        policy = read_policy(path)
+        model = self.model(())
+        policy.check_fits(model, self.benchmark.tasks, path)
+        for task in self.benchmark.tasks:
+            try:
+                model.make_gates(policy.entries(task))
+            except UserError as error:
+                raise UserError(f"{path}: task {task!r}: {error}") from None
+        return replace(policy, parents=model.parents if policy.parents or any(model.parents) else ())
+
+    def _train_single(self) -> None:
+        alone = replace(self.options, method="single_task")
+        for task in self.benchmark.tasks:
+            stage = f"single_task/{task}"
+            if not self._is_trained(stage):
+                plan = weights_plan(alone, self.sizes, self.options.seed)
+                self._fit(stage, self.model([task], "hard_sharing"), plan, [task])
+
+    def _is_trained(self, stage: str) -> bool:
+        return (self.folder.path / stage / "trained.json").is_file()
+
+    def _fit(self, stage: str, model: TaskModel, plan: Plan, tasks: Sequence[str]) -> None:
+        """Train a stage and keep its best epoch."""
+        folder = run_folder.RunFolder(self.folder.path / stage)
+        folder.rows = folder.read_metrics()
+        processes = self.accelerator.num_processes
+        streams = {
+            split: self.benchmark.stream(split, steps, plan.recipe.seed, processes, tasks)
+            for split, steps in plan.batches.items()
+            if plan.phases is None or any(phase.data == split for phase in plan.phases)
+        }
+        learns_policy = model.method.learns_policy and not model.policies
+
+        def report(rows: list[dict], is_best: bool) -> None:
+            if any("score" in row for row in rows):
+                self._report(stage, rows, plan.recipe.epochs, is_best)
+                if learns_policy:
+                    Policy.of(model).write(folder.path / ("policy.json" if is_best else "latest.json"))
+
+        def keep(rows: list[dict]) -> None:
+            write_tensors(folder.base_path, model.base_state())
+            for task in tasks:
+                model.save_task(task, folder.task_path(task))
+
+        def validate() -> tuple[dict[str, dict], float]:
+            # While policies change, running statistics do not match any task's path through the network.
+            with evaluating(model), batch_statistics(model, learns_policy):
+                metrics = self.benchmark.evaluate(model, "val", self.accelerator, self.options.limit_batches)
+            value = score(metrics)
+            return {task: {"metrics": own, "score": value} for task, own in metrics.items()}, value
+
+        progress = Stage(
+            model, tasks, streams, plan.recipe, self.benchmark.criteria(), validate, report, keep, folder
+        ).train(self.accelerator, self.stop)
+        if self.accelerator.is_main_process:
+            seconds = round(sum(row["seconds"] for row in folder.rows), 1)
+            write_json(folder.path / "trained.json", {"seconds": seconds, "validation_score": progress.best})
+        self.accelerator.wait_for_everyone()
+
+    def _announce(self, model: TaskModel) -> None:
+        say, options = self.accelerator.print, self.options
+        say(
+            f"{options.benchmark}: {', '.join(self.benchmark.tasks)}; method {options.method}, {options.model_type} with "
+            f"{len(model.units)} units, {self.accelerator.num_processes} × {self.accelerator.device.type}, "
+            f"results in {self.folder.path}"
+        )
+        sizes = ", ".join(
+            f"{self.benchmark.size(split)} {split}" for split in ("train", "weights", "policy", "val", "test")
+        )
+        say(f"  samples: {sizes}")
+        if model.unskippable and self.learns_policy:
+            name, why = next(iter(model.unskippable.items()))
+            say(f"  {len(model.unskippable)} of the units cannot be skipped, e.g. {name}: {why}")
+        for note in self.benchmark.notes:
+            say(f"  {note}")
+        if not options.val_fraction:
+            say(
+                "  no validation samples are taken out of train: without a val list choices are made on test, as published"
+            )
+
+    def _report(self, stage: str, rows: list[dict], epochs: int, is_best: bool) -> None:
+        """Report an epoch in one line and in TensorBoard."""
+        first = rows[0]
+        values = "  ".join(f"{row['task']} {_first(row['metrics'])}" for row in rows)
+        executed = sum(row["executed"] for row in rows) / len(rows)
+        loss = sum(row["train_loss"] for row in rows)
+        self.accelerator.print(
+            f"{stage} {first['epoch']}/{epochs} {first['phase']}: loss {loss:.3f}  {values}  run {100 * executed:.0f} %"
+            f"{'  *' if is_best else ''}",
+            flush=True,
+        )
+        for row in rows if self.writer is not None else ():
+            for name, value in row["metrics"].items():
+                self.writer.add_scalar(f"{stage}/{row['task']}/{name}", value, row["epoch"])
+            self.writer.add_scalar(f"{stage}/{row['task']}/loss", row["train_loss"], row["epoch"])
+        if self.writer is not None:
+            self.writer.flush()
+
+    # -- testing -------------------------------------------------------------------------------------------------
+
+    def test(self) -> None:
+        """Test each trained stage once, and write the table and the pictures."""
+        options, tasks = self.options, self.benchmark.tasks
+        single = self._reference()
+        if options.method == "single_task":
+            self._write({"retrains": {}, "tasks": single}, single, None)
+            return
+        stages = sorted(path.parent.name for path in self.folder.path.glob("retrain_*/trained.json"))
+        if not stages:
+            raise UserError(f"{self.folder.path} has no trained network to test; run --phases retrain first")
+
+        def measure(stage: str) -> dict:
+            model = self.stored(stage, tasks)
+            metrics, rates = measure_executed(self.benchmark, model, "test", self.accelerator, options.limit_batches)
+            example = self.benchmark.example().to(self.accelerator.device)
+            validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
+            return {
+                "tasks": metrics, "executed": rates, "own": own_units(model), "own_weights": own_weights(model),
+                **cost.relative_cost(model, example), "validation_score": validated,
+            }  # fmt: skip
+
+        tested = {stage: self._once(stage, measure) for stage in stages}
+        best = max(tested, key=lambda stage: tested[stage]["validation_score"])
+        self._write(
+            {"retrains": tested, "best": best, "tasks": mean_metrics([row["tasks"] for row in tested.values()])},
+            single,
+            best,
+        )
+
+    def _once(self, stage: str, measure: Callable[[str], dict]) -> dict:
+        """Return a stage's ``summary.json``, measured if it does not exist yet; ends the run if it was asked to stop."""
+        if self.stop.received is not None:
+            raise Interrupted(self.stop.received)
+        path = self.folder.path / stage / "summary.json"
+        if not path.is_file():
+            found = measure(stage)
+            if self.accelerator.is_main_process:
+                write_json(path, found)
+        self.accelerator.wait_for_everyone()
+        return read_json(path)
+
+    def _reference(self) -> Metrics | None:
+        """Return the single-task results, measured in this run or given."""
+        source = self.options.single_task
+        if source == "measure" or self.options.method == "single_task":
+
+            def measure(stage: str) -> dict:
+                task = Path(stage).name
+                if not self._is_trained(stage):
+                    raise UserError(
+                        f"task {task} has no single-task network yet; run all phases, or --phases retrain test"
+                    )
+                model = self.stored(stage, [task], "hard_sharing")
+                with evaluating(model):
+                    return {
+                        "tasks": self.benchmark.evaluate(model, "test", self.accelerator, self.options.limit_batches)
+                    }
+
+            stages = [f"single_task/{task}" for task in self.benchmark.tasks]
+            return {task: own for stage in stages for task, own in self._once(stage, measure)["tasks"].items()}
+        return read_reference(Path(source), self.benchmark.tasks) if source not in (None, "none") else None
+
+    def _shown(self, best: str | None) -> list[dict]:
+        """Return test samples with the predictions of the best network, or of each task's single-task network."""
+        if best is not None:
+            return self.benchmark.shown(self.stored(best, self.benchmark.tasks))
+        shown: list[dict] = []
+        for task in self.benchmark.tasks:
+            own = self.benchmark.shown(self.stored(f"single_task/{task}", [task], "hard_sharing"))
+            shown = shown or own
+            for row, other in zip(shown, own, strict=True):
+                row["predicted"].update(other["predicted"])
+        return shown
+
+    def _write(self, found: dict, single: Metrics | None, best: str | None) -> None:
+        """Write ``summary.json``, the table and the pictures in the first process."""
+        if not self.accelerator.is_main_process:
+            return
+        seconds = sum(read_json(path)["seconds"] for path in self.folder.path.rglob("trained.json"))
+        summary = summarise(self.options.method, self.options.seed, seconds, found, single)
+        write_json(self.folder.path / "summary.json", summary)
+        figures = policy_pictures(self.folder.path)
+        shown = self._shown(best)
+        if shown:
+            figures["predictions"] = self.benchmark.picture(shown)
+        pictures = []
+        for name, figure in figures.items():
+            pictures.append(str(self.folder.path / f"{name}.png"))
+            style.save(figure, Path(pictures[-1]))
+            if self.writer is not None:
+                self.writer.add_figure(name, figure)
+        self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
+
+
+def own_units(model: TaskModel) -> dict[str, list[float]]:
+    """Return for each task and unit 1.0 if the unit runs with the task's own weights, else 0.0."""
+    return {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
+
+
+def own_weights(model: TaskModel) -> dict[str, float]:
+    """Return for each task the number of its own weights, norms included, ÷ the number of the base's."""
+    return {task: accounting.accounting(model, task)["parameters"] / model.base_parameters for task in model.tasks}
+
+
+def _first(metrics: Mapping[str, float]) -> str:
+    """Return a task's first metric as a short text."""
+    name, value = next(iter(metrics.items()))
+    return f"{name} {value:.3g}"

@@ -1,0 +1,87 @@
+"""Shared parts of the command-line programs: exit statuses, devices, and the base network of the options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from taps.data.classification.images import Preprocessing
+from taps.data.opening import make_base, make_preprocessing
+from taps.errors import UserError
+from taps.settings.adaptation import AdaptationSettings, JointSettings, SequentialSettings
+from taps.settings.declare import build, declarations
+from taps.settings.multi_task import MultiTaskSettings
+from taps.storage.files import read_json
+from taps.storage.run_folder import RunFolder, read_tasks
+from taps.task_model import TaskModel, adapt
+
+
+def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Accelerator:
+    """Set up devices, processes and precision.
+
+    Raises:
+        UserError: if the requested device is not available.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not available[options.device]:
+        raise UserError(f"--device {options.device} is not available on this machine; use --device auto or cpu")
+    cpu = options.device == "cpu" or not (available["cuda"] or available["mps"])
+    precision = {"none": "no", "bf16": "bf16", "fp16": "fp16"}[options.amp]
+    if precision == "fp16" and cpu:
+        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    # Closed units under norm="follow" and fixed gates leave parameters without a gradient in some steps.
+    some_unused = not isinstance(options, SequentialSettings) or options.norm == "follow"
+    some_unused = some_unused or bool(options.budget) or options.settle_epochs > 0
+    unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
+
+
+def read_settings(folder: Path) -> AdaptationSettings:
+    """Read the settings of a sequential or joint run; settings that it does not record have their defaults.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    stored = read_json(folder / "settings.json")
+    kind = JointSettings if "variant" in stored else SequentialSettings
+    known = declarations(kind)
+    settings = build(kind, {name: value for name, value in stored.items() if name in known and name != "budget"})
+    return replace(settings, budget=stored.get("budget"))
+
+
+def load_base(folder: Path) -> tuple[torch.nn.Module, AdaptationSettings]:
+    """Load the base of a run, not yet adapted, and the run's options.
+
+    Raises:
+        UserError: if the folder holds no run, or its base is not available.
+    """
+    options = read_settings(folder)
+    base = RunFolder(folder).base_path
+    return make_base(options, base if base.is_file() else None), options
+
+
+def load_run(
+    folder: Path, names: Sequence[str] | None = None, device: torch.device | str = "cpu"
+) -> tuple[TaskModel, Preprocessing]:
+    """Load the model of a finished run with its tasks, in evaluation mode, and its image preprocessing.
+
+    Args:
+        folder: a results folder.
+        names: the tasks to load; ``None`` for all.
+        device: device of the model.
+
+    Raises:
+        UserError: if the folder holds no run, or its base is not available.
+    """
+    names = list(read_tasks(folder)) if names is None else names
+    net, options = load_base(folder)
+    prepare = make_preprocessing(options, net)
+    model = adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False).to(device)
+    for name in names:
+        model.load_task(folder / name, name=name)
+    return model.eval(), prepare

@@ -1,0 +1,150 @@
+"""Settings of ``train_sequential.py``, ``train_joint.py`` and ``evaluate.py``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from taps.settings.choices import IMAGE_SAMPLINGS, NORMS, OPTIMIZERS
+from taps.settings.declare import Settings, setting
+
+
+@dataclass(frozen=True)
+class Data(Settings):
+    """The image data."""
+
+    title: ClassVar[str] = "data"
+    dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), a folder that holds several, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
+    cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped*", bool)
+    input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
+    resize: int | None = setting(None, "shorter side of evaluation images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size, 256 for 224")
+    no_flip: bool = setting(False, "do not mirror training images", bool)
+    val_fraction: float = setting(0.1, "fraction of train used to select the best epoch if there is no val/ folder; 0 selects on the test split, as published", float, low=0, high=0.9, metavar="F")
+    skip_bad_images: bool = setting(False, "check every image first, leave out unreadable ones and report their number", bool)
+    workers: int = setting(min(8, os.cpu_count() or 1), "data-loading processes; results do not depend on their number", int, low=0, metavar="N", shown="the number of processors, at most 8")
+
+
+@dataclass(frozen=True)
+class Network(Settings):
+    """The shared network."""
+
+    title: ClassVar[str] = "network"
+    model_type: str = setting("resnet34", "any timm model", metavar="NAME")
+    model_path: str | None = setting(None, "initial weights: .safetensors or .pth with timm's or torchvision's names", metavar="FILE")
+    pretrained: bool = setting(True, "start from timm's ImageNet weights rather than random ones", bool, negatable=True)
+    checkpoint_activations: bool = setting(False, "recompute activations in the backward pass instead of keeping them: less memory, more time; for networks that support timm's set_grad_checkpointing", bool)
+
+
+@dataclass(frozen=True)
+class MethodChoice(Settings):
+    """The method, which decides what tasks share."""
+
+    title: ClassVar[str] = "method"
+    method: str | None = setting(None, "", metavar="NAME", shown="taps, with --budget taps_budget")
+    norm: str | None = setting(None, "norm layers: each task's own everywhere (task), its own only after tuned layers (follow), or the base's (frozen)", choices=NORMS, shown="task, with --budget follow")
+    layers: str | None = setting(None, "only layers whose name matches can be tuned, e.g. 'layer[34]'", metavar="REGEX")
+
+
+@dataclass(frozen=True)
+class Schedule(Settings):
+    """The phases of training, and the penalty or budget that keeps tasks small."""
+
+    title: ClassVar[str] = "method"
+    lam: float = setting(1.0, "weight of the sparsity penalty; with larger values fewer layers are tuned", float, low=0, metavar="λ")
+    warmup_epochs: float = setting(2.0, "initial epochs without the penalty; may be fractional", float, low=0, metavar="N")
+    settle_epochs: float = setting(0.0, "last epochs, in which gates are fixed and nothing is penalised, so that tuned layers can adjust", float, low=0, metavar="N")
+    budget: list[str] | str | None = setting(None, "instead of --lam, --warmup_epochs and --settle_epochs: the size of a task file (5% of the base, 600KB, 2MB). All layers are trained for a third of the epochs; then layers and bits per weight are chosen to keep as much as possible of what was learned, and the other layers return to the base. With several sizes there is one run per size, all starting from one open phase", nargs="+", metavar="SIZE", shown="none; taps_budget: 10%")
+
+
+@dataclass(frozen=True)
+class Optimization(Settings):
+    """Optimiser, steps and learning rates."""
+
+    title: ClassVar[str] = "training"
+    epochs: int = setting(30, "passes over the training images", int, low=1, metavar="N")
+    accumulate: int = setting(1, "batches per optimiser step, whose gradients are averaged", int, low=1, metavar="N")
+    optimizer: str = setting("sgd", "nag is sgd with Nesterov momentum", choices=OPTIMIZERS)
+    lr: float = setting(0.01, "learning rate of the first epoch, which then follows a cosine", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
+    score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
+    momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
+    wd: float = setting(0.0, "weight decay on deltas, heads and a base that is trained; never on scores and norms", float, low=0, metavar="X")
+    eval_epochs: int = setting(1, "validate every N epochs and after the last", int, low=1, metavar="N")
+    limit_batches: int | None = setting(None, "use only N batches per epoch and N per evaluation, for trial runs", int, low=1, metavar="N")
+    seed: int = setting(0, "random seed", int, low=0, metavar="N")
+
+
+@dataclass(frozen=True)
+class Batches(Settings):
+    """The batch size."""
+
+    title: ClassVar[str] = "training"
+    batch_size: int = setting(32, "images per batch on each process; in joint training, images of each task", int, low=1, metavar="N")
+
+
+@dataclass(frozen=True)
+class Machine(Settings):
+    """Devices and precision."""
+
+    title: ClassVar[str] = "machine"
+    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
+    multi_gpu: bool = setting(False, "run one process on every visible GPU (DistributedDataParallel); accelerate launch and torchrun work too", bool)
+    amp: str = setting("none", "mixed precision", choices=("none", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class Output(Settings):
+    """The results folder."""
+
+    title: ClassVar[str] = "output"
+    config: str | None = setting(None, "a YAML file of settings, such as settings.yaml of an earlier run; the command line takes precedence", metavar="FILE", repeats=False)
+    result_path: str = setting("results", "folder of the experiment folders; with several machines, a folder that all of them share", metavar="DIR")
+    experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", shown="named after the data, model and method")
+    resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
+    overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
+
+
+@dataclass(frozen=True)
+class AdaptationSettings(Output, Machine, Batches, Optimization, Schedule, MethodChoice, Network, Data):
+    """Settings that sequential and joint training share."""
+
+
+@dataclass(frozen=True)
+class SequentialSettings(AdaptationSettings):
+    """Settings of ``train_sequential.py``."""
+
+    title: ClassVar[str] = "sequential"
+    compile: bool = setting(False, "compile the training step with torch.compile (takes minutes, for long runs)", bool)
+
+
+@dataclass(frozen=True)
+class JointSettings(AdaptationSettings):
+    """Settings of ``train_joint.py``."""
+
+    title: ClassVar[str] = "joint"
+    epochs: int = setting(60, "passes over the training images", int, low=1, metavar="N")
+    batch_size: int = setting(12, "images of each task per batch on each process", int, low=1, metavar="N")
+    variant: str = setting("joint", "joint: train the base and all tasks' deltas at once, with memory that grows with the number of tasks; lite: train one network that all tasks share, then one task after another on it, with the memory of one task", choices=("joint", "lite"))
+    sampling: str = setting("equal", "images per task in a batch: equal numbers, in proportion to the tasks' sizes, or to their 1/T-th power (temperature); an epoch always has as many images as all tasks together", choices=IMAGE_SAMPLINGS)
+    sampling_temperature: float = setting(2.0, "T for --sampling temperature: 1 is proportional, large values approach equal", float, low=0, above=True, metavar="T")
+    base_lr: float | None = setting(None, "learning rate of the shared base", float, low=0, above=True, metavar="X", shown="that of --lr divided by the square root of the number of tasks")
+    shared_epochs: int | None = setting(None, "epochs for the shared network in the lite variant", int, low=1, metavar="N", shown="as --epochs")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(Settings):
+    """Settings of ``evaluate.py``."""
+
+    title: ClassVar[str] = "evaluate"
+    folder: str = setting("", "a results folder, e.g. results/demo")
+    tasks: list[str] | None = setting(None, "tasks to evaluate", nargs="+", metavar="NAME", shown="all")
+    dataset: list[str] | None = setting(None, "test on these folders instead of those used in training", nargs="+", metavar="PATH")
+    export: str | None = setting(None, "also write each task as a separate network: DIR/<task>.safetensors, a state dict for timm, and DIR/<task>.pt2, a torch.export program; and DIR/together.pt2, one program for all tasks that computes shared work once", metavar="DIR")
+    onnx: bool = setting(False, "with --export: also write every program as .onnx", bool)
+    no_test: bool = setting(False, "do not test, only print the stored table or export", bool)
+    verify: bool = setting(False, "instead of testing, verify that every tensor of the base and every task's output on a known input are bit for bit what they were after training; exit status 1 if not", bool)
+    batch_size: int | None = setting(None, "", int, low=1, metavar="N", shown="as in the run")
+    workers: int | None = setting(None, "", int, low=0, metavar="N", shown="as in the run")
+    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
+    limit_batches: int | None = setting(None, "test on N batches only", int, low=1, metavar="N")
+    skip_bad_images: bool = setting(False, "leave out images that cannot be read", bool)

@@ -1,0 +1,16 @@
+"""Task names of the published programs, accepted as aliases of the library's own names."""
+
+#: aliases in dense benchmarks
+DENSE = {
+    "seg": "semseg", "sn": "normals", "normal": "normals", "keypoint": "keypoints", "edge": "edges", "sal": "saliency",
+    "human_parts": "parts",
+}  # fmt: skip
+#: aliases in hospital stays
+STAYS = {
+    "mortality": "ihm", "decompensation": "decomp", "length_of_stay": "los", "phenotypes": "pheno", "phenotyping": "pheno",
+}  # fmt: skip
+
+
+def aliases(benchmark: str) -> dict[str, str]:
+    """Return the aliases of a benchmark's tasks."""
+    return {"mimic3": STAYS, "volumes": {}, "domainnet": {}}.get(benchmark, DENSE)

@@ -1,0 +1,97 @@
+"""Certificates against drift: a fingerprint of every tensor of the base, and every task's outputs for a known input.
+
+A task's outputs are recorded when its training has ended and are stored in its ``task.json`` (``probe``); the base's fingerprints
+are in the results folder's ``fingerprints.json``. The checks compute all of them again and compare them bit for bit, on one CPU
+thread, since the number of threads changes the order of sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from taps.core.execution import evaluating
+from taps.core.network import Network, fingerprint
+from taps.errors import UserError
+
+_SHOWN = 16  # number of output values that are stored as such, to measure the deviation on another machine
+
+
+def fingerprints(model: Network) -> dict[str, str]:
+    """Return the SHA-256 of every tensor of the base by name, without batch counters."""
+    state = {name: tensor for name, tensor in model.base_state().items() if not name.endswith("num_batches_tracked")}
+    return {name: fingerprint({name: tensor}) for name, tensor in state.items()}
+
+
+@contextmanager
+def _one_thread(model: Network) -> Iterator[None]:
+    threads, device = torch.get_num_threads(), next(model.parameters()).device
+    torch.set_num_threads(1)
+    model.to("cpu", memory_format=torch.contiguous_format)  # the memory format also changes the order of sums
+    try:
+        with evaluating(model), torch.no_grad():
+            yield
+    finally:
+        model.to(device)
+        torch.set_num_threads(threads)
+
+
+def probe(model: Network, task: str, shape: tuple[int, ...]) -> dict:
+    """Record a task's outputs for normally distributed input.
+
+    Args:
+        model: a model with the task.
+        task: its name.
+        shape: input shape, (B, …).
+
+    Returns:
+        ``shape``, ``input`` and ``output`` (SHA-256), ``values`` (the first values of the output, as hexadecimal float32).
+    """
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with _one_thread(model):
+        outputs = [
+            leaf.detach().float().contiguous() for leaf in tree_leaves(model(x, task)) if isinstance(leaf, Tensor)
+        ]
+    digest = hashlib.sha256(b"".join(output.numpy().tobytes() for output in outputs)).hexdigest()
+    first = torch.cat([output.flatten() for output in outputs])[:_SHOWN].tolist()
+    return {
+        "shape": list(shape),
+        "input": fingerprint({"x": x}),
+        "output": digest,
+        "values": [struct.pack(">f", value).hex() for value in first],
+    }
+
+
+def check_base(net: nn.Module, stored: Mapping[str, str]) -> list[str]:
+    """Return the names of a plain base's tensors that differ from the certificate, including missing and additional ones."""
+    own = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    now = {name: fingerprint({name: tensor}) for name, tensor in own.items()}
+    return sorted(name for name in {*now, *stored} if now.get(name) != stored.get(name))
+
+
+def check_task(model: Network, task: str, stored: Mapping) -> str | None:
+    """Return what is wrong with a task's outputs, or ``None`` if they equal the certificate's bit for bit.
+
+    Raises:
+        UserError: if the task's certificate is damaged.
+    """
+    try:
+        now = probe(model, task, tuple(stored["shape"]))
+        same_input, same = now["input"] == stored["input"], now["output"] == stored["output"]
+        before = [struct.unpack(">f", bytes.fromhex(value))[0] for value in stored["values"]]
+    except (KeyError, TypeError, ValueError, struct.error, RuntimeError) as error:
+        raise UserError(f"task {task}: its certificate is damaged ({(str(error).splitlines() or [''])[0]})") from None
+    if same:
+        return None
+    if not same_input:
+        return "the random numbers of this torch are not those of the certificate's; use the version in settings.json"
+    after = [struct.unpack(">f", bytes.fromhex(value))[0] for value in now["values"]]
+    apart = max(abs(a - b) for a, b in zip(before, after, strict=True))
+    hint = "; another processor or torch rounds differently" if apart < 1e-4 * max(1.0, *map(abs, before)) else ""
+    return f"its answers differ, by {apart:.3g} in the first {len(before)} numbers{hint}"

@@ -1,0 +1,197 @@
+"""Checkpoints: all that is needed to continue a training run exactly, in one file that is replaced as a whole.
+
+``checkpoint/state.safetensors`` holds the task's tensors, the optimiser's state and the random states; its metadata holds
+the counters as JSON. The base is stored only if the method trains it. The order of the data and the random image
+transforms follow from the seed and the epoch (:mod:`taps.data.classification.images`) and need no state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from taps.core.network import Network
+from taps.errors import UserError
+from taps.storage.encoding import EncodedDelta
+from taps.storage.files import write_tensors
+
+
+def save(
+    path: Path,
+    model: Network,
+    tasks: Sequence[str],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    accelerator: Accelerator,
+    progress: dict,
+) -> None:
+    """Write the state of a run after some number of steps. Every process must call this; the main process writes.
+
+    Args:
+        path: the file.
+        model: the unwrapped :class:`taps.core.network.Network`.
+        tasks: the tasks in training.
+        optimizers: made by :func:`taps.training.recipe.make_optimizer`, by name.
+        accelerator: tells processes apart and holds the gradient scaler.
+        progress: counters, as JSON.
+    """
+    random_states = gather_object([random_state()])
+    if not accelerator.is_main_process:
+        return
+    tensors = moving(model, tasks)
+    numbers: dict[str, object] = {}
+    for key, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{key}/{index}/{name}"] = value
+                else:
+                    numbers[f"{key}/{index}/{name}"] = value
+    for rank, states in enumerate(random_states):
+        tensors.update((f"random/{rank}/{name}", tensor) for name, tensor in states.items())
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    record = {
+        "tasks": list(tasks),
+        "progress": progress,
+        "optimizer": numbers,
+        "scaler": scaler,
+        "processes": accelerator.num_processes,
+        "policies": {task: model.policies[task] for task in tasks if task in model.policies},
+        "base": None if model.train_base else model.fingerprint(),
+        "encodings": {
+            f"{task}/{unit.name}": unit.deltas[task].encodings
+            for unit in model.units
+            for task in tasks
+            if task in unit.deltas and unit.deltas[task].encodings
+        },
+    }
+    write_tensors(path, tensors, {"record": json.dumps(record)})
+
+
+def moving(model: Network, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return every tensor of the model that training changes."""
+    tensors = {f"task/{name}": tensor for task in tasks for name, tensor in model.task_state(task).items()}
+    if model.train_base:
+        tensors.update((f"base/{name}", tensor) for name, tensor in model.base_state().items())
+    return tensors
+
+
+def read_record(path: Path) -> dict | None:
+    """Return the counters of a checkpoint (``tasks`` and ``progress``), or ``None`` if there is no file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()["record"])
+        if "tasks" not in record:
+            raise UserError(f"checkpoint {path} was written by another version; start again with --overwrite")
+        return record
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from None
+
+
+def restore_structure(path: Path, model: Network, tasks: Sequence[str]) -> None:
+    """Match the structure of a checkpoint: drop deltas that it lacks, set those that it holds in an encoding
+    (:mod:`taps.methods.taps_budget`), and restore the structure of gates."""
+    encodings = read_record(path).get("encodings", {})
+    with safe_open(path, "pt", device="cpu") as file:
+        names = set(file.keys())
+        places = {id(module): name for name, module in model.named_modules()}  # units may be nested
+        for unit in model.units:
+            for task in tasks:
+                prefix = f"task/{places[id(unit)]}.deltas.{task}."
+                gate = f"task/{places[id(unit)]}.gates.{task}."
+                unit.gates[task].restore_structure({name.removeprefix(gate) for name in names if name.startswith(gate)})
+                if task in unit.deltas and not any(name.startswith(prefix) for name in names):
+                    del unit.deltas[task]
+                for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():
+                    unit.deltas[task].set_encoded(
+                        name, EncodedDelta(encoding, file.get_tensor(f"{prefix}{name}.stored"))
+                    )
+
+
+def restore(
+    path: Path,
+    model: Network,
+    tasks: Sequence[str],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    accelerator: Accelerator,
+) -> tuple[dict, dict[str, Tensor]]:
+    """Restore model and optimisers from the state in ``path``.
+
+    Returns:
+        The counters, and this process's random state for :func:`set_random_state`.
+
+    Raises:
+        UserError: if the checkpoint does not fit the model.
+    """
+    record = read_record(path)
+    if record["processes"] != accelerator.num_processes:
+        raise UserError(
+            f"checkpoint {path} was written by {record['processes']} processes, this run has {accelerator.num_processes}; "
+            "continue with as many, or start again with --overwrite"
+        )
+    if record["base"] is not None and record["base"] != model.fingerprint():
+        raise UserError(
+            f"checkpoint {path} belongs to another base ({record['base'][:16]}…, now {model.fingerprint()[:16]}…)"
+        )
+    with safe_open(path, "pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    targets = moving(model, tasks)
+    wrong = [n for n, tensor in targets.items() if n not in tensors or tensors[n].shape != tensor.shape]
+    if record["tasks"] != list(tasks) or wrong:
+        raise UserError(
+            f"checkpoint {path} belongs to another run (tasks {', '.join(record['tasks'])}; {len(wrong)} tensors differ)"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+    for task, policy in record.get("policies", {}).items():
+        model.policies[task] = tuple(map(tuple, policy))
+    states: dict[str, dict[int, dict]] = {key: {} for key in optimizers}
+    stored = {
+        name.removeprefix("optimizer/"): tensor for name, tensor in tensors.items() if name.startswith("optimizer/")
+    }
+    for name, value in {**stored, **record["optimizer"]}.items():
+        key, index, entry = name.split("/", 2)
+        states[key].setdefault(int(index), {})[entry] = value
+    for key, optimizer in optimizers.items():
+        optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:  # in the memory format of new state
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    if record["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(record["scaler"])
+    prefix = f"random/{accelerator.process_index}/"
+    return record["progress"], {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return the states of torch's random generators on the CPU and on this process's accelerator."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """Restore the random generators to an earlier :func:`random_state`."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])

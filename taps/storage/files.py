@@ -1,0 +1,131 @@
+"""Atomic writing of files, and reading that never executes their contents."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from taps.errors import UserError
+
+_METADATA = {"format": "pt"}
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces ``path`` if the ``with`` block succeeds and is deleted if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: if the file is missing or does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; tensors are copied to the CPU and made contiguous."""
+    with whole(path) as temporary:
+        save_file(_plain(tensors), temporary, metadata={**_METADATA, **(metadata or {})})
+
+
+def tensors_size(tensors: dict[str, Tensor]) -> int:
+    """Return the size in bytes of the file that :func:`write_tensors` would write without extra metadata."""
+    return len(save(_plain(tensors), metadata=_METADATA))
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a complete safetensors file: {_line(error)}") from None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a flat state dict from ``.safetensors``, or from a ``.pth``/``.pt``/``.bin`` that holds only plain tensors.
+
+    A checkpoint that contains it (``state_dict``, ``model``, ``model_state``, a ``module.`` prefix) is unwrapped.
+
+    Raises:
+        UserError: if the file is missing, damaged, or can only be read by unpickling.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a file of plain tensors, and nothing else is unpickled ({_line(error)}); "
+            "save it again with torch.save(model.state_dict(), …) or as .safetensors"
+        ) from None
+    for key in ("state_dict", "model_state", "model", "model_ema"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} does not hold a state dict (names with tensors)")
+    if all(name.startswith("module.") for name in loaded):
+        loaded = {name[len("module.") :]: value for name, value in loaded.items()}
+    return dict(loaded)
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of an error's message, shortened."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -1,0 +1,290 @@
+"""Reading and writing of results folders.
+
+``results/README.md`` describes the files.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from taps.core import accounting
+from taps.errors import UserError
+from taps.storage import task_file
+from taps.storage.files import read_json, write_json, write_text
+from taps.storage.library import Library
+from taps.version import VERSION
+
+#: options that may differ when a run is continued, because they do not change its result
+FREE_ON_RESUME = (
+    "resume", "overwrite", "workers", "device", "multi_gpu", "compile", "result_path", "experiment_name", "phases", "exp_ids",
+    "config", "single_task", "policy", "sample",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a result depends on."""
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "timm", "safetensors", "accelerate", "numpy")
+    return {"taps": VERSION, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def commit() -> str | None:
+    """Return the commit of the source checkout that this library runs from, with ``+`` if files have changed since."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+class RunFolder:
+    """The folder of one experiment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state_path = path / "checkpoint" / "state.safetensors"
+        self.base_path = path / "base.safetensors"
+        self.fingerprints_path = path / "fingerprints.json"
+        self.rows: list[dict] = []
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        settings: dict,
+        resume: bool = False,
+        overwrite: bool = False,
+        stages: Sequence[str] = (),
+        repeatable: str | None = None,
+    ) -> RunFolder:
+        """Start or continue an experiment; the settings are written before anything else.
+
+        Args:
+            path: the folder.
+            settings: every option of the run.
+            resume: continue the run in the folder, with the same settings.
+            overwrite: delete the earlier run in the folder.
+            repeatable: contents of ``settings.yaml``, which repeats the run when given to ``--config``.
+            stages: subfolders that hold earlier stages of the same run, and are deleted with it.
+
+        Raises:
+            UserError: if the folder exists and neither is set, or holds something other than a run, or a run
+                with other settings.
+        """
+        folder = cls(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            is_run = (path / "settings.json").is_file()
+            if not is_run:
+                raise UserError(f"{path} exists and is not a run of this program; choose another --experiment_name")
+            if resume:
+                folder._check_same(settings)
+                folder.rows = folder.read_metrics()
+                return folder
+            if not overwrite:
+                raise UserError(
+                    f"experiment folder {path} exists; continue it with --resume, replace it with --overwrite, "
+                    "or choose another --experiment_name"
+                )
+            own = [path / stage for stage in stages]
+            nested = [inner.parent for inner in path.rglob("settings.json") if inner.parent not in (path, *own)]
+            if nested:
+                raise UserError(f"{path} also holds the run {nested[0]}; move that away before overwriting")
+            shutil.rmtree(path)
+        lines = [f"{key}={value}" for key, value in settings.items()]
+        write_text(path / "settings.txt", "\n".join(lines) + "\n")
+        if repeatable is not None:
+            write_text(path / "settings.yaml", repeatable)
+        write_json(
+            path / "settings.json", {**settings, "versions": versions(), "commit": commit(), "command": list(sys.argv)}
+        )
+        return folder
+
+    def _check_same(self, settings: dict) -> None:
+        stored = read_json(self.path / "settings.json")
+        wanted = json.loads(json.dumps(settings))
+        known = {*wanted, "versions", "commit", "command"}
+        if any(key not in known for key in stored):
+            raise UserError(
+                f"{self.path} was written by another program ({stored['command'][0]}); resume it with that one"
+            )
+        other = [key for key in wanted if key not in FREE_ON_RESUME and wanted[key] != stored.get(key)]
+        if other:
+            listed = ", ".join(f"{key}={wanted[key]} (was {stored.get(key)})" for key in other)
+            raise UserError(f"{self.path} cannot be resumed with other settings: {listed}")
+
+    def task_path(self, task: str) -> Path:
+        return self.path / task
+
+    def is_finished(self, task: str) -> bool:
+        """Return whether the task is trained and tested."""
+        path = self.task_path(task) / "task.json"
+        return path.is_file() and "accuracy" in read_json(path)
+
+    def read_metrics(self) -> list[dict]:
+        """Return one dict per epoch and task."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+    def keep_metrics(self, task: str, epochs: int) -> None:
+        """Drop the task's rows after the first ``epochs`` epochs, which a continued run writes again."""
+        self.rows = [row for row in self.rows if row["task"] != task or row["epoch"] <= epochs]
+
+    def add_metrics(self, rows: Iterable[dict]) -> None:
+        self.rows.extend(rows)
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write_summary(self, method: str, seed: int, tasks: Iterable[str], before: float = 0.0) -> dict:
+        """Write ``summary.json`` from the finished tasks' files; ``before`` is the duration of earlier stages in seconds."""
+        descriptions = {task: task_file.read_description(self.task_path(task)) for task in tasks}
+        seconds = round(before + sum(row["seconds"] for row in self.rows), 1)
+        summary = {"method": method, "seed": seed, "seconds": seconds, **summarise(descriptions)}
+        write_json(self.path / "summary.json", summary)
+        return summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as read from its folder.
+
+    Attributes:
+        path: the folder.
+        settings: options of the run.
+        summary: final table.
+        tasks: descriptions of the tasks by name, in training order.
+        metrics: one dict per epoch and task.
+    """
+
+    path: Path
+    settings: dict
+    summary: dict
+    tasks: dict[str, dict]
+    metrics: list[dict]
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        UserError: if the folder holds no finished run.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        raise UserError(f"{path} is empty; train into it first, e.g. with: python train_sequential.py")
+    tasks = read_tasks(path)
+    if not (path / "summary.json").is_file():
+        raise UserError(f"{path} holds no finished run: it lacks summary.json; continue it with --resume")
+    summary = read_json(path / "summary.json")
+    tasks = {name: description for name, description in tasks.items() if name in summary["tasks"]}
+    return Run(path, read_json(path / "settings.json"), summary, tasks, RunFolder(path).read_metrics())
+
+
+def find_runs(root: str | Path, like: Run | None = None) -> dict[str, Run]:
+    """Return the finished runs directly below ``root`` by folder; with ``like``, only those with its tasks and network."""
+    found = {}
+    for path in sorted(Path(root).glob("*/summary.json")):
+        try:
+            if "delta_t" in read_json(path):
+                continue  # a multi-task run, which has no accuracy and size to compare
+            run = read_run(path.parent)
+        except UserError as error:
+            warnings.warn(f"a run is left out: {error}", stacklevel=2)
+            continue
+        alike = like is None or (
+            set(run.summary["tasks"]) == set(like.summary["tasks"])
+            and run.settings["model_type"] == like.settings["model_type"]
+        )
+        if alike:
+            found[path.parent.name] = run
+    return found
+
+
+def summarise(descriptions: Mapping[str, dict]) -> dict:
+    """Return the part of ``summary.json`` that is computed from the tasks' descriptions, including accuracies."""
+    accounts = [description["accounting"] for description in descriptions.values()]
+    return {
+        "mean_accuracy": sum(description["accuracy"] for description in descriptions.values()) / len(descriptions),
+        "parameters_x_base": accounting.parameters_x_base(accounts),
+        "parameters_x_base_with_heads": accounting.parameters_x_base(accounts, heads=True),
+        "bytes_x_base": accounting.bytes_x_base(
+            accounts, [description["bytes"] for description in descriptions.values()]
+        ),
+        "tasks": {
+            task: {
+                "accuracy": description["accuracy"],
+                "tuned_layers": description["accounting"]["tuned_layers"],
+                "parameters": description["accounting"]["parameters"],
+                "bytes": description["bytes"],
+            }
+            for task, description in descriptions.items()
+        },
+    }
+
+
+def read_tasks(path: Path) -> dict[str, dict]:
+    """Return the descriptions (``task.json``) of a run's tasks, in training order.
+
+    Raises:
+        UserError: if the folder holds no run or no finished task. Damaged tasks among good ones are left out with a
+            warning that names them.
+    """
+    if not path.is_dir():
+        raise UserError(f"results folder {path} does not exist")
+    if any(path.glob("retrain_*")) or (path / "single_task").is_dir():
+        command = f"python train_mtl.py --config {path / 'settings.json'} --resume --phases test"
+        raise UserError(f"{path} is a multi-task run; print its table with: {command}")
+    if not any(path.glob("*/task.json")):
+        runs = sorted(inner.parent for inner in path.glob("*/settings.json"))
+        if runs:
+            raise UserError(f"{path} holds several runs; name one of them, e.g. {runs[0]}")
+        raise UserError(f"{path} holds no task files; train some tasks into it first")
+    library = Library([path])
+    if not library.folders:
+        library.check()
+    library.warn()
+    settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
+    order = {name: position for position, name in enumerate(settings.get("tasks", []))}
+    names = sorted(library.descriptions, key=lambda name: (order.get(name, len(order)), name))
+    return {name: library.descriptions[name] for name in names}
+
+
+def table(summary: dict) -> str:
+    """Return the summary as text: one row per task, then the mean and the total size."""
+    width = max(len("task"), *(len(name) for name in summary["tasks"]))
+    lines = [f"{'task':{width}}  accuracy %  tuned layers %  parameters       bytes"]
+    for name, row in summary["tasks"].items():
+        lines.append(
+            f"{name:{width}}  {row['accuracy']:10.2f}  {100 * row['tuned_layers']:14.1f}  "
+            f"{row['parameters']:10,}  {row['bytes']:10,}"
+        )
+    tuned = [row["tuned_layers"] for row in summary["tasks"].values()]
+    lines.append(f"{'mean':{width}}  {summary['mean_accuracy']:10.2f}  {100 * sum(tuned) / len(tuned):14.1f}")
+    lines.append(
+        f"parameters × base: {summary['parameters_x_base']:.3f} "
+        f"({summary['parameters_x_base_with_heads']:.3f} with heads), bytes × base: {summary['bytes_x_base']:.3f}, {len(tuned)} "
+        f"{'task' if len(tuned) == 1 else 'tasks'}, method {summary['method']}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,315 @@
+"""Task files: ``task.safetensors`` and ``task.json``, which are all that is needed to use a task on its base.
+
+Tensors of ``task.safetensors``:
+
+- ``delta/<unit>/<parameter>``: the delta of a unit whose gate is open; if it is sparse or compressed, its encoded bytes
+  (:mod:`taps.storage.encoding`, ``encodings`` in ``task.json``);
+- ``gate/<name>``: the gates' tensors of that name (for TAPS ``score``), concatenated over all units in network order;
+- ``norm/<name>``: the task's norms' tensors of that name (``weight``, ``bias``, ``running_mean``, …), concatenated in
+  the order of the norms in ``task.json``;
+- ``head/<name>``: the head.
+
+In a compact file (``compact`` in ``task.json``) norms and head are float16, and batch norms have the base's running
+statistics: the task's own are folded into weight and bias, which gives the same outputs in evaluation mode.
+
+Few large tensors instead of many small ones keep the header small, so that the file is hardly larger than its contents.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taps.core.accounting import accounting
+from taps.core.network import Network
+from taps.core.norm import TaskNorm, norm_tensors
+from taps.errors import UserError
+from taps.storage.encoding import ENCODINGS, EncodedDelta, encode, encode_as, is_sparse
+from taps.storage.files import read_json, read_tensors, write_json, write_tensors
+
+FORMAT = 1
+
+
+def save(
+    model: Network, task: str, folder: Path, about: dict, max_error: float | None = None, compact: bool = False
+) -> Path:
+    """Write one task; see :meth:`taps.task_model.TaskModel.save_task`."""
+    if max_error is not None and not (isinstance(max_error, (int, float)) and 0 <= max_error < 1):
+        raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
+    tensors: dict[str, Tensor] = {}
+    encodings: dict[str, str] = {}
+    for unit in model.units:
+        if task in unit.deltas and unit.gates[task].decide().uses_delta:
+            deltas = unit.deltas[task]
+            for name in unit.parameter_names:
+                key, encoded = f"delta/{unit.name}/{name}", deltas.encoded(name)
+                sparse = unit.gates[task].is_sparse and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32
+                if encoded is None and sparse:
+                    encoded = encode_as("sparse32", deltas[name])  # exact
+                tensors[key] = deltas[name] if encoded is None else encoded.data
+                encodings.update({} if encoded is None else {key: encoded.name})
+    norms = [norm for norm in model.task_norms if norm.active(task) is not None]
+    tensors.update(non_delta_tensors(model, task, norms, compact))
+    head = model.heads[task]
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
+    if max_error is not None:
+        encodings.update(_encode(tensors, encodings, task, max_error))
+    write_tensors(folder / "task.safetensors", tensors)
+    linear = (
+        {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None}
+        if (type(head) is nn.Linear)
+        else None
+    )
+    write_json(
+        folder / "task.json",
+        {
+            "format": FORMAT,
+            "task": task,
+            "method": model.method.name,
+            "options": model.options,
+            "norm": model.norm,
+            "layers": model.layers,
+            "base": {
+                "name": model.base_name,
+                "fingerprint": model.fingerprint(),
+                "parameters": model.base_parameters,
+            },
+            "head": {"type": type(head).__name__, "linear": linear},
+            "bytes": (folder / "task.safetensors").stat().st_size,
+            "accounting": accounting(model, task),
+            "norms": [norm.name for norm in norms],
+            "policy": model.policies.get(task),
+            "units": model.report(task),
+            **({"max_error": max_error} if max_error is not None else {}),
+            **({"encodings": encodings} if encodings else {}),
+            **({"compact": True} if compact else {}),
+            **about,
+        },
+    )
+    return folder
+
+
+def non_delta_tensors(model: Network, task: str, norms: Sequence[TaskNorm], compact: bool) -> dict[str, Tensor]:
+    """Return the contents of a task's file besides deltas: its gates, its copies of these norms and its head."""
+    states = [
+        compact_norm(norm.norms[task], norm.base) if compact else norm_tensors(norm.norms[task]) for norm in norms
+    ]
+    small = _pack("norm", states)
+    small.update((f"head/{name}", tensor) for name, tensor in model.heads[task].state_dict().items())
+    tensors = _pack("gate", [unit.gates[task].state_dict() for unit in model.units])
+    tensors.update(
+        (key, tensor.half() if compact and tensor.is_floating_point() else tensor) for key, tensor in small.items()
+    )
+    return tensors
+
+
+def compact_norm(norm: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """Return a norm's tensors; for a batch norm, the weight and bias that with ``base``'s statistics are equivalent to its own,
+    y = w·√((v₀ + ε)/(v + ε))·(x − m₀)/√(v₀ + ε) + b + w·(m₀ − m)/√(v + ε)."""
+    tensors = norm_tensors(norm)
+    if not is_foldable(norm, base):
+        return tensors
+    spread, before = (norm.running_var + norm.eps).sqrt(), (base.running_var + base.eps).sqrt()
+    return {
+        "weight": norm.weight * (before / spread),
+        "bias": norm.bias + norm.weight * (base.running_mean - norm.running_mean) / spread,
+    }
+
+
+def is_foldable(norm: nn.Module, base: nn.Module) -> bool:
+    """Return whether a norm is an affine batch norm with running statistics."""
+    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return batch and norm.affine and norm.running_mean is not None and base.running_mean is not None
+
+
+def _encode(tensors: dict[str, Tensor], held: dict[str, str], task: str, max_error: float) -> dict[str, str]:
+    """Replace unencoded deltas by the bytes of their smallest encoding; return encodings by key, and warn of exact deltas."""
+    encodings, exact = {}, []
+    for key in [key for key in tensors if key.startswith("delta/") and key not in held]:
+        found = encode(tensors[key].detach().cpu(), max_error)
+        if found is None:
+            exact.append(key.removeprefix("delta/"))
+            continue
+        encodings[key], tensors[key] = found.name, found.data
+    if exact:
+        warnings.warn(
+            f"task {task!r}: {len(exact)} deltas are stored exactly, no smaller encoding is within max_error {max_error:g}, "
+            f"e.g. {exact[0]}",
+            stacklevel=4,
+        )
+    return encodings
+
+
+def _pack(prefix: str, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    columns: dict[str, list[Tensor]] = {}
+    for state in states:
+        for name, tensor in state.items():
+            columns.setdefault(f"{prefix}/{name}", []).append(tensor.flatten())
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+def _unpack(prefix: str, tensors: dict[str, Tensor], states: list[dict[str, Tensor]], path: Path) -> None:
+    """Fill the tensors of ``states`` from their packed columns, which are removed from ``tensors``."""
+    columns: dict[str, list[Tensor]] = {}
+    for state in states:
+        for name, tensor in state.items():
+            columns.setdefault(f"{prefix}/{name}", []).append(tensor)
+    for name, parts in columns.items():
+        packed = tensors.pop(name, None)
+        size = sum(part.numel() for part in parts)
+        if packed is None or packed.numel() != size:
+            raise UserError(
+                f"{path}: {name} should hold {size} values, it holds {0 if packed is None else packed.numel()}"
+            )
+        for part, values in zip(parts, packed.split([part.numel() for part in parts]), strict=True):
+            part.copy_(values.view_as(part))
+
+
+def _stored_norm(norm, task: str, compact: bool) -> dict[str, Tensor]:
+    """Return the tensors of a task's norm that files hold."""
+    copy = norm.norms[task]
+    if compact and is_foldable(copy, norm.base):
+        copy.running_mean.copy_(norm.base.running_mean)
+        copy.running_var.copy_(norm.base.running_var)
+        return {"weight": copy.weight, "bias": copy.bias}
+    return norm_tensors(copy)
+
+
+def read_description(folder: Path) -> dict:
+    """Return the contents of ``folder/task.json``, checked for format and completeness.
+
+    Raises:
+        UserError: if it is missing, damaged or of another format version.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder with a task.json and a task.safetensors")
+    path = folder / "task.json"
+    description = read_json(path)
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path} has format version {description.get('format')!r}; this library reads version {FORMAT}")
+    for key in ("task", "method", "options", "norm", "base", "head", "norms", "units", "accounting", "bytes"):
+        if key not in description:
+            raise UserError(f"{path} is damaged: it lacks the entry {key!r}")
+    return description
+
+
+def load(model: Network, folder: Path, task: str, head: nn.Module | None, trainable: bool) -> str:
+    """Read one task; see :meth:`taps.task_model.TaskModel.load_task`."""
+    description = read_description(folder)
+    path = folder / "task.safetensors"
+    model.check_new_task(task)
+    check_fits(model, description, folder / "task.json")
+    tensors = read_tensors(path)
+    if path.stat().st_size != description["bytes"]:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, task.json says {description['bytes']}: the two do not belong together"
+        )
+    encodings = description.get("encodings", {})
+    for key, name in encodings.items():
+        if name not in ENCODINGS or key not in tensors or tensors[key].dtype != torch.uint8:
+            raise UserError(f"{path}: {key} is stored as {name!r}, which this library or this file does not know")
+    # Deltas are skipped: they were checked when written, and are read from disk on first use.
+    for key, tensor in tensors.items():
+        if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {key} holds values that are not finite")
+    if head is None:
+        linear = description["head"]["linear"]
+        if linear is None:
+            raise UserError(
+                f"{folder}: the head is a {description['head']['type']}; give load_task a head= of its shape"
+            )
+        head = nn.Linear(**linear)
+    try:
+        _fill(model, task, head, description, tensors, path, trainable)
+    except BaseException:
+        model.forget(task)
+        raise
+    return task
+
+
+def check_fits(model: Network, description: dict, path: Path) -> None:
+    """Raise a ``UserError`` unless the task was made for the model's base, method, norm policy and options."""
+    stored, present = description["base"]["fingerprint"], model.fingerprint()
+    if stored != present:
+        raise UserError(
+            f"{path} was made for another base: {description['base']['name']} with fingerprint {stored[:16]}…, "
+            f"this one is {model.base_name} with {present[:16]}…"
+        )
+    for key, value in (("method", model.method.name), ("norm", model.norm), ("layers", model.layers)):
+        if description.get(key) != value:
+            raise UserError(
+                f"{path} was made with {key}={description.get(key)!r}, this model has {key}={value!r}: "
+                f"adapt the base with {key}={description.get(key)!r}"
+            )
+    made = {**model.method.options, **description["options"]}  # options newer than the file: defaults
+    if json.loads(json.dumps(made)) != json.loads(json.dumps(model.options)):
+        raise UserError(f"{path} was made with options {description['options']}, this model has {model.options}")
+
+
+@torch.no_grad()
+def _fill(
+    model: Network, task: str, head: nn.Module, description: dict, tensors: dict, path: Path, trainable: bool
+) -> None:
+    stored_norms, encodings = set(description["norms"]), description.get("encodings", {})
+    compact = description.get("compact", False)
+    like = next(model.backbone.parameters())
+    gates = model.make_gates(description.get("policy"))
+    for unit, unit_description, gate in zip(model.units, model.descriptions, gates, strict=True):
+        used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
+        values, encoded = {}, {}
+        for parameter, shape in unit_description.shapes.items() if used else ():
+            key = f"delta/{unit.name}/{parameter}"
+            value = tensors.pop(key, None)
+            if key in encodings and value is not None:
+                encoded[parameter] = EncodedDelta(encodings[key], value)
+                continue
+            values[parameter] = value
+            if value is None or value.shape != shape:
+                found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+                raise UserError(f"{path}: {key} is {found}, the base needs {tuple(shape)}")
+        unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values)
+        for parameter, one in encoded.items():
+            try:
+                unit.deltas[task].set_encoded(parameter, one)
+            except (RuntimeError, ValueError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
+        sparse = encoded and all(one.name == "sparse32" for one in encoded.values())
+        if trainable and sparse:
+            inside = {parameter: unit.deltas[task][parameter] != 0 for parameter in unit.parameter_names}
+            learner = model.method.gate(unit_description, **model.options)
+            if learner.fix_support(inside):  # training continues inside the stored support
+                unit.gates[task] = learner.to(like.device).train(model.training)
+    if description.get("policy") is not None:
+        model.policies[task] = tuple(map(tuple, description["policy"]))
+    norms = []
+    for norm in model.task_norms:
+        if norm.name in stored_norms or trainable:
+            norm.add_task(task, always=norm.name in stored_norms)
+        if norm.name in stored_norms:
+            norms.append(norm)
+    model.heads[task] = head.to(like.device, like.dtype).train(model.training)
+    _unpack("gate", tensors, [unit.gates[task].state_dict() for unit in model.units], path)
+    _unpack("norm", tensors, [_stored_norm(norm, task, compact) for norm in norms], path)
+    for unit in model.units:
+        if task not in unit.deltas and unit.gates[task].decide().uses_delta:
+            raise UserError(f"{path} lacks the delta of {unit.name}, whose gate is open")
+    for key, target in head.state_dict().items():
+        value = tensors.pop(f"head/{key}", None)
+        if value is None or value.shape != target.shape:
+            raise UserError(f"{path}: head/{key} is missing or of another shape than {tuple(target.shape)}")
+        target.copy_(value)
+    if tensors:
+        raise UserError(f"{path} holds tensors this base has no place for: {', '.join(sorted(tensors)[:5])}")
+    if not trainable:
+        for module in model.task_modules(task):
+            module.requires_grad_(False)
+        if not model.train_base:
+            model.settle(task)

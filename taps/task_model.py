@@ -1,0 +1,363 @@
+"""The model: one base network for many tasks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taps.core.execution import evaluating, first_input
+from taps.core.network import Network, inner_first
+from taps.errors import UserError, unknown
+from taps.methods.registry import METHODS
+from taps.multitask import mixed_batch, shared_pass
+from taps.multitask.macs import macs
+from taps.networks.backbones import attach_head
+from taps.storage import task_file
+from taps.storage.library import Library, TaskCache
+
+_NONE = object()
+
+
+def adapt(
+    net: nn.Module,
+    method: str = "taps",
+    norm: str | None = None,
+    layers: str | None = None,
+    train_base: bool | None = None,
+    **options,
+) -> TaskModel:
+    """Make ``net`` the shared base of many tasks.
+
+    The network is wrapped in place. It is frozen unless the method trains it, and its outputs never change:
+    a task whose deltas are zero gives bit-identical outputs.
+
+    Args:
+        net: any module that maps a batch to features; without its classifier, since each task brings its own head.
+        method: a name in ``taps.METHODS``.
+        norm: ``"task"`` each task has its own norms everywhere (the paper); ``"follow"`` only where the layer before
+            the norm is tuned, so that shared parts are shared exactly; ``"frozen"`` the base's. This applies to BatchNorm,
+            LayerNorm, GroupNorm and similar norms. ``None``: the method's own default, ``"task"`` for TAPS. A
+            method that supports only one policy uses that.
+        layers: a regular expression searched in the names of layers; layers without a match stay shared. ``None``: all layers.
+        train_base: whether the base is trained with the tasks, as in joint training; ``None``: the method's default.
+        **options: options of the method, e.g. for ``"taps"``: ``threshold=0.1`` (τ), ``score_init=0.15``, ``ste="code"``.
+
+    Raises:
+        UserError: (a ``ValueError``) for an unknown method, norm policy or option, or a pattern without a match.
+
+    Example:
+        >>> model = adapt(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6)))
+        >>> model.add_task("sketch", num_classes=3)
+        >>> model(torch.zeros(2, 4), task="sketch").shape
+        torch.Size([2, 3])
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    row = METHODS[method]
+    for name in options:
+        if name not in row.options:
+            raise unknown(f"option of method {method!r}", name, row.options)
+    norm = row.norms[0] if norm is None else norm
+    if norm not in ("task", "follow", "frozen"):
+        raise unknown("norm policy", norm, ("task", "follow", "frozen"))
+    if norm not in row.norms:
+        if norm != "task":
+            raise UserError(f"method {method!r} works with norm={row.norms[0]!r}, not {norm!r}")
+        norm = row.norms[0]
+    trains = row.trains_base if train_base is None else train_base
+    return TaskModel(net, row, norm, layers, {**row.options, **options}, trains)
+
+
+class TaskModel(Network):
+    """A base network with gated units and norms and one head per task, in which calls select a task by its name.
+
+    Made by :func:`adapt`. ``model(x, task="sketch")`` runs one task; the methods below also take the task's name. Several threads
+    may use one model in evaluation mode.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._cache: TaskCache | None = None
+        self._mixable = mixed_batch.Mixable()
+        self._shared = shared_pass.SharedView(self.backbone, self.state)
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order they were added; tasks of a library come last, loaded or not."""
+        offered = self._cache.library.folders if self._cache else {}
+        return [task for task in self.heads if task not in offered] + list(offered)
+
+    def check_task(self, task: str) -> None:
+        """Raise a ``UserError`` unless the model has ``task``; load it if it is in the library."""
+        with self._loaded([task]):
+            pass
+
+    def add_task(self, task: str, num_classes: int | None = None, head: nn.Module | None = None) -> None:
+        self._check_free(task)
+        super().add_task(task, num_classes, head)
+
+    add_task.__doc__ = Network.add_task.__doc__
+
+    def _check_free(self, task: str) -> None:
+        self.check_new_task(task)
+        if self._cache and task in self._cache:
+            raise UserError(
+                f"the model's library already has a task {task!r}; remove_task it first or choose another name"
+            )
+
+    @contextmanager
+    def _loaded(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Keep all of ``tasks`` in the model inside the ``with`` block."""
+        cache = self._cache
+        for task in tasks:
+            if task not in self.heads and not (cache and task in cache):
+                raise unknown("task", task, self.tasks, "" if self.tasks else "add it with add_task or load_task")
+        with cache.holding([task for task in tasks if task in cache]) if cache else ExitStack():
+            yield
+
+    def remove_task(self, task: str) -> None:
+        """Remove a task and everything that belongs to it; files are not changed."""
+        self.check_task(task)
+        if self._cache:
+            self._cache.forget(task)
+        self.forget(task)
+
+    def set_task(self, task: str | None) -> None:
+        """Set the task of this thread's calls that name none, so that the model fits loops that call ``model(x)``.
+
+        Args:
+            task: name of the task; ``None`` for none.
+
+        Raises:
+            UserError: for an unknown task.
+        """
+        if task is not None:
+            self.check_task(task)
+        self.state.default = task
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def using(self, task: str | None):
+        """Run the backbone with ``task`` inside a ``with`` block; ``None`` means the base alone."""
+        if task is not None:
+            self.check_task(task)
+        return self.state.running(task)
+
+    def forward(self, x=_NONE, task: str | Sequence[str] | None = None, tasks: Sequence[str] | None = None, **inputs):
+        """Run one task, a batch whose samples belong to different tasks, or several tasks on the same samples.
+
+        Args:
+            x: a batch, (B, ...) as the backbone takes it; omitted if the backbone takes only named inputs.
+            task: the task's name, or B names, one per sample. Shared computation is then done once for the whole
+                batch; the result is the same as running each task on its samples, including batch statistics. ``None``: the task
+                set by :meth:`set_task`.
+            tasks: instead of ``task``, names of tasks that all run on all samples; shared computation is done once, as in
+                :meth:`predict`, but in the model's current mode and with gradients. A norm that several tasks share
+                updates its statistics once for each of its different inputs.
+            **inputs: further inputs of the backbone, e.g. ``mask=``; for a batch of several tasks, each with one row per sample.
+
+        Returns:
+            The output of the task's head, (B, num_classes) for a linear head. For one name per sample the outputs in
+            batch order: a tensor if their shapes agree, else a list of B outputs. With ``tasks=`` a dict.
+
+        Raises:
+            UserError: for an unknown task, or a number of names that is not B.
+        """
+        args = () if x is _NONE else (x,)
+        if not args and not inputs:
+            raise UserError("the model was called without an input")
+        if tasks is not None:
+            names = list(dict.fromkeys(tasks))
+            with self._loaded(names):
+                return shared_pass.outputs(self, self._shared, args, inputs, names)
+        task = self.state.default if task is None else task
+        if task is None:
+            raise UserError("say which task to run: task= with its name, or tasks= with several")
+        if isinstance(task, str):
+            with self._loaded([task]):
+                return self.heads[task](self.run(task, args, inputs))
+        names = list(task)
+        size = len(first_input(args, inputs))
+        if len(names) != size:
+            raise UserError(f"task= has {len(names)} names for a batch of {size} samples; give one for each sample")
+        with self._loaded(list(dict.fromkeys(names))):
+            if len(set(names)) == 1:
+                return self.heads[names[0]](self.run(names[0], args, inputs))
+            return mixed_batch.run_mixed(self, self._mixable, args, inputs, names)
+
+    def predict(self, x=_NONE, tasks: Sequence[str] | None = None, **inputs) -> dict[str, Tensor]:
+        """Return every task's output on the same batch, in evaluation mode and without gradients.
+
+        A part of the network that two tasks share and that gets the same input from both is computed once. With
+        ``norm="task"`` tasks differ from the first norm on; ``norm="follow"`` shares everything before the first
+        tuned layer.
+
+        Args:
+            x: a batch, (B, ...).
+            tasks: names; ``None`` for all tasks.
+            **inputs: further inputs of the backbone.
+
+        Returns:
+            ``{task: output}`` in the order of ``tasks``.
+        """
+        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        at_once = max(self._cache.keep if self._cache else len(names), 1)  # at most those that a library may hold
+        args = () if x is _NONE else (x,)
+        outputs = {}
+        with torch.inference_mode(False), torch.no_grad():
+            args, inputs = shared_pass.outside_of_inference(args, inputs)
+            for start in range(0, len(names), at_once):
+                some = names[start : start + at_once]
+                with self._loaded(some), evaluating(self):
+                    outputs.update(shared_pass.outputs(self, self._shared, args, inputs, some))
+        return outputs
+
+    def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
+        """Return the multiply-accumulate operations (MACs) of :meth:`predict` on ``x``: convolutions, matrix products, attention.
+
+        Returns:
+            ``macs``, the network's MACs for all tasks in one pass; ``macs_separate``, its MACs for one separate
+            pass per task; ``macs_heads``, the MACs of the heads, which are added to either.
+        """
+        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        with self._loaded(names), evaluating(self), torch.no_grad():
+            self._shared.check_copies((x,), {})
+            heads = separate = 0
+            for task in names:
+                separate += macs(self.run, task, (x,), {})
+                heads += macs(self.heads[task], self.run(task, (x,), {}))
+            one_pass = macs(shared_pass.outputs, self, self._shared, (x,), {}, names)
+        return {"macs": one_pass - heads, "macs_separate": separate, "macs_heads": heads}
+
+    def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
+        """Return an ordinary module from a batch to ``{task: output}`` that gives the same outputs as :meth:`predict`.
+
+        It contains no gates, but one plain module for each different behaviour of a layer. It is in evaluation mode;
+        ``torch.export.export(predictor, (x,))`` makes one program with one output per task.
+
+        Raises:
+            ValueError: if a decision depends on the input, so that no fixed network is equivalent.
+        """
+        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        with self._loaded(names), evaluating(self), torch.inference_mode(False):
+            return shared_pass.predictor(self, names)
+
+    # -- files and plain networks --------------------------------------------------------------------------------
+
+    def save_task(
+        self,
+        task: str,
+        folder: str | Path,
+        about: dict | None = None,
+        max_error: float | None = None,
+        compact: bool = False,
+    ) -> Path:
+        """Write ``folder/task.safetensors`` and ``folder/task.json``: all that is needed to use the task on its base.
+
+        Only what the task uses is stored: deltas of open units, norms in use, gate scores and the head.
+
+        Args:
+            task: the task's name.
+            folder: created if it does not exist; files of an earlier save are replaced.
+            about: further entries for ``task.json``, such as class names.
+            max_error: store each delta in the fewest bytes that keep ‖δ̂ − δ‖ / ‖δ‖ within this, 0..1
+                (:mod:`taps.storage.encoding`); deltas for which no encoding does are stored exactly, with a warning.
+                ``None``: store everything exactly.
+            compact: store norms and head in float16 and fold batch statistics into weights and biases (rounded to about
+                a thousandth), as a budget requires.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: if a value is not finite, or ``max_error`` is out of range.
+        """
+        self.check_task(task)
+        return task_file.save(self, task, Path(folder), about or {}, max_error, compact)
+
+    def load_task(
+        self, folder: str | Path, name: str | None = None, head: nn.Module | None = None, trainable: bool = False
+    ) -> str:
+        """Add the task stored in ``folder``.
+
+        Args:
+            folder: holds ``task.json`` and ``task.safetensors``.
+            name: a name for the task in this model; ``None`` keeps the stored one.
+            head: receives the stored head; needed only if that is not a linear layer.
+            trainable: whether the task may be trained further. By default it is frozen and holds only the tensors that it uses.
+
+        Returns:
+            The task's name.
+
+        Raises:
+            UserError: if a file is missing, damaged, of another format version, or was made for another base, method
+                or norm policy. The model is then unchanged.
+        """
+        task = task_file.read_description(Path(folder))["task"] if name is None else name
+        self._check_free(task)
+        with torch.inference_mode(False):
+            return task_file.load(self, Path(folder), task, head, trainable)
+
+    def load_library(self, *roots: str | Path, keep: int = 16) -> list[str]:
+        """Make every task stored in some folders available; each is loaded on first use.
+
+        Args:
+            roots: folders of tasks, or folders that contain such folders, e.g. ``"results/demo"``.
+            keep: largest number of them in memory at a time, the most recently used ones; > 0. A call that
+                needs more, such as a mixed batch or :meth:`predictor`, holds all that it needs.
+
+        Returns:
+            Names of the tasks that are now available.
+
+        Raises:
+            UserError: if a root holds no task, or a name is taken. Damaged tasks, and those made for another base or
+                method, are left out with a warning that names them.
+        """
+        library = Library(roots)
+        for name, folder in [*library.folders.items()]:
+            try:
+                self._check_free(name)
+                task_file.check_fits(self, library.descriptions[name], folder / "task.json")
+            except UserError as error:
+                library.refused[folder] = str(error)
+                del library.folders[name], library.descriptions[name]
+        if not library.folders:
+            library.check()
+        library.warn()
+        if self._cache:
+            self._cache.add(library, keep)
+        else:
+            self._cache = TaskCache(library, keep, self._load_from_library, self.forget)
+        return list(library.folders)
+
+    def _load_from_library(self, folder: Path, task: str) -> None:
+        if task not in self.heads:
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used elsewhere
+                task_file.load(self, folder, task, None, False)
+
+    def merge(self, task: str) -> nn.Module:
+        """Return an ordinary network, without any class of this library, that gives the same outputs as ``model(x, task)``.
+
+        For a timm backbone with a linear head it is the timm model itself with the head as its classifier, so its
+        state dict loads into ``timm.create_model(name, num_classes=…)``. Otherwise it is
+        ``nn.Sequential(backbone=…, head=…)``. It is in evaluation mode and can be exported, compiled or trained.
+        """
+        with self._loaded([task]), torch.inference_mode(False):
+            return self._merged(task)
+
+    def _merged(self, task: str) -> nn.Module:
+        memo: dict[int, object] = {}
+        for module in inner_first((*self.units, *self.task_norms)):
+            memo[id(module)] = module.merged(task, memo)
+        plain = copy.deepcopy(self.backbone, memo)
+        return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
+
+    def extra_repr(self) -> str:
+        return f"method={self.method.name!r}, norm={self.norm!r}, units={len(self.units)}, tasks={self.tasks}"

@@ -1,0 +1,524 @@
+"""The training loop: one loop that executes the phases of any method, for one task or for several at once.
+
+Loss of a step = Σ_t K·n_t/n · (λ_t · task loss_t + λ · phase.penalty · model.penalty(t)), where n_t of the step's n images
+belong to the t-th of K tasks. For one task this is its loss plus its penalty; for several tasks that appear equally often,
+or that all see the same images, it is the sum over the tasks.
+A step takes ``accumulate`` batches; the last step of an epoch takes the batches that remain. The learning rate follows a
+cosine from ``lr`` in the first epoch towards 0 *after* the last, so no epoch is spent at 0.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from taps.core.accounting import is_tuned
+from taps.core.method import ROLES, Phase
+from taps.data.seeded import mix_seed
+from taps.errors import DivergedError, UserError
+from taps.stop_signals import Interrupted, StopSignals
+from taps.storage import checkpoint
+from taps.task_model import TaskModel
+from taps.training.recipe import Recipe, make_optimizer, phase_at
+
+#: mean loss of a batch from outputs and labels
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Sampler(Protocol):
+    """A sampler that orders a stream of batches by its seed and the epoch number."""
+
+    epoch: int
+
+
+@dataclass
+class Progress:
+    """The progress of a run.
+
+    Attributes:
+        epoch: 0-based; ``batch``: batches of this epoch that each process has completed.
+        sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far.
+        best: best number that validation has returned so far, ``None`` before the first.
+        started: phases that have begun.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    best: float | None = None
+    started: int = 0
+
+
+def fit(
+    model: TaskModel,
+    task: str | Sequence[str],
+    loader: DataLoader | Mapping[str, DataLoader],
+    sampler: Sampler | Mapping[str, Sampler],
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    *,
+    criterion: Criterion | Mapping[str, Criterion] = nn.functional.cross_entropy,
+    validate: Callable[[], tuple[dict[str, dict], float]] | None = None,
+    on_epoch: Callable[[list[dict], bool], None] | None = None,
+    state_path: Path | None = None,
+    resume: bool = False,
+    fork: Path | None = None,
+    stop: StopSignals | None = None,
+) -> Progress:
+    """Train one task, or several together.
+
+    Args:
+        model: the model, with the tasks already added.
+        task: one name or several.
+        loader, sampler: for one task, from :func:`taps.data.classification.images.make_loader`: batches (images, labels).
+            For several tasks, from :func:`taps.data.classification.mixed_batches.make_task_loader`: batches (images, labels,
+            positions of their tasks); or from :func:`taps.data.multi_label.make_stream`: batches (images, labels by task).
+            If the phases name streams, several streams by name.
+        recipe: how to train.
+        accelerator: devices, processes and precision; one process on the default device if ``None``.
+        criterion: mean loss of a batch from outputs and labels; one for all tasks or one per task.
+        validate: returns the numbers to report for each task, and a single number (larger is better) by which the epochs
+            of competing phases are compared.
+        on_epoch: called by the first process after each epoch with one row of numbers per task and whether the epoch is
+            the best so far.
+        state_path: checkpoint file, written every ``recipe.save_epochs`` epochs, after a best or last epoch, and when stopped.
+        resume: continue from ``state_path``.
+        fork: a file with the state just before a phase with ``forks``; written if it is missing, else the run starts from it.
+        stop: signals that end the run.
+
+    Returns:
+        The final counters; ``best`` is the best number that ``validate`` returned.
+
+    Raises:
+        DivergedError: if the loss is not finite; the last checkpoint is left unchanged.
+        UserError: if the checkpoint to continue from belongs to another run or schedule.
+        Interrupted: after saving, if ``stop`` received a signal.
+    """
+    tasks = (task,) if isinstance(task, str) else tuple(task)
+    run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop, fork)
+    if resume or (fork is not None and fork.is_file()):
+        run.resume(state_path if resume else fork)
+    while run.progress.epoch < recipe.epochs:
+        phase = run.train_epoch()
+        run.check_finite(run.progress.epoch + 1)
+        rows = run.numbers(phase)
+        is_last = run.progress.epoch + 1 == recipe.epochs
+        is_best = validate is None and is_last
+        if validate is not None and (is_last or run.validates_now()):
+            found, number = validate()
+            for row in rows:
+                row.update(found[row["task"]])
+            # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
+            competes = run.competes(phase) or is_last
+            is_best = competes and (run.progress.best is None or number >= run.progress.best)
+            run.progress.best = number if is_best else run.progress.best
+        if on_epoch is not None and run.accelerator.is_main_process:
+            on_epoch(rows, is_best)
+        run.progress = Progress(run.progress.epoch + 1, best=run.progress.best, started=run.progress.started)
+        if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
+            run.save()
+        if not is_last and run.stop_requested():
+            run.save()
+            run.obey()
+    set_trainable(run.roles, ROLES)
+    run.set_curriculum(None)
+    for norm in model.task_norms:
+        norm.freeze_running_stats(False)
+    run.accelerator.free_memory()
+    return run.progress
+
+
+def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[str]) -> None:
+    """Make the parameters of the roles in ``trains`` trainable and freeze the others."""
+    trains = set(trains)
+    for role, parameters in roles.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(role in trains)
+
+
+class _Run:
+    """The state of a training run and the steps that change it, used by :func:`fit`."""
+
+    def __init__(
+        self,
+        model: TaskModel,
+        tasks: tuple[str, ...],
+        loader: DataLoader | Mapping[str, DataLoader],
+        sampler: Sampler | Mapping[str, Sampler],
+        recipe: Recipe,
+        accelerator: Accelerator,
+        criterion: Criterion | Mapping[str, Criterion],
+        state_path: Path | None,
+        stop: StopSignals | None,
+        fork: Path | None,
+    ) -> None:
+        self.model, self.tasks, self.recipe = model, tasks, recipe
+        self.name = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
+        self.accelerator, self.state_path, self.stop, self.fork = accelerator, state_path, stop, fork
+        self.criteria = dict(criterion) if isinstance(criterion, Mapping) else dict.fromkeys(tasks, criterion)
+        self.phases = recipe.phases(model)
+        self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
+        recipes = {"main": recipe, **recipe.others}
+        self.recipes = {name: recipes[name] for name in dict.fromkeys(phase.optimizer for phase in self.phases)}
+        roles = {
+            name: {role for phase in self.phases if phase.optimizer == name for role in phase.trains}
+            for name in self.recipes
+        }
+        optimizers = [make_optimizer(model, tasks, own, roles[name]) for name, own in self.recipes.items()]
+        loaders = dict(loader) if isinstance(loader, Mapping) else {"train": loader}
+        self.samplers = dict(sampler) if isinstance(sampler, Mapping) else {"train": sampler}
+        model.to(accelerator.device)
+        if recipe.channels_last and accelerator.device.type != "mps":
+            _to_channels_last(model)
+        self.parallel, *prepared = accelerator.prepare(model, *optimizers, *loaders.values())
+        self.optimizers = dict(zip(self.recipes, prepared, strict=False))
+        self.loaders = dict(zip(loaders, prepared[len(optimizers) :], strict=True))
+        self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
+        self.roles = model.roles(*tasks)
+        self.phase: Phase | None = None
+        self.progress = Progress()
+        self.random_state: dict[str, Tensor] | None = None
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        record = checkpoint.read_record(path)
+        if record is None:
+            raise UserError(f"{path} does not exist: there is nothing to continue")
+        phases = [list(phase[:2]) for phase in record["progress"].get("phases") or ()]
+        if phases != self._schedule() and (phases or any(phase.begin for phase in self.phases)):
+            raise UserError(
+                f"checkpoint {path} was written with another schedule of phases; start again with --overwrite"
+            )
+        checkpoint.restore_structure(path, self.model, self.tasks)
+        self._forget_dropped()
+        counters, self.random_state = checkpoint.restore(
+            path, self.model, self.tasks, self.optimizers, self.accelerator
+        )
+        if not self.accelerator.is_main_process:  # the first process continues the sums over all processes
+            counters.update(sums={})
+        counters.pop("phases", None)
+        self.progress = Progress(**counters)
+
+    def _schedule(self) -> list[list]:
+        return [[phase.name, phase.epochs] for phase in self.phases]
+
+    def competes(self, phase: Phase) -> bool:
+        """Return whether the epochs of a phase compete for the best epoch."""
+        if callable(phase.competes):
+            return phase is self.phases[-1] or all(phase.competes(self.model, task) for task in self.tasks)
+        return phase.competes or phase is self.phases[-1]
+
+    def save(self, path: Path | None = None) -> None:
+        """Write the checkpoint, or another file, unless the weights are no longer finite."""
+        self.check_finite(self.progress.epoch + (self.progress.batch > 0))
+        path = path or self.state_path
+        if path is not None:
+            counters = {**vars(self.progress), "sums": self._sums(), "phases": self._schedule()}
+            checkpoint.save(path, self.model, self.tasks, self.optimizers, self.accelerator, counters)
+
+    def check_finite(self, epoch: int) -> None:
+        """Raise a ``DivergedError`` before non-finite weights overwrite a good checkpoint."""
+        if not all(torch.isfinite(tensor).all() for tensor in checkpoint.moving(self.model, self.tasks).values()):
+            raise DivergedError(
+                f"{self._which()}: weights are no longer finite in epoch {epoch}{self._kept()}; lower --lr"
+            )
+
+    def obey(self) -> None:
+        """End the run if any process was asked to stop."""
+        if self.stop_requested():
+            raise Interrupted(self.stop.received or signal.SIGTERM)
+
+    def validates_now(self) -> bool:
+        """Return whether the loop validates after the current epoch."""
+        so_far = [phase.validates for phase in self.epochs[: self.progress.epoch + 1]]
+        return so_far[-1] and sum(so_far) % self.recipe.eval_epochs == 0
+
+    def train_epoch(self) -> Phase:
+        """Train the rest of the current epoch and return the phase of its last step."""
+        done, epochs = self.progress.epoch, self.recipe.epochs
+        phase, self.phase = self.epochs[done], None
+        loader, sampler = self.loaders[phase.data], self.samplers[phase.data]
+        self.batches = min(len(loader), self.recipe.limit_batches or len(loader))
+        sampler.epoch = sum(earlier.data == phase.data for earlier in self.epochs[:done])
+        rest = loader
+        if self.progress.batch == 0:
+            torch.manual_seed(mix_seed(self.recipe.seed, done, self.accelerator.process_index))
+        else:
+            rest = self.accelerator.skip_first_batches(loader, self.progress.batch)
+            checkpoint.set_random_state(self.random_state or {})
+        quiet = None if self.accelerator.is_main_process else True
+        options = {"total": self.batches, "initial": self.progress.batch, "disable": quiet, "leave": False}
+        with tqdm(desc=f"{self.name} {done + 1}/{epochs}", **options) as bar:
+            for window in _windows(islice(rest, self.batches - self.progress.batch), self.recipe.accumulate):
+                phase = self._enter_phase(len(window))
+                loss = self._step(window, phase)
+                if not math.isfinite(loss):
+                    raise DivergedError(
+                        f"{self._which()}: the loss is {loss} at epoch {done + 1}, batch {self.progress.batch} of "
+                        f"{self.batches}{self._kept()}; lower --lr (now {self.recipe.lr})"
+                    )
+                bar.update(len(window))
+                bar.set_postfix(loss=f"{loss / len(self.tasks):.3f}", refresh=False)
+                if self.progress.batch < self.batches and self.stop_requested():
+                    self.save()
+                    self.obey()
+        return phase
+
+    def _enter_phase(self, batches: int) -> Phase:
+        """Enter and return the phase of the next step: make its roles trainable and let its gates decide."""
+        epoch = self.progress.epoch
+        phase = phase_at(self.phases, epoch + self.progress.batch / self.batches)
+        is_last_step = epoch + 1 == self.recipe.epochs and self.progress.batch + batches >= self.batches
+        if is_last_step and any(later.begin for later in self.phases[self.phases.index(phase) :]):
+            phase = self.phases[-1]  # a short run must also begin every phase
+        for begins in self.phases[self.progress.started : self.phases.index(phase) + 1]:
+            self._begin(begins)
+        if phase is not self.phase:
+            self.phase = phase
+            set_trainable(self.roles, phase.trains)
+            self._freeze_encoded()
+            self._set_modes(phase)
+            self.set_curriculum(phase.curriculum)
+            self.model.state.temperature = phase.temperature
+            for group in self.optimizers[phase.optimizer].param_groups:
+                group["lr"] = group["initial_lr"] * self._decay(phase)
+        for task in self.tasks if self.recipe.compile else ():
+            for gate in self.model.gates(task):
+                gate.decide()  # read before the compiler looks
+        return phase
+
+    def _begin(self, phase: Phase) -> None:
+        """Run the actions due once when a phase begins, and drop deltas that no gate can use any more."""
+        if phase.forks and self.fork is not None and not self.fork.is_file():
+            self.save(self.fork)
+        self.progress.started += 1
+        for task in self.tasks if phase.begin is not None else ():
+            for parameter in phase.begin(self.model, task):
+                for optimizer in self.optimizers.values():
+                    optimizer.state.pop(parameter, None)
+        if not any("gate" in later.trains for later in self.phases[self.phases.index(phase) :]):
+            for unit in self.model.units:
+                for task in self.tasks:
+                    if task in unit.deltas and not unit.gates[task].decide().uses_delta:
+                        del unit.deltas[task]
+            self._forget_dropped()
+
+    def _freeze_encoded(self) -> None:
+        """Freeze deltas that already have the values that files will hold."""
+        for unit in self.model.units:
+            for task in self.tasks:
+                for delta in unit.deltas[task].unmoved() if task in unit.deltas else ():
+                    delta.requires_grad_(False)
+
+    def _forget_dropped(self) -> None:
+        """Forget parameters that the model no longer has, together with their optimiser states."""
+        held = {id(parameter) for parameter in self.model.parameters()}
+        self.roles = {
+            role: {name: parameter for name, parameter in parameters.items() if id(parameter) in held}
+            for role, parameters in self.roles.items()
+        }
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in held]
+            for parameter in [parameter for parameter in optimizer.state if id(parameter) not in held]:
+                del optimizer.state[parameter]
+
+    def _set_modes(self, phase: Phase) -> None:
+        """Set training mode; norms whose roles are frozen in this phase keep their running statistics."""
+        self.parallel.train()
+        for norm in self.model.task_norms:
+            norm.freeze_running_stats("norm" not in phase.trains)
+            norm.freeze_running_stats("base" not in phase.trains, tasks=False)
+
+    def set_curriculum(self, count: int | None) -> None:
+        """Include only the gates of the last ``count`` units in training; ``None`` for all."""
+        for task in self.tasks:
+            gates = self.model.gates(task)
+            for index, gate in enumerate(gates):
+                gate.in_curriculum = count is None or index >= len(gates) - count
+                if not gate.in_curriculum:
+                    gate.requires_grad_(False)  # else weight decay would move it
+
+    def _decay(self, phase: Phase) -> float:
+        """Return the learning-rate factor of the phase's optimiser in this epoch, counting only epochs that use it."""
+        own = [epoch for epoch, other in enumerate(self.epochs) if other.optimizer == phase.optimizer]
+        done = sum(epoch < self.progress.epoch for epoch in own)
+        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1))
+
+    def _step(self, window: list, phase: Phase) -> float:
+        """Take one optimiser step over a window of batches and return its loss, penalty included."""
+        weight = self.recipe.lam * phase.penalty
+        shared = isinstance(window[0][1], Mapping)  # all tasks see all images
+        images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
+        parts = [part for batch in window for part in self._parts(batch, phase)]
+        optimizer = self.optimizers[phase.optimizer]
+        # DistributedDataParallel cannot follow penalties on tasks that take no part in the forward pass.
+        by_hand = (shared or not phase.together) and self.accelerator.num_processes > 1
+        forward = self.model if by_hand else self.forward
+        total = 0.0
+        for index, (x, call, labels) in enumerate(parts):
+            last = index == len(parts) - 1
+            with nullcontext() if last or by_hand else self.accelerator.no_sync(self.parallel):
+                watched = nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x)
+                with self.accelerator.autocast() if by_hand or phase.extra_loss else nullcontext(), watched as extra:
+                    output = forward(x, **call)
+                loss = torch.zeros((), device=x.device) if extra is None else extra.value()
+                for task, own, targets in _by_task(output, call, labels):
+                    loss = loss + self._task_loss(task, own, targets, weight) * (
+                        len(self.tasks) * len(targets) / images
+                    )
+                total += loss.item()
+                if not math.isfinite(total):
+                    return total
+                self.accelerator.backward(loss)
+        self.progress.batch += len(window)
+        if by_hand:
+            self._average_gradients(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average the gradients over all processes."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _parts(self, batch, phase: Phase) -> list[tuple[Tensor, dict, Tensor | Mapping[str, Tensor]]]:
+        """Split a batch into forward passes: images, the tasks that the model runs on them, and their labels."""
+        x, labels, *which = batch
+        if isinstance(labels, Mapping):
+            labels = {task: labels[task] for task in self.tasks}
+            if phase.together and len(self.tasks) > 1:
+                return [(x, {"tasks": self.tasks}, labels)]
+            return [(x, {"task": task}, labels[task]) for task in self.tasks]
+        if not which:
+            return [(x, {"task": self.tasks[0]}, labels)]
+        if self.recipe.mixed and phase.together:
+            return [(x, {"task": [self.tasks[index] for index in which[0].tolist()]}, labels)]
+        present = sorted(set(which[0].tolist()))
+        return [(x[which[0] == index], {"task": self.tasks[index]}, labels[which[0] == index]) for index in present]
+
+    def _task_loss(self, task: str, output: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Return the mean loss of one task's images, penalty included, and add it to the epoch's sums."""
+        loss = self.criteria[task](output, labels) * self.recipe.task_weights.get(task, 1.0)
+        if weight:
+            loss = loss + weight * self.model.penalty(task)
+        sums = self.progress.sums.setdefault(task, {"loss": 0.0, "wrong": 0.0, "images": 0.0})
+        sums["loss"] += loss.item() * len(labels)
+        sums["images"] += len(labels)
+        if _is_classification(output, labels):
+            sums["wrong"] += float((output.detach().argmax(1) != labels).sum())
+        else:
+            sums["wrong"] = math.nan
+        return loss
+
+    def numbers(self, phase: Phase) -> list[dict]:
+        """Return the numbers to report for the epoch just trained, one row per task."""
+        self._share_buffers()
+        numbers = []
+        for task, sums in self._sums().items():
+            rows = self.model.report(task)
+            numbers.append(
+                {
+                    "task": task,
+                    "epoch": self.progress.epoch + 1,
+                    "phase": phase.name,
+                    "train_loss": sums["loss"] / max(sums["images"], 1.0),
+                    "train_error": None
+                    if math.isnan(sums["wrong"])
+                    else 100.0 * sums["wrong"] / max(sums["images"], 1.0),
+                    "lr": self.recipes[phase.optimizer].lr * self._decay(phase),
+                    "penalty": float(self.model.penalty(task).detach()),
+                    "tuned_layers": sum(map(is_tuned, rows)) / len(rows),
+                    "executed": sum(row["run"] for row in rows) / len(rows),
+                    "scores": [row["score"] for row in rows],
+                }
+            )
+        return numbers
+
+    def _sums(self) -> dict[str, dict[str, float]]:
+        """Return the epoch's sums over all processes for every task."""
+        names = ("loss", "wrong", "images")
+        sums = {task: self.progress.sums.get(task, dict.fromkeys(names, 0.0)) for task in self.tasks}
+        if self.accelerator.num_processes == 1:
+            return sums
+        values = torch.tensor([[own[name] for name in names] for own in sums.values()], dtype=torch.float32)
+        values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").tolist()
+        return {task: dict(zip(names, own, strict=True)) for task, own in zip(sums, values, strict=True)}
+
+    def _share_buffers(self) -> None:
+        """Copy the first process's running statistics, which are validated and saved, to every process."""
+        if self.accelerator.num_processes > 1:
+            for _, tensor in self.model.named_buffers():
+                tensor.copy_(broadcast(tensor.clone(), from_process=0))
+
+    def stop_requested(self) -> bool:
+        """Return whether any process was asked to stop; all processes agree on the step."""
+        if self.stop is None:
+            return False
+        if self.accelerator.num_processes == 1:
+            return self.stop.received is not None
+        flag = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _which(self) -> str:
+        """Return the trained tasks, for messages."""
+        return f"task {self.tasks[0]}" if len(self.tasks) == 1 else f"tasks {', '.join(self.tasks)}"
+
+    def _kept(self) -> str:
+        """Return where the last good state is, for messages."""
+        if self.state_path is None or not self.state_path.exists():
+            return ""
+        return f"; the last good state is kept in {self.state_path.parent}"
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Reorder the memory of image convolutions' weights and their deltas; values, names and files stay the same."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            # a copy, since .contiguous() leaves 1 × 1 kernels with strides that their gradients will not have
+            parameter.data = torch.empty_like(parameter.data, memory_format=torch.channels_last).copy_(parameter.data)
+
+
+def _is_classification(output: Tensor, labels: Tensor) -> bool:
+    return output.dim() == 2 and labels.dim() == 1
+
+
+def _by_task(output, call: dict, labels: Tensor | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield each task's outputs and labels in a forward pass."""
+    if isinstance(labels, Mapping):
+        yield from ((task, output[task], labels[task]) for task in labels)
+    elif isinstance(call["task"], str):
+        yield call["task"], output, labels
+    else:
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(call["task"]):
+            rows.setdefault(name, []).append(row)
+        for task, own in rows.items():
+            yield (
+                task,
+                output[own] if isinstance(output, Tensor) else torch.stack([output[row] for row in own]),
+                labels[own],
+            )
+
+
+def _windows(batches: Iterable, size: int) -> Iterator[list]:
+    batches = iter(batches)
+    while window := list(islice(batches, size)):
+        yield window

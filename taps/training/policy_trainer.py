@@ -1,0 +1,253 @@
+"""Policies in four calls: construct the trainer, pre-train, learn the policy, and train under it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from taps.core.execution import evaluating
+from taps.core.norm import batch_statistics
+from taps.data.multi_label import StreamSampler
+from taps.errors import UserError, unknown
+from taps.methods.policy import Policy
+from taps.methods.registry import METHODS
+from taps.settings.declare import build, declarations
+from taps.settings.multi_task import MultiTaskSettings, PolicyTraining
+from taps.settings.presets import published
+from taps.task_model import TaskModel, adapt
+from taps.training.schedules import STEPS, cycle_steps, learns_policy, policy_plan, pretrain_plan, weights_plan
+from taps.training.stage import Stage
+
+#: maps a batch of outputs and labels to a number
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Planned(Dataset):
+    """A data set whose samples are indexed by (index, pass)."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]):
+        return self.samples[key[0]]
+
+
+def _steps(iterations: int) -> int:
+    if iterations < 1:
+        raise UserError(f"iterations have to be 1 or more, not {iterations!r}")
+    return iterations
+
+
+class PolicyTrainer:
+    """Learn how each task uses each unit of one network, and train the resulting network.
+
+    Args:
+        backbone: any module that maps a batch to features; training starts from its weights.
+        heads: by task, modules that map features to the task's output.
+        loaders: ``"train"`` and ``"val"``, loaders of (inputs, {task: labels}). Only the data set, batch size and ``collate_fn``
+            of training loaders are used; the seed determines the order. With a third loader ``"policy"``, its samples train
+            the policy and all of ``train`` trains the weights; without it, a part of ``train`` is set aside for the policy.
+        losses: by task, functions of outputs and labels that return the mean loss.
+        metrics: by task, functions of a batch's outputs and labels that return a number; shown in :attr:`history`.
+        method: a method that learns policies: ``"automtl"``, ``"adashare"``, ``"dynashare"``, or a registered one.
+        seed: seed for everything random.
+        **options: options of the method (e.g. ``cost_weight``, ``skip``) or of :func:`taps.core.find` (``norm``), with their own
+            defaults; or training options, named as in ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …), with
+            their defaults for Scenes.
+
+    Attributes:
+        model: the shared network with gates.
+        history: one dict per epoch and task: ``stage``, ``epoch``, ``train_loss``, ``loss`` and ``metric`` on validation data.
+
+    Raises:
+        UserError: for an unknown method or option, a number outside its range, or tasks that differ between heads, losses,
+            metrics and labels.
+
+    Example:
+        >>> trainer = PolicyTrainer(backbone, heads, loaders, losses, metrics)     # doctest: +SKIP
+        >>> trainer.pre_train(iterations=1000)                                     # doctest: +SKIP
+        >>> policy = trainer.learn_policy(iterations=2000)                         # doctest: +SKIP
+        >>> network = trainer.post_train(policy, iterations=3000).predictor()      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Mapping[str, nn.Module],
+        loaders: Mapping[str, DataLoader],
+        losses: Mapping[str, Measure],
+        metrics: Mapping[str, Measure] | None = None,
+        method: str = "automtl",
+        seed: int = 0,
+        **options,
+    ) -> None:
+        if not learns_policy(method):
+            raise unknown("method that learns policies", method, filter(learns_policy, METHODS))
+        self.tasks = list(heads)
+        for what, given in (("losses", losses), ("metrics", metrics or losses)):
+            if set(given) != set(self.tasks):
+                raise UserError(f"{what} are given for {', '.join(given)}; heads are given for {', '.join(self.tasks)}")
+        for name in ("train", "val"):
+            if name not in loaders:
+                raise UserError(f"loaders lack {name!r}; they have {', '.join(loaders) or 'none'}")
+        row = METHODS[method]
+        adapting = {name: options.pop(name) for name in (*row.options, "norm", "layers") if name in options}
+        of_training = declarations(PolicyTraining)
+        for name in options:
+            if name not in of_training:
+                raise unknown("option", name, [*of_training, *row.options, "norm", "layers"])
+        self.losses, self.metrics = dict(losses), dict(metrics or {})
+        for name, loader in loaders.items():
+            if loader.batch_size is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+                raise UserError(f"the loader {name!r} needs a data set with a length and a batch_size")
+        for task in options.get("task_weights", {}):
+            if task not in self.tasks:
+                raise unknown("task in task_weights", task, self.tasks)
+        loader = loaders["train"]
+        given = {"batch_size": loader.batch_size, "task_weights": {}, **options, "method": method, "seed": seed}
+        self.options = build(MultiTaskSettings, published("scenes", None, method), given)
+        for name in STEPS:
+            if isinstance(value := getattr(self.options, name), str):
+                raise UserError(f"{name}: {value!r} are passes; give a number of steps")
+        self.val = loaders["val"]
+        self.parts = {"train": loader.dataset, **self._divide(loaders)}
+        self.collate = loader.collate_fn
+        self.history: list[dict] = []
+        torch.manual_seed(seed)
+        self._start = (copy.deepcopy(backbone), {task: copy.deepcopy(head) for task, head in heads.items()}, adapting)
+        self.model = self._fresh()
+        self._check_batch()
+
+    def _divide(self, loaders: Mapping[str, DataLoader]) -> dict[str, Dataset]:
+        train = loaders["train"].dataset
+        if "policy" in loaders:
+            return {"weights": train, "policy": loaders["policy"].dataset}
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
+        cut = round(self.options.policy_fraction * len(train))
+        if not 0 < cut < len(train):
+            raise UserError(
+                f"policy_fraction {self.options.policy_fraction} of {len(train)} samples leaves a part empty"
+            )
+        return {
+            "weights": torch.utils.data.Subset(train, order[cut:]),
+            "policy": torch.utils.data.Subset(train, order[:cut]),
+        }
+
+    def _fresh(self) -> TaskModel:
+        backbone, heads, adapting = copy.deepcopy(self._start)
+        model = adapt(backbone, self.options.method, **adapting)
+        for task, head in heads.items():
+            model.add_task(task, head=head)
+        return model
+
+    def _check_batch(self) -> None:
+        batches = [next(iter(self.val), None), *(self.collate([part[0]]) for part in self.parts.values())]
+        for batch in batches:
+            labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
+            if not isinstance(labels, Mapping) or not set(self.tasks) <= set(labels):
+                raise UserError(
+                    f"loaders have to give (inputs, {{task: labels}}) with labels of {', '.join(self.tasks)}"
+                )
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(part) for name, part in self.parts.items()}
+
+    def pre_train(self, iterations: int) -> TaskModel:
+        """Train the weights, with all choices mixed in equal parts (AutoMTL) or with every block running.
+
+        Args:
+            iterations: steps, > 0.
+
+        Returns:
+            The model, :attr:`model`.
+        """
+        self.options = replace(self.options, warmup_iterations=_steps(iterations))
+        return self._fit("pre-train", self.model, pretrain_plan(self.options))
+
+    def learn_policy(self, iterations: int) -> Policy:
+        """Train weights and gates in turn, on different samples.
+
+        Args:
+            iterations: total steps, of weights and gates together.
+
+        Returns:
+            The most probable policy, which also holds the probabilities: :meth:`taps.methods.policy.Policy.sample` and
+            :meth:`taps.methods.policy.Policy.top` return others. A warning is issued where probabilities are nearly uniform.
+        """
+        cycle = sum(cycle_steps(self.options, self._sizes))
+        if _steps(iterations) < cycle:
+            raise UserError(f"learning a policy takes a cycle of {cycle} steps at least, not {iterations}")
+        self.options = replace(self.options, iterations=iterations, warmup_iterations=0)
+        self._fit("policy", self.model, policy_plan(self.options, self._sizes, len(self.model.units)))
+        policy = Policy.of(self.model)
+        doubt = policy.uncertainty_warning()
+        if doubt is not None:
+            warnings.warn(doubt, stacklevel=2)
+        return policy
+
+    def post_train(self, policy: Policy, iterations: int, start: str = "policy") -> TaskModel:
+        """Train the network under a policy.
+
+        Args:
+            policy: a policy for this network and these tasks.
+            iterations: steps, > 0.
+            start: initial weights: ``"policy"``, those after policy learning, or ``"scratch"``, the original ones (published).
+
+        Returns:
+            A new model; its :meth:`taps.task_model.TaskModel.predictor` holds only the chosen operators.
+
+        Raises:
+            UserError: for a policy that does not fit the network, or an unknown ``start``.
+        """
+        if start not in ("policy", "scratch"):
+            raise unknown("start", start, ("policy", "scratch"))
+        policy.check_fits(self.model, self.tasks, "given")
+        model = copy.deepcopy(self.model) if start == "policy" else self._fresh()
+        model.follow({task: policy.entries(task) for task in self.tasks})
+        self.options = replace(self.options, retrain_iterations=_steps(iterations))
+        return self._fit("post-train", model, weights_plan(self.options, self._sizes, self.options.seed)).eval()
+
+    def _fit(self, stage: str, model: TaskModel, plan) -> TaskModel:
+        options, streams = self.options, {}
+        for name, steps in plan.batches.items():
+            sampler = StreamSampler(len(self.parts[name]), options.batch_size, steps, options.seed)
+            samples = DataLoader(_Planned(self.parts[name]), batch_sampler=sampler, collate_fn=self.collate)
+            streams[name] = (samples, sampler)
+
+        def validate() -> tuple[dict[str, dict], float]:
+            with evaluating(model), batch_statistics(model, not model.policies), torch.no_grad():
+                found = self.evaluate(model)
+            return found, -sum(options.task_weights.get(task, 1.0) * row["loss"] for task, row in found.items())
+
+        def report(rows: list[dict], is_best: bool) -> None:
+            self.history += [{"stage": stage, **row} for row in rows]
+
+        Stage(model, self.tasks, streams, plan.recipe, self.losses, validate, report).train(Accelerator())
+        return model
+
+    def evaluate(self, model: TaskModel) -> dict[str, dict]:
+        """Return the mean ``loss`` and ``metric`` of every task on the validation data, in the model's current mode."""
+        device = next(model.parameters()).device
+        sums: dict[str, dict[str, float]] = {task: {} for task in self.tasks}
+        count = 0
+        with torch.no_grad():
+            for x, labels in self.val:
+                outputs = model(x.to(device), tasks=self.tasks)
+                count += len(x)
+                for task in self.tasks:
+                    measures = {"loss": self.losses[task], **({"metric": self.metrics[task]} if self.metrics else {})}
+                    for name, measure in measures.items():
+                        value = float(measure(outputs[task], labels[task].to(device)))
+                        sums[task][name] = sums[task].get(name, 0.0) + value * len(x)
+        return {task: {name: value / count for name, value in own.items()} for task, own in sums.items()}

@@ -1,0 +1,131 @@
+"""Training recipes, with their phases and optimisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from taps.core.method import ROLES, Phase
+from taps.core.network import Network
+from taps.errors import UserError
+from taps.settings.adaptation import Optimization, Schedule
+from taps.settings.choices import DECAYS
+from taps.settings.declare import check_values, setting
+
+
+@dataclass(frozen=True)
+class Recipe(Optimization, Schedule):
+    """A training recipe: the settings of :class:`taps.settings.adaptation.Schedule` and
+    :class:`taps.settings.adaptation.Optimization`, plus those below.
+
+    Attributes:
+        budget: for methods with a size budget (:mod:`taps.methods.taps_budget`), the size of the task file: bytes, or a text
+            such as ``"10%"`` of the base or ``"600KB"``. ``None``: the method's own.
+        delta_lr: learning rate of the deltas; ``None`` is ``lr``.
+        base_lr: learning rate of a base that is trained too; ``None`` is ``lr``/√K for K tasks, whose gradients add up there.
+        norm_lr: learning rate of the tasks' own norms; ``None`` is ``lr``.
+        gate_weight_decay: weight decay on gates.
+        gate_epsilon: ε of adam and adamw for gates.
+        betas: β of adam and adamw.
+        decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"step"``, by the factor ``decay_rate`` every
+            ``decay_epochs``; or ``"constant"``.
+        compile: run training steps through ``torch.compile``; validation is short and not compiled.
+        mixed: run a batch of several tasks in one forward pass; otherwise task by task, which needs only the memory of one.
+        task_weights: factors on the tasks' losses; 1 for tasks that are not named.
+        plan: the phases; ``None`` for those of the model's method.
+        others: recipes of further optimisers by name, for phases that name them.
+        save_epochs: write the checkpoint every ``save_epochs`` epochs, and whenever an epoch is the best so far.
+        channels_last: keep images and the weights of image convolutions in the memory order that is fastest on CPUs and CUDA.
+
+    Raises:
+        UserError: for a value outside its range.
+    """
+
+    budget: int | str | None = None  # type: ignore[assignment]
+    delta_lr: float | None = setting(None, "", float, low=0, above=True)
+    base_lr: float | None = setting(None, "", float, low=0, above=True)
+    norm_lr: float | None = setting(None, "", float, low=0, above=True)
+    gate_weight_decay: float = setting(0.0, "", float, low=0)
+    gate_epsilon: float = setting(1e-8, "", float, low=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay: str = setting("cosine", "", choices=DECAYS)
+    decay_epochs: float = setting(1.0, "", float, low=0, above=True)
+    decay_rate: float = setting(0.5, "", float, low=0, above=True)
+    compile: bool = False
+    mixed: bool = True
+    task_weights: Mapping[str, float] = setting({}, "", "weights")
+    plan: tuple[Phase, ...] | None = None
+    others: Mapping[str, Recipe] = field(default_factory=dict)
+    save_epochs: int = setting(1, "", int, low=1)
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if isinstance(self.budget, bool) or (
+            not isinstance(self.budget, str) and self.budget is not None and self.budget < 0
+        ):
+            raise UserError(f"budget: {self.budget!r} is not a number of bytes or a size such as '10%'")
+
+    def phases(self, model: Network) -> tuple[Phase, ...]:
+        """Return the phases of this recipe for the model's method.
+
+        Raises:
+            UserError: if there are none.
+        """
+        phases = self.plan if self.plan is not None else tuple(model.method.phases(model, self))
+        if not phases:
+            raise UserError(f"method {model.method.name!r} has a schedule without phases; it needs one at least")
+        return phases
+
+    def learning_rate(self, epoch: int, epochs: int | None = None) -> float:
+        """Return the factor on ``lr`` in the 0-based ``epoch`` of ``epochs`` (all of the recipe's, or those of its optimiser).
+
+        ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1.
+        """
+        if self.decay == "constant":
+            return 1.0
+        if self.decay == "step":
+            return self.decay_rate ** math.floor(epoch / self.decay_epochs + 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / (epochs or self.epochs)))
+
+
+def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:
+    """Return the phase of a run after ``epochs`` epochs; the last phase has no end."""
+    for phase in phases[:-1]:
+        if epochs < phase.epochs:
+            return phase
+        epochs -= phase.epochs
+    return phases[-1]
+
+
+def make_optimizer(
+    model: Network, tasks: Sequence[str], recipe: Recipe, roles: Collection[str] = ROLES
+) -> torch.optim.Optimizer:
+    """Return an optimiser with one parameter group per role; gates have their own learning rate and decay, norms no decay."""
+    rates = {
+        "gate": recipe.score_lr,
+        "delta": recipe.delta_lr,
+        "norm": recipe.norm_lr,
+        "base": recipe.lr / math.sqrt(len(tasks)) if recipe.base_lr is None else recipe.base_lr,
+    }
+    groups = []
+    for role, parameters in model.roles(*tasks).items():
+        if role not in roles:
+            continue
+        lr = recipe.lr if rates.get(role) is None else rates[role]
+        vectors = [parameter for parameter in parameters.values() if role == "base" and parameter.dim() < 2]
+        others = [parameter for parameter in parameters.values() if not (role == "base" and parameter.dim() < 2)]
+        decays = {"gate": recipe.gate_weight_decay, "norm": 0.0}.get(role, recipe.wd)
+        for chosen, decay in ((others, decays), (vectors, 0.0)):
+            if chosen:
+                groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role})
+    if recipe.optimizer in ("sgd", "nag"):
+        nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    for group in groups:
+        group["eps"] = recipe.gate_epsilon if group["role"] == "gate" else 1e-8
+    return kind(groups, lr=recipe.lr, betas=recipe.betas)

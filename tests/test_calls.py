@@ -1,0 +1,455 @@
+"""Calls of a model: from several threads, with activation checkpointing, with any inputs and outputs, on an unchanged base."""
+
+import copy
+import threading
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+from cases import NETWORKS, make
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import taps
+
+# -- threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A model with three different tasks."""
+    torch.manual_seed(0)
+    model = make("resnet", "taps_follow", ("a", "b", "c"))
+    for position, task in enumerate(model.tasks):
+        for parameter in model.roles(task)["delta"].values():
+            parameter.data.normal_(std=0.05)
+        for index, unit in enumerate(model.units):
+            unit.gates[task].set(index > 8 and (index + position) % 2 == 0)
+    return model.eval()
+
+
+def in_threads(calls: dict, rounds: int = 12) -> list[BaseException]:
+    """Repeat each call in its own thread, all at once; a result that differs from that of a single call is an error."""
+    expected = {name: call() for name, call in calls.items()}
+    errors, barrier = [], threading.Barrier(len(calls))
+
+    def work(name: str) -> None:
+        try:
+            barrier.wait()
+            for _ in range(rounds):
+                torch.testing.assert_close(calls[name](), expected[name], rtol=0, atol=0)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_threads_get_what_each_gets_alone(shared):
+    x = torch.randn(3, 3, 32, 32)
+    predictor = shared.predictor(["a", "c"])
+
+    def sticky():
+        shared.set_task("b")
+        return shared(x)
+
+    with torch.no_grad():
+        calls = {
+            "a": lambda: shared(x, "a"),
+            "b": lambda: shared(x, task="b"),
+            "sticky": sticky,
+            "base": lambda: shared.features(x),
+            "predict": lambda: shared.predict(x),
+            "mixed": lambda: list(shared(x, ["a", "b", "c"])),
+            "predictor": lambda: predictor(x),
+        }
+        grad = {name: (lambda call=call: torch.no_grad()(call)()) for name, call in calls.items()}
+        assert in_threads(grad) == []
+    shared.set_task(None)
+
+
+def test_threads_share_a_library_that_holds_one_task(shared, tmp_path):
+    for task in shared.tasks:
+        shared.save_task(task, tmp_path / task)
+    model = make("resnet", "taps_follow", ())
+    model.load_base(shared.base_state())
+    model.eval().load_library(tmp_path, keep=1)
+    x = torch.randn(2, 3, 32, 32)
+    calls = {task: lambda task=task: model(x, task).detach() for task in ("a", "b", "c")}
+    calls["all"] = lambda: model.predict(x)
+    assert in_threads(calls, rounds=6) == []
+    model(x, "a")
+    assert sum(task in model.heads for task in ("a", "b", "c")) == 1
+
+
+def test_a_thread_trains_while_others_predict():
+    model = make("perceptron", "taps_frozen", ("a", "b"))
+    model.eval()
+    x, stop, errors = torch.randn(4, 5), threading.Event(), []
+    with torch.no_grad():
+        expected = model(x, "b")
+
+    def train() -> None:
+        optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "a" in n.split(".")], lr=0.1)
+        while not stop.is_set():
+            optimizer.zero_grad()
+            model(x, "a").square().sum().backward()
+            optimizer.step()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    for _ in range(100):
+        with torch.no_grad():
+            if not torch.equal(model(x, "b"), expected):
+                errors.append("b moved")
+    stop.set()
+    thread.join()
+    assert errors == []
+
+
+def test_the_sticky_task_is_a_threads_own(shared):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        shared.set_task("a")
+        assert torch.equal(shared(x), shared(x, "a"))
+        assert torch.equal(shared(x, "b"), shared(x, task="b"))
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(shared.state.default))
+        thread.start()
+        thread.join()
+        assert seen == [None]
+    with pytest.raises(ValueError, match="unknown task 'd'"):
+        shared.set_task("d")
+    shared.set_task(None)
+    with pytest.raises(ValueError, match="say which task to run"):
+        shared(x)
+
+
+# -- activation checkpointing --------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A network that recomputes two of its three parts in the backward pass."""
+
+    def __init__(self, reentrant: bool | None, first: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.middle = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.3), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.reentrant, self.first = reentrant, first
+
+    def forward(self, x):
+        for part in (self.stem, self.middle, self.last):
+            if self.reentrant is None or (part is self.stem and not self.first):
+                x = part(x)
+            else:
+                x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+def gradients(net: nn.Module, kind: str, method: str = "taps", steps: int = 2) -> dict[str, torch.Tensor]:
+    """Return the gradients of all trained parameters, and the running statistics, after some steps of one kind."""
+    torch.manual_seed(0)
+    model = taps.adapt(net, method)
+    for task in ("a", "b"):
+        model.add_task(task, num_classes=3)
+        for parameter in model.roles(task).get("delta", {}).values():
+            parameter.data.normal_(std=0.05)
+    if method == "taps":
+        model.units[1].gates["a"].set(False)
+    model.train()
+    size = 24 if isinstance(net, Checkpointed) else 32
+    x = torch.randn(6, 3, size, size)
+    names = ["a", "b", "a", "b", "a", "b"]
+    for step in range(steps):
+        torch.manual_seed(step)
+        if kind == "single":
+            loss = model(x, "a").square().mean()
+        elif kind == "joint":
+            loss = model(x, "a").square().mean() + 2 * model(x, "b").square().mean()
+        elif kind == "mixed":
+            loss = model(x, names).square().mean()
+        else:
+            loss = sum(output.square().mean() for output in model(x, tasks=["a", "b"]).values())
+        (loss + model.penalty("a")).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    return {**found, **{name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}}
+
+
+@pytest.mark.parametrize("kind", ["single", "joint", "mixed", "together"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_checkpoints_in_a_users_network_change_no_gradient(kind, reentrant, first):
+    torch.manual_seed(1)
+    plain = Checkpointed(None)
+    again = Checkpointed(reentrant, first)
+    again.load_state_dict(plain.state_dict())
+    expected, found = gradients(plain, kind), gradients(again, kind)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["single", "joint", "mixed", "together"])
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timms_own_checkpoints_change_no_gradient(kind, name):
+    options = {"img_size": 32, "depth": 2} if "vit" in name else {}
+    torch.manual_seed(1)
+    plain = timm.create_model(name, num_classes=0, **options)
+    again = copy.deepcopy(plain)
+    again.set_grad_checkpointing(True)
+    expected, found = gradients(plain, kind), gradients(again, kind)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_whole_call_may_be_checkpointed():
+    torch.manual_seed(1)
+    model = make("resnet", "taps")
+    x = torch.randn(4, 3, 32, 32)
+    for way in (False, True):
+        model.zero_grad()
+        loss = checkpoint(lambda x: model(x, "a"), x, use_reentrant=False) if way else model(x, "a")
+        loss.square().mean().backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        if not way:
+            expected = found
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_layers_called_in_a_backward_pass_of_no_known_call_are_refused():
+    class Nested(Checkpointed):
+        def forward(self, x):
+            def inner(x):
+                return checkpoint(self.middle, x, use_reentrant=False)
+
+            return self.last(checkpoint(inner, self.stem(x), use_reentrant=True))
+
+    model = taps.adapt(Nested(None)).train()
+    model.add_task("a", num_classes=2)
+    with pytest.raises(ValueError, match="checkpoint parts of the network, each by itself"):
+        model(torch.randn(4, 3, 24, 24), "a").sum().backward()
+
+
+def test_the_switch_of_a_network_is_an_option():
+    model = taps.adapt(taps.create_backbone("resnet10t", pretrained=False))
+    model.checkpoint_activations()
+    assert model.backbone.grad_checkpointing
+    with pytest.raises(ValueError, match="has no set_grad_checkpointing"):
+        make("perceptron", "taps").checkpoint_activations()
+
+
+# -- the base is never touched -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "normalized",
+    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm],
+)
+def test_hooks_and_parametrizations_move_nothing_of_the_base(normalized):
+    torch.manual_seed(0)
+    net = nn.Sequential(normalized(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    net(torch.randn(1, 3, 8, 8))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    model = taps.adapt(net)
+    model.add_task("a", num_classes=2)
+    held = []
+    model.units[0].base.register_forward_hook(
+        lambda *_: held.append({name: tensor.clone() for name, tensor in model.base_state().items()})
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model.train()(torch.randn(4, 3, 8, 8), "a").square().sum().backward()
+        optimizer.step()
+    model.eval()(torch.randn(4, 3, 8, 8), "a")
+    for state in (model.base_state(), *held):
+        assert before.keys() == state.keys()
+        assert all(torch.equal(before[name], state[name]) for name in before)
+    assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if name.endswith(".delta"))
+
+
+class Tied(nn.Module):
+    """Two layers that share one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_tied_parameters_agree_everywhere(tmp_path):
+    model = taps.adapt(Tied()).eval()
+    for task in ("a", "b"):
+        model.add_task(task, num_classes=3)
+        for parameter in model.roles(task)["delta"].values():
+            parameter.data.normal_()
+    model.units[1].gates["b"].set(False)
+    x = torch.randn(4, 6)
+    model.save_task("a", tmp_path)
+    with torch.no_grad():
+        for task in ("a", "b"):
+            torch.testing.assert_close(model.merge(task)(x), model(x, task))
+            torch.testing.assert_close(model.predictor()(x)[task], model(x, task))
+        other = taps.adapt(Tied()).eval()
+        other.load_base(model.base_state())
+        other.load_task(tmp_path)
+        torch.testing.assert_close(other(x, "a"), model(x, "a"), rtol=0, atol=0)
+
+
+# -- inputs and outputs --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    features: torch.Tensor
+    maps: list
+
+
+class Outputs(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.kind = kind
+
+    def forward(self, x):
+        a = self.first(x)
+        b = self.second(a)
+        return {
+            "tuple": (a, b), "list": [a, b], "dict": {"a": a, "b": {"c": b}}, "dataclass": Output(a, [b, None, 3]),
+        }[self.kind]  # fmt: skip
+
+
+class Head(nn.Module):
+    """A head that finds its input tensors in any container."""
+
+    def forward(self, found):
+        values = {"tuple": lambda: found, "list": lambda: found}
+        if isinstance(found, Output):
+            assert found.maps[1:] == [None, 3]
+            return found.features.sum(1, keepdim=True) * found.maps[0]
+        a, b = (found["a"], found["b"]["c"]) if isinstance(found, dict) else values[type(found).__name__]()
+        assert type(a) is torch.Tensor
+        return a.sum(1, keepdim=True) * b
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "dataclass"])
+def test_outputs_of_any_kind_pass_through(kind):
+    model = taps.adapt(Outputs(kind), norm="follow").eval()
+    for task in ("a", "b"):
+        model.add_task(task, head=Head())
+        for parameter in model.roles(task)["delta"].values():
+            parameter.data.normal_()
+    model.units[0].gates["a"].set(False)
+    model.units[0].gates["b"].set(False)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        expected = {task: model(x, task) for task in ("a", "b")}
+        torch.testing.assert_close(model.predict(x), expected)
+        torch.testing.assert_close(model.predictor()(x), expected)
+        mixed = model(x, ["a", "b", "b", "a"])
+    torch.testing.assert_close(mixed, torch.stack([expected["abba"[i]][i] for i in range(4)]))
+
+
+class Inputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, pixels, mask=None, scale=1.0):
+        y = self.layer(pixels)
+        return (y if mask is None else y * mask) * scale
+
+
+def test_further_inputs_go_to_the_network():
+    model = taps.adapt(Inputs()).eval()
+    for task in ("a", "b"):
+        model.add_task(task, num_classes=2)
+        for parameter in model.roles(task)["delta"].values():
+            parameter.data.normal_()
+    x, mask = torch.randn(4, 6), (torch.rand(4, 5) > 0.5).float()
+    with torch.no_grad():
+        expected = {task: model.heads[task](model.features(x, task) * mask * 2.0) for task in ("a", "b")}
+        for task in ("a", "b"):
+            torch.testing.assert_close(model(x, task=task, mask=mask, scale=2.0), expected[task])
+            torch.testing.assert_close(model(pixels=x, task=task, mask=mask, scale=2.0), expected[task])
+        torch.testing.assert_close(model.predict(x, mask=mask, scale=2.0), expected)
+        torch.testing.assert_close(model(pixels=x, tasks=["a", "b"], mask=mask, scale=2.0), expected)
+        names = ["b", "a", "a", "b"]
+        mixed = model(x, names, mask=mask, scale=2.0)
+        torch.testing.assert_close(mixed, torch.stack([expected[name][i] for i, name in enumerate(names)]))
+    with pytest.raises(ValueError, match="without an input"):
+        model(task="a")
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit", "torchvision_vit", "perceptron"])
+def test_everything_works_in_inference_mode(network, tmp_path):
+    model = make(network, "taps_follow").eval()
+    for parameter in model.roles("a")["delta"].values():
+        parameter.data.normal_(std=0.05)
+    x = torch.randn(4, *NETWORKS[network].shape)
+    with torch.no_grad():
+        expected = {task: model(x, task) for task in ("a", "b")}
+    predictor = model.predictor()
+    model.save_task("a", tmp_path)
+    with torch.inference_mode():
+        inside = torch.randn(4, *NETWORKS[network].shape).copy_(x)
+        for task in ("a", "b"):
+            torch.testing.assert_close(model(inside, task), expected[task])
+        for outputs in (
+            model.predict(inside),
+            predictor(inside),
+            model(inside, tasks=["a", "b"]),
+            model.predictor()(x),
+        ):
+            for task, output in outputs.items():
+                torch.testing.assert_close(output, expected[task], rtol=1e-4, atol=1e-5)
+        for name, output in zip("abab", model(inside, ["a", "b", "a", "b"]), strict=True):
+            assert output.shape == expected[name].shape[1:]
+        torch.testing.assert_close(model.merge("a")(inside), expected["a"], rtol=1e-4, atol=1e-5)
+        name = model.load_task(tmp_path, name="c")
+        torch.testing.assert_close(model(inside, name), expected["a"], rtol=0, atol=0)
+        model.add_task("d", num_classes=2)
+    model.train()(x, "d").sum().backward()
+
+
+# -- batch size 1 --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("network", "method"), [("resnet", "taps_follow"), ("vit", "taps"), ("lite", "taps_budget")])
+def test_a_loaded_task_sums_nothing_and_takes_no_more_memory(network, method, tmp_path, monkeypatch):
+    model = make(network, method).eval()
+    for parameter in model.roles("a")["delta"].values():
+        parameter.data.normal_(std=0.05)
+    for unit in model.units[::2]:
+        unit.gates["a"].set(False)
+    model.save_task("a", tmp_path)
+    other = make(network, method, ())
+    other.load_base(model.base_state())
+    base_only = sum(tensor.nbytes for tensor in (*other.parameters(), *other.buffers()))
+    other.eval().load_task(tmp_path)
+    added = sum(tensor.nbytes for tensor in (*other.parameters(), *other.buffers())) - base_only
+    assert added <= (tmp_path / "task.safetensors").stat().st_size + 2048
+    monkeypatch.setattr("taps.core.unit.add_delta", lambda *_: pytest.fail("W + δ was computed"))
+    x = torch.randn(1, *NETWORKS[network].shape)
+    with torch.no_grad():
+        y = other(x, "a")
+        other.predict(x)
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.equal(y, model(x, "a"))
+    again = other.save_task("a", tmp_path / "again")
+    assert (again / "task.safetensors").read_bytes() == (tmp_path / "task.safetensors").read_bytes()
+    other.load_base({name: tensor * 2 if "conv" in name else tensor for name, tensor in model.base_state().items()})
+    model.load_base(other.base_state())
+    with torch.no_grad():
+        assert torch.equal(other(x, "a"), model(x, "a")), "the sums follow the base"

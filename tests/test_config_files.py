@@ -1,0 +1,68 @@
+"""Settings files: the command line takes precedence, and errors name file and line."""
+
+import json
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from taps.cli.options import parse_joint, parse_mtl, parse_sequential
+
+PARSERS = {"train_sequential.py": parse_sequential, "train_joint.py": parse_joint, "train_mtl.py": parse_mtl}
+
+
+def test_the_settings_of_a_run_repeat_it(finished, here, tmp_path):
+    run = finished[0] / "results/run"
+    with pytest.warns(UserWarning, match=r"the command line wins over .*settings.yaml: --experiment_name"):
+        here("train_sequential.py", "--config", run / "settings.yaml", "--experiment_name", "again")
+    again = tmp_path / "results/again"
+    for name in ("paint/task.safetensors", "ink-2/task.safetensors", "paint/task.json"):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+    first, second = (yaml.safe_load((folder / "settings.yaml").read_text()) for folder in (run, again))
+    assert {**first, "experiment_name": "again"} == second
+    assert first.items() <= json.loads((run / "settings.json").read_text()).items()
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_the_command_line_wins_and_says_so(program, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("lr: 0.5\nseed: 3\n")
+    settings = PARSERS[program](["--config", str(file)])
+    assert (settings.lr, settings.seed) == (0.5, 3)
+    with pytest.warns(UserWarning, match=r"the command line wins over .*own.yaml: --lr$"):
+        settings = PARSERS[program](["--config", str(file), "--lr", "0.25", "--seed", "3"])
+    assert (settings.lr, settings.seed) == (0.25, 3)
+
+
+@pytest.mark.parametrize("program", PARSERS)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nlearning_rat: 1\n", "unknown setting in own.yaml, line 2: 'learning_rat'"),
+        ("# a comment\nsed: 1\n", "unknown setting in own.yaml, line 2: 'sed'; did you mean 'seed'?"),
+        ("seed: 1\nlr: fast\n", "own.yaml, line 2: lr: 'fast' is not a number above 0"),
+        ("seed: [1]\n", "own.yaml, line 1: seed: "),
+        ("pretrained: perhaps\n", "own.yaml, line 1: pretrained: "),
+        ("- 1\n", "own.yaml does not hold name: value lines"),
+        ("lr: [1\n", "own.yaml cannot be read"),
+        ("lr: 1\nlr: 2\n", "own.yaml, line 2: lr is there twice"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(program, text, message, here, tmp_path):
+    (tmp_path / "own.yaml").write_text(text)
+    done = here(program, *SMALL[:3], "--config", "own.yaml", check=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+
+
+def test_activation_checkpointing_trains_the_same(finished, tree, here, tmp_path):
+    """Recomputed activations are identical, so the files equal those of a run without checkpointing."""
+    run = finished[0] / "results/run"
+    with pytest.warns(UserWarning, match="the command line wins"):
+        here(
+            "train_sequential.py", "--config", run / "settings.yaml", "--checkpoint_activations",
+            "--experiment_name", "less",
+        )  # fmt: skip
+    name = "paint/task.safetensors"
+    assert (tmp_path / "results/less" / name).read_bytes() == (run / name).read_bytes()
