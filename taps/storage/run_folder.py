@@ -124,7 +124,7 @@ class RunFolder:
         known = {*wanted, "versions", "commit", "command"}
         if any(key not in known for key in stored):
             raise UserError(
-                f"{self.path} was written by another program ({stored['command'][0]}); resume it with that one"
+                f"{self.path} was written by another program ({stored.get('command', ['unknown'])[0]}); resume it with that one"
             )
         other = [key for key in wanted if key not in FREE_ON_RESUME and wanted[key] != stored.get(key)]
         if other:
