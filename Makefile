@@ -15,7 +15,7 @@ demo: .venv/ready  ## six small domains on one network, about three minutes on t
 test: .venv/ready  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-fast: .venv/ready  ## laws, formulas and files, in about a minute
+test-fast: .venv/ready  ## laws, formulas and files
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: .venv/ready
