@@ -50,15 +50,15 @@ from taps.core.accounting import accounting  # noqa: E402
 from taps.core.execution import evaluating  # noqa: E402
 from taps.core.find import find_layers, is_norm  # noqa: E402
 from taps.data.classification.folders import find_tasks  # noqa: E402
-from taps.data.classification.images import Preprocessing, TaskData, make_loader, split_validation  # noqa: E402
+from taps.data.classification.images import TaskData, make_loader, split_validation  # noqa: E402
 from taps.data.generated.demo import make_demo, read_demo  # noqa: E402
 from taps.errors import UserError  # noqa: E402
 from taps.methods import taps_budget  # noqa: E402
 from taps.methods.taps_budget import min_bytes, parse_budget  # noqa: E402
 from taps.metrics.accuracy import accuracy  # noqa: E402
-from taps.networks.backbones import preprocessing  # noqa: E402
+from taps.networks.preprocessing import Preprocessing, of_network  # noqa: E402
 from taps.storage import files  # noqa: E402
-from taps.training.loop import fit  # noqa: E402
+from taps.training.loop import run_phases  # noqa: E402
 from taps.training.recipe import Recipe  # noqa: E402
 
 TASK = "task"  # name of a rival's only task
@@ -285,7 +285,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     torch.set_num_threads(given.threads)
     accelerator = Accelerator(cpu=True, rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
-    prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **preprocessing(base))
+    prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **of_network(base))
     own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
     blank = taps.adapt(copy.deepcopy(base), "norm_only" if row.norms == "own" else "linear_probe")
     shared = None
@@ -328,7 +328,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         )  # fmt: skip
         started = time.perf_counter()
         with controlled(row.layers, seed):
-            fit(model, name, loader, sampler, recipe, accelerator)
+            run_phases(model, name, loader, sampler, recipe, accelerator)
         trained = time.perf_counter()
         with evaluating(model):
             score = accuracy(model, name, accelerator.prepare(tests), accelerator, len(task.classes))

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 
 import taps
 from taps.core.accounting import accounting
-from taps.data.classification.images import Preprocessing, TaskData, make_loader, split_validation
+from taps.data.classification.images import TaskData, make_loader, split_validation
 from taps.data.generated.demo import DOMAINS, make_demo, read_demo
 from taps.metrics.accuracy import accuracy
-from taps.networks.backbones import preprocessing
-from taps.training.loop import fit
+from taps.networks.preprocessing import Preprocessing, of_network
+from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
 
 
@@ -29,14 +29,14 @@ def run(task: TaskData, lam: float, seed: int, accelerator: Accelerator) -> tupl
     """Return one task's share of tuned layers and validation accuracy in percent."""
     task = split_validation(task, 0.2, seed)
     net = taps.create_backbone("tf_efficientnet_lite0")
-    prepare = Preprocessing(64, 73, **preprocessing(net))
+    prepare = Preprocessing(64, 73, **of_network(net))
     model = taps.adapt(net)
     torch.manual_seed(seed)
     model.add_task(task.name, num_classes=len(task.classes))
     loader, sampler = make_loader(task.train, prepare.transform(True, True, flip=False), 16, train=True, seed=seed)
     validation, _ = make_loader(task.val, prepare.transform(False, True), 64, train=False)
     recipe = Recipe(epochs=6, warmup_epochs=0.5, settle_epochs=4.5, lr=0.03, lam=lam, seed=seed)
-    fit(model, task.name, loader, sampler, recipe, accelerator)
+    run_phases(model, task.name, loader, sampler, recipe, accelerator)
     share = accounting(model, task.name)["tuned_layers"]
     return share, accuracy(model, task.name, accelerator.prepare(validation), accelerator, len(task.classes))
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # what a type checker and an editor see; at run time a name i
     from taps.networks.backbones import create_backbone
     from taps.reuse.from_base import Reuse
     from taps.reuse.video import VideoReuse
-    from taps.task_model import TaskModel, adapt
+    from taps.task_model import TaskModel, adapt, load
+    from taps.training.fitting import Record, fit
     from taps.training.policy_trainer import PolicyTrainer
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "Phase": "core.method",
     "Policy": "methods.policy",
     "PolicyTrainer": "training.policy_trainer",
+    "Record": "training.fitting",
     "Reuse": "reuse.from_base",
     "State": "core.execution",
     "TaskModel": "task_model",
@@ -47,7 +49,9 @@ _HOMES = {
     "VideoReuse": "reuse.video",
     "adapt": "task_model",
     "create_backbone": "networks.backbones",
+    "fit": "training.fitting",
     "fix_support": "methods.sparse_delta",
+    "load": "task_model",
 }
 
 
@@ -74,6 +78,7 @@ __all__ = [
     "Phase",
     "Policy",
     "PolicyTrainer",
+    "Record",
     "Reuse",
     "State",
     "TaskModel",
@@ -83,5 +88,7 @@ __all__ = [
     "__version__",
     "adapt",
     "create_backbone",
+    "fit",
     "fix_support",
+    "load",
 ]

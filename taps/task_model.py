@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from taps.core.execution import evaluating, first_input
+from taps.core.find import find_everything
 from taps.core.network import Network, inner_first
 from taps.errors import UserError, unknown
 from taps.methods.registry import METHODS
 from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
-from taps.networks.backbones import attach_head
-from taps.storage import task_file
+from taps.networks import backbones, preprocessing
+from taps.storage import hub, run_folder, task_file
 from taps.storage.library import Library, TaskCache
 
 _NONE = object()
 
 
 def adapt(
-    net: nn.Module,
+    net: nn.Module | str,
     method: str = "taps",
     norm: str | None = None,
     layers: str | None = None,
@@ -37,7 +40,8 @@ def adapt(
     a task whose deltas are zero gives bit-identical outputs.
 
     Args:
-        net: any module that maps a batch to features; without its classifier, since each task brings its own head.
+        net: any module that maps a batch to features. Each task brings its own head, so the classifier of a timm or torchvision
+            network is dropped, with a warning. A name is passed to :func:`taps.create_backbone`.
         method: a name in ``taps.METHODS``.
         norm: ``"task"`` each task has its own norms everywhere (the paper); ``"follow"`` only where the layer before
             the norm is tuned, so that shared parts are shared exactly; ``"frozen"`` the base's. This applies to BatchNorm,
@@ -70,7 +74,98 @@ def adapt(
             raise UserError(f"method {method!r} works with norm={row.norms[0]!r}, not {norm!r}")
         norm = row.norms[0]
     trains = row.trains_base if train_base is None else train_base
+    net = backbones.create_backbone(net) if isinstance(net, str) else backbones.without_classifier(net)
     return TaskModel(net, row, norm, layers, {**row.options, **options}, trains)
+
+
+def load(
+    source: str | Path, base: nn.Module | str | Path | None = None, tasks: Sequence[str] | None = None, keep: int = 16
+) -> TaskModel:
+    """Return a model with stored tasks, ready to use: the base is built, and its fingerprint is checked.
+
+    Tasks may have been trained with different methods and norm policies, as long as their base is the same.
+
+    Args:
+        source: a task's folder, a folder that holds several, such as ``"results/demo"``, or ``"hf-hub:user/repository"``.
+        base: the network, or a file with its weights; needed only if the files do not say how to get it.
+        tasks: names of the tasks to load; ``None`` for all.
+        keep: largest number of tasks in memory; if there are more, each is loaded on first use.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        UserError: if there is no task, a task is damaged or unknown, the base cannot be had, or it is another one.
+
+    Example:
+        >>> model = taps.load("results/demo")  # doctest: +SKIP
+        >>> outputs = model.predict(model.transform("digits")(image)[None])  # doctest: +SKIP
+    """
+    if str(source).startswith(hub.PREFIX):
+        source = hub.download(str(source))
+    library = Library([source])
+    if not library.folders:
+        library.check()
+    for name in tasks or ():
+        if name not in library.folders:
+            raise unknown("task", name, library.folders)
+    names = list(tasks or library.folders)
+    library.folders = {name: library.folders[name] for name in names}
+    library.descriptions = {name: library.descriptions[name] for name in names}
+    library.warn()
+    found = library.descriptions
+    first = found[names[0]]
+    for name, description in found.items():
+        if description["base"]["fingerprint"] != first["base"]["fingerprint"]:
+            raise UserError(
+                f"{source} holds tasks of different bases, {names[0]} and {name}; name some of one base: tasks="
+            )
+    net = base if isinstance(base, nn.Module) else _build_base(library.folders[names[0]], first["base"], base)
+    model = adapt(net, **_host(found), train_base=False).eval()
+    if len(names) > keep:
+        model.load_library(*library.folders.values(), keep=keep)
+    else:
+        for name in names:
+            model.load_task(library.folders[name], name=name)
+    for name in names:
+        if "preprocessing" not in found[name]:  # written before version 0.11: as the run's settings say
+            model._stored_preprocessing[name] = _from_settings(model, library.folders[name].resolve().parent, name)
+    return model
+
+
+def _from_settings(model: TaskModel, run: Path, task: str) -> dict | None:
+    settings = run_folder.image_settings(run)
+    if settings is None:
+        return None
+    prepare = replace(model.default_preprocessing(settings["input_size"]), resize=settings["resize"])
+    return prepare.describe(stretch=settings["cropped"] or "cropped" in task.lower())
+
+
+def _build_base(folder: Path, described: dict, weights: str | Path | None) -> nn.Module:
+    """Make the base of the task in ``folder``: its own weights lie beside the tasks if it was trained with them."""
+    beside = [parent / "base.safetensors" for parent in (folder, folder.resolve().parent)]
+    weights = weights or next((path for path in beside if path.is_file()), None)
+    origin = described if "model" in described else run_folder.base_origin(folder.resolve().parent, described["name"])
+    pixels = origin.get("input_size")  # known only from the settings of earlier versions
+    if isinstance(pixels, int) and backbones.needs_image_size(origin["model"], pixels):
+        origin = {**origin, "options": {"img_size": pixels}}
+    return backbones.rebuild(origin, weights or origin.get("path"))
+
+
+def _host(descriptions: Mapping[str, dict]) -> dict:
+    """Return arguments of :func:`adapt` for a model that can run all of these tasks."""
+    made = [
+        {key: description.get(key) for key in ("method", "norm", "layers")} for description in descriptions.values()
+    ]
+    options = [description["options"] for description in descriptions.values()]
+    if all(own == made[0] for own in made) and all(own == options[0] for own in options):
+        if made[0]["method"] not in METHODS:
+            raise unknown("method", made[0]["method"], METHODS)
+        return {**made[0], **options[0]}
+    everything = any(
+        METHODS[name].select is find_everything for name in {str(own["method"]) for own in made} if name in METHODS
+    )
+    return {"method": "finetune" if everything else "taps", "norm": "task"}
 
 
 class TaskModel(Network):
@@ -80,8 +175,12 @@ class TaskModel(Network):
     may use one model in evaluation mode.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, net: nn.Module, *args, **kwargs) -> None:
+        self._base_origin = backbones.origin_of(net)
+        self._preprocessing = preprocessing.of_network(net)
+        super().__init__(net, *args, **kwargs)
+        self._about: dict[str, dict] = {}
+        self._stored_preprocessing: dict[str, dict | None] = {}  # of tasks whose files lack it
         self._cache: TaskCache | None = None
         self._mixable = mixed_batch.Mixable()
         self._shared = shared_pass.SharedView(self.backbone, self.state)
@@ -128,6 +227,47 @@ class TaskModel(Network):
         if self._cache:
             self._cache.forget(task)
         self.forget(task)
+
+    def forget(self, task: str) -> None:
+        super().forget(task)
+        self._about.pop(task, None)
+
+    def describe_task(self, task: str, **about: object) -> None:
+        """Set entries that ``task.json`` will hold, e.g. ``classes=["cat", "dog"]``; ``None`` removes one."""
+        self.check_task(task)
+        both = {**self._about.get(task, {}), **about}
+        self._about[task] = {key: value for key, value in both.items() if value is not None}
+
+    def about(self, task: str) -> dict:
+        """Return what is stored about a task besides its weights: class names, preprocessing, accuracy and so on."""
+        with self._loaded([task]):
+            return dict(self._about.get(task, {}))
+
+    def classes(self, task: str) -> list[str]:
+        """Return the names of a task's classes, in the order of its outputs.
+
+        Raises:
+            UserError: for an unknown task, or one without class names.
+        """
+        names = self.about(task).get("classes")
+        if not isinstance(names, list):
+            raise UserError(f"task {task!r} has no class names; set them with describe_task({task!r}, classes=[…])")
+        return list(names)
+
+    def transform(self, task: str):
+        """Return the task's preprocessing in evaluation: from a PIL image to a (3, H, W) float tensor.
+
+        A task that does not say how its images were prepared gets what the base's weights were trained with, at 224 px.
+
+        Raises:
+            UserError: for an unknown task, or a damaged description.
+        """
+        stored = self.about(task).get("preprocessing") or self._stored_preprocessing.get(task)
+        return preprocessing.stored_transform(self.default_preprocessing(224).describe() if stored is None else stored)
+
+    def default_preprocessing(self, input_size: int) -> preprocessing.Preprocessing:
+        """Return preprocessing for images of this size in pixels, normalised as for the base's weights."""
+        return preprocessing.Preprocessing(input_size, round(input_size * 8 / 7), **self._preprocessing)
 
     def set_task(self, task: str | None) -> None:
         """Set the task of this thread's calls that name none, so that the model fits loops that call ``model(x)``.
@@ -280,7 +420,10 @@ class TaskModel(Network):
             UserError: if a value is not finite, or ``max_error`` is out of range.
         """
         self.check_task(task)
-        return task_file.save(self, task, Path(folder), about or {}, max_error, compact)
+        about = {**self._about.get(task, {}), **(about or {})}
+        task_file.save(self, task, Path(folder), about, max_error, compact, self._base_origin)
+        self._about[task] = about
+        return Path(folder)
 
     def load_task(
         self, folder: str | Path, name: str | None = None, head: nn.Module | None = None, trainable: bool = False
@@ -302,8 +445,44 @@ class TaskModel(Network):
         """
         task = task_file.read_description(Path(folder))["task"] if name is None else name
         self._check_free(task)
-        with torch.inference_mode(False):
-            return task_file.load(self, Path(folder), task, head, trainable)
+        self._load(Path(folder), task, head, trainable)
+        return task
+
+    def _load(self, folder: Path, task: str, head: nn.Module | None = None, trainable: bool = False) -> None:
+        """Load a task from its files, with what ``task.json`` says about it."""
+        with torch.inference_mode(False):  # inference tensors could not be used elsewhere
+            description = task_file.load(self, folder, task, head, trainable, METHODS.get)
+        kept = ("classes", "preprocessing") if trainable else [k for k in description if k not in task_file.STRUCTURE]
+        self._about[task] = {key: description[key] for key in kept if key in description}
+
+    def save_pretrained(self, folder: str | Path, tasks: Sequence[str] | None = None) -> Path:
+        """Save tasks, all by default, each in a subfolder of its name; :meth:`from_pretrained` reads them back."""
+        for task in self.tasks if tasks is None else tasks:
+            self.save_task(task, Path(folder) / task)
+        return Path(folder)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options) -> TaskModel:
+        """Return a model with stored tasks, as :func:`taps.load` does."""
+        return load(source, **options)
+
+    def push_task(self, task: str, repository: str, private: bool = False, message: str | None = None) -> str:
+        """Upload a task to the Hugging Face hub with a model card; ``taps.load("hf-hub:user/repository")`` reads it back.
+
+        Args:
+            task: the task's name.
+            repository: ``"user/name"``, created if it does not exist.
+            private: whether a new repository is private.
+            message: message of the commit.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            UserError: for an unknown task, or if the hub does not answer or refuses, for example without a token.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return hub.upload(self.save_task(task, folder), repository, private, message)
 
     def load_library(self, *roots: str | Path, keep: int = 16) -> list[str]:
         """Make every task stored in some folders available; each is loaded on first use.
@@ -324,7 +503,7 @@ class TaskModel(Network):
         for name, folder in [*library.folders.items()]:
             try:
                 self._check_free(name)
-                task_file.check_fits(self, library.descriptions[name], folder / "task.json")
+                task_file.check_fits(self, library.descriptions[name], folder / "task.json", METHODS.get)
             except UserError as error:
                 library.refused[folder] = str(error)
                 del library.folders[name], library.descriptions[name]
@@ -339,8 +518,8 @@ class TaskModel(Network):
 
     def _load_from_library(self, folder: Path, task: str) -> None:
         if task not in self.heads:
-            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used elsewhere
-                task_file.load(self, folder, task, None, False)
+            with torch.no_grad():
+                self._load(folder, task)
 
     def merge(self, task: str) -> nn.Module:
         """Return an ordinary network, without any class of this library, that gives the same outputs as ``model(x, task)``.
@@ -357,7 +536,8 @@ class TaskModel(Network):
         for module in inner_first((*self.units, *self.task_norms)):
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)
-        return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
+        plain.__dict__.pop("taps_origin", None)
+        return backbones.attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
 
     def extra_repr(self) -> str:
         return f"method={self.method.name!r}, norm={self.norm!r}, units={len(self.units)}, tasks={self.tasks}"

@@ -10,8 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 import taps
-from taps.data.classification.images import Preprocessing
-from taps.networks.backbones import preprocessing
+from taps.networks.preprocessing import Preprocessing, of_network
 from taps.networks.weights import load_weights
 
 
@@ -20,7 +19,7 @@ def test_embedded_network_sees_what_is_on_the_photographs():
     from sklearn.datasets import load_sample_images
 
     net = taps.create_backbone("tf_efficientnet_lite0", pretrained=True)
-    prepare = Preprocessing(224, 256, **preprocessing(net)).transform(train=False)
+    prepare = Preprocessing(224, 256, **of_network(net)).transform(train=False)
     file = taps.networks.backbones._embedded_weights()
     full = timm.create_model("tf_efficientnet_lite0").eval()
     full.load_state_dict(dict(zip(full.state_dict(), torch.load(file, weights_only=True).values(), strict=True)))

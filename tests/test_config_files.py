@@ -56,6 +56,45 @@ def test_a_mistake_in_the_file_is_one_line(program, text, message, here, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
 
 
+def test_every_command_takes_a_file(finished, here, tmp_path):
+    run = finished[0] / "results/run"
+    table = here("evaluate.py", run, "--no_test").stdout
+    (tmp_path / "own.yaml").write_text(f"folder: {run}\nno_test: true\n")
+    assert here("evaluate.py", "--config", "own.yaml").stdout == table
+    (tmp_path / "run.yaml").write_text((run / "settings.yaml").read_text() + f"result_path: {run.parent}\n")
+    with pytest.raises(AssertionError, match="result_path is there twice"):
+        here("evaluate.py", "--config", "run.yaml", "--no_test")
+    settings = {**yaml.safe_load((run / "settings.yaml").read_text()), "result_path": str(run.parent)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert here("evaluate.py", "--config", "run.yaml", "--no_test").stdout == table
+    (tmp_path / "tasks.yaml").write_text(f"folders: [{run}]\n")
+    assert here("taps.cli.tasks", "list", "--config", "tasks.yaml").stdout == here("taps.cli.tasks", "list", run).stdout
+    (tmp_path / "brains.yaml").write_text("folder: first\ntrain: 6\nval: 6\ntest: 6\nside: 16\n")
+    here("taps.cli.data", "brains", "--config", "brains.yaml")
+    with pytest.warns(UserWarning, match="the command line wins over brains.yaml: folder"):
+        here("taps.cli.data", "brains", "second", "--config", "brains.yaml")
+    first, second = (sorted(path.name for path in (tmp_path / name).rglob("*")) for name in ("first", "second"))
+    assert first == second != []
+
+
+@pytest.mark.parametrize(
+    ("action", "text", "message"),
+    [
+        ("brains", "tran: 3\n", "unknown setting in own.yaml, line 1: 'tran'; did you mean 'train'?"),
+        ("brains", "side: 16\ntrain: x\n", "own.yaml, line 2: train: 'x' is not a whole number"),
+        ("brains", "train: [1, 2]\n", "own.yaml, line 1: train: [1, 2] is not a single value"),
+        ("scenes", "size: [1]\n", "own.yaml, line 1: size: [1] are not 2 values"),
+        ("subjects", "overwrite: perhaps\n", "own.yaml, line 1: overwrite: 'perhaps' is not true or false"),
+    ],
+)
+def test_a_mistake_in_the_file_of_an_action(action, text, message, here, tmp_path):
+    (tmp_path / "own.yaml").write_text(text)
+    folders = ["new"] if action != "subjects" else ["--images", ".", "--labels", "none"]
+    done = here("taps.cli.data", action, *folders, "--config", "own.yaml", check=2)
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+
+
 def test_activation_checkpointing_trains_the_same(finished, tree, here, tmp_path):
     """Recomputed activations are identical, so the files equal those of a run without checkpointing."""
     run = finished[0] / "results/run"

@@ -13,7 +13,6 @@ from taps.data.checks import check
 from taps.data.classification import domainnet
 from taps.data.classification.folders import find_tasks
 from taps.data.classification.images import (
-    Preprocessing,
     TaskData,
     make_loader,
     read_image,
@@ -21,6 +20,7 @@ from taps.data.classification.images import (
     without_bad_images,
 )
 from taps.data.generated.demo import DOMAINS, make_demo, read_demo
+from taps.networks.preprocessing import Preprocessing
 
 LISTS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "domainnet_txt"
 needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the official DomainNet lists are not here")

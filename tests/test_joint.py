@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import taps
 from taps.data.classification.mixed_batches import TaskSampler
-from taps.training.loop import fit
+from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
 
 SIZES = (40, 12, 7)
@@ -111,7 +111,7 @@ def train(model, mixed: bool, base_lr: float | None = None) -> list[dict]:
     recipe = Recipe(epochs=1, warmup_epochs=0, lr=0.1, base_lr=base_lr, momentum=0.9, lam=0.5, mixed=mixed)
     loader = torch.utils.data.DataLoader(Given(data()), batch_size=None)
     accelerator = Accelerator(cpu=True, rng_types=[])
-    fit(model, ["a", "b"], loader, Batches(), recipe, accelerator, on_epoch=lambda new, best: rows.extend(new))
+    run_phases(model, ["a", "b"], loader, Batches(), recipe, accelerator, on_epoch=lambda new, best: rows.extend(new))
     return rows
 
 

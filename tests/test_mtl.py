@@ -25,7 +25,7 @@ from taps.settings.declare import as_dict
 from taps.settings.presets import published
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage.run_folder import RunFolder
-from taps.training.loop import fit
+from taps.training.loop import run_phases
 from taps.training.schedules import policy_plan, weights_plan
 
 SMALL = (
@@ -337,7 +337,7 @@ def test_weight_and_policy_steps_move_only_what_they_should(scenes, monkeypatch,
         temperatures.append(model.state.temperature)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "num_batches" not in name}
-    fit(
+    run_phases(
         model, benchmark.tasks, {s: loader for s, (loader, _) in streams.items()}, {s: own for s, (_, own) in streams.items()},
         plan.recipe, Accelerator(cpu=True), criterion=benchmark.criteria(), on_epoch=on_epoch,
     )  # fmt: skip
@@ -439,7 +439,7 @@ def test_interrupted_is_not_swallowed(scenes, monkeypatch, tmp_path):
     stop = StopSignals()
     stop.received = 2
     with pytest.raises(Interrupted):
-        fit(
+        run_phases(
             model, benchmark.tasks, {s: loader for s, (loader, _) in streams.items()},
             {s: own for s, (_, own) in streams.items()}, plan.recipe, Accelerator(cpu=True),
             criterion=benchmark.criteria(), stop=stop,

@@ -251,7 +251,7 @@ def test_momentum_of_the_gates_phase_does_not_leave_the_support():
     from torch.utils.data import DataLoader
 
     from taps.data.multi_label import StreamSampler
-    from taps.training.loop import fit
+    from taps.training.loop import run_phases
     from taps.training.recipe import Recipe
 
     model = taps.adapt(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), "sparse_delta", density=0.05)
@@ -259,7 +259,7 @@ def test_momentum_of_the_gates_phase_does_not_leave_the_support():
     sampler = StreamSampler(32, 8, 4)
     samples = {(i, n): (torch.randn(16), i % 3) for i in range(32) for n in range(9)}
     loader = DataLoader(samples, batch_sampler=sampler)
-    fit(model, "a", loader, sampler, Recipe(epochs=4, lr=0.1, momentum=0.9))
+    run_phases(model, "a", loader, sampler, Recipe(epochs=4, lr=0.1, momentum=0.9))
     for unit in model.units:
         for name, inside in unit.gates["a"].support().items():
             assert not unit.deltas["a"][name][inside == 0].any()

@@ -112,9 +112,8 @@ def rewrite(folder, **entries):
         (damage_missing_tensor, "lacks the delta of conv1, whose gate is open"),
         (damage_extra_tensor, "delta/fc/weight"),
         (lambda folder: rewrite(folder, format=99), "format version 99; this library reads version 1"),
-        (lambda folder: rewrite(folder, method="finetune"), "method='finetune'"),
-        (lambda folder: rewrite(folder, norm="follow"), "norm='follow'"),
-        (lambda folder: rewrite(folder, options={"threshold": 0.2}), "options"),
+        (lambda folder: rewrite(folder, method="finetune"), "gate/score"),
+        (lambda folder: rewrite(folder, method="fintune"), "method='fintune'"),
         (lambda folder: rewrite(folder, bytes=7), "do not belong together"),
         (lambda folder: (folder / "task.json").write_text("{"), "cannot be read as JSON"),
         (lambda folder: (folder / "task.json").unlink(), "does not exist"),
@@ -135,6 +134,14 @@ def test_what_does_not_fit_is_refused_in_one_line(saved, net_state, damage, mess
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
     assert list(model.state_dict()) == before, "the model is unchanged"
+
+
+@pytest.mark.parametrize("change", [{"method": "finetune"}, {"norm": "follow"}, {"options": {"threshold": 0.2}}])
+def test_a_task_of_another_method_cannot_be_trained_further(saved, net_state, change):
+    _, folder = saved
+    rewrite(folder, **change)
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.* adapt the base as for that task"):
+        fresh(net_state).load_task(folder, trainable=True)
 
 
 def test_another_base_is_refused_with_both_fingerprints(saved, net_state):

@@ -21,7 +21,7 @@ from taps.methods.registry import METHODS
 from taps.methods.taps_budget import allocate, keep_within, min_bytes, parse_budget, round_within
 from taps.stop_signals import Interrupted, StopSignals
 from taps.training import loop
-from taps.training.loop import fit
+from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
 
 
@@ -64,7 +64,9 @@ def run(accelerator, recipe: Recipe, model=None, batch_size: int = 4, **options)
     model = model or perceptron()
     batches, sampler = loader(batch_size)
     rows = []
-    fit(model, "a", batches, sampler, recipe, accelerator, on_epoch=lambda new, best: rows.extend(new), **options)
+    run_phases(
+        model, "a", batches, sampler, recipe, accelerator, on_epoch=lambda new, best: rows.extend(new), **options
+    )
     return model, rows
 
 
@@ -145,7 +147,7 @@ def test_a_run_always_ends_with_a_task(accelerator):
     kept = []
     recipe = Recipe(epochs=2, warmup_epochs=1.95, accumulate=8, lr=0.1)
     batches, sampler = loader()
-    fit(
+    run_phases(
         perceptron("taps", norm="task"),
         "a",
         batches,
@@ -173,7 +175,7 @@ def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(ac
 
     batches, sampler = loader()
     with pytest.raises(DivergedError, match="no longer finite in epoch 2; the last good state is kept"):
-        fit(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, state_path=state)
+        run_phases(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, state_path=state)
     assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
 
 
@@ -402,7 +404,7 @@ def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator
             path = model.save_task("a", tmp_path / str(len(saved)), compact=True) / "task.safetensors"
             saved.append((rows[0]["epoch"], path.stat().st_size))
 
-    fit(
+    run_phases(
         model,
         "a",
         batches,
@@ -515,7 +517,7 @@ def test_closed_layers_cost_nothing_once_gates_stand_still(accelerator, method):
         data = [(x[i], int(x[i, 0] > 0)) for i in range(24)]
         batches = DataLoader(data, batch_size=4)
         sampler = SimpleNamespace(epoch=0)
-        fit(model, "a", batches, sampler, recipe, accelerator)
+        run_phases(model, "a", batches, sampler, recipe, accelerator)
     assert seen[0]
     assert not seen[-1]
     assert [("a" in unit.deltas) for unit in model.units] == [False] * 4 + [True] * 2
@@ -537,4 +539,4 @@ def test_compiled_steps_compute_the_same(accelerator):
 
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match=r"optimizer: 'sdg' is not one of \(did you mean sgd\?\)"):
-        fit(perceptron(), "a", *loader(), Recipe(optimizer="sdg"), Accelerator(cpu=True))
+        run_phases(perceptron(), "a", *loader(), Recipe(optimizer="sdg"), Accelerator(cpu=True))

@@ -20,6 +20,7 @@ def main(arguments: Sequence[str]) -> None:
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in arguments[:1]:  # avoids imports for the other actions
             add(action)
+            action.accept_config()
     given = parser.parse_args(arguments)
     ACTIONS[given.action][1](given, parser)
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "joint": ("joint", "train one network for many tasks together"),
     "mtl": ("multi_task", "dense and other multi-task benchmarks"),
     "evaluate": ("evaluate", "test, verify and export a results folder"),
+    "predict": ("predict", "classify your own images with stored tasks"),
     "tasks": ("tasks", "list, show and compare task files"),
     "data": ("data", "check, divide and generate data"),
 }

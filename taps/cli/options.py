@@ -13,6 +13,7 @@ from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
 from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
 from taps.settings.multi_task import MultiTaskSettings
+from taps.settings.prediction import PredictSettings
 from taps.settings.presets import demo, published
 from taps.settings.task_names import aliases
 
@@ -68,6 +69,27 @@ def evaluate_parser() -> Parser:
     )
 
 
+def predict_parser() -> Parser:
+    """Return the parser of ``taps predict``."""
+    return make_parser(
+        PredictSettings,
+        "Classify images with stored tasks.",
+        "Exit status: 0 done; 1 some images could not be read; 2 a mistake, or no image could be read.",
+        positional=("folder", "images"),
+    )
+
+
+def parse_predict(arguments: Sequence[str]) -> PredictSettings:
+    """Parse the settings of ``taps predict``."""
+    parser = predict_parser()
+    settings = build(PredictSettings, _given(parser, PredictSettings, arguments))
+    if not settings.folder or not settings.images:
+        parser.error("name a folder of tasks and images, and options after them: taps predict results/demo photo.jpg")
+    if settings.json and settings.csv:
+        parser.error("--json and --csv exclude each other")
+    return settings
+
+
 def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
     action = parser._option_string_actions["--method"]
     action.metavar = "{" + ",".join(methods) + "}"  # checked once the command line and the file are combined
@@ -76,13 +98,18 @@ def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
     return parser
 
 
-def _given(parser: Parser, kind: type[S], arguments: Sequence[str]) -> dict[str, Any]:
-    """Combine the command line with the file that it names; the command line takes precedence, with a note."""
-    given = vars(parser.parse_args(arguments))
+def _given(
+    parser: Parser, kind: type[S], arguments: Sequence[str], of_run: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Combine the command line with the file that it names; the command line takes precedence, with a note.
+
+    ``of_run`` receives settings of training programs in the file, which are refused without it.
+    """
+    given = vars(parser.parse_intermixed_args(arguments))
     if "config" not in given:
         return given
     path = Path(given["config"])
-    stored = read_config(kind, path, _DERIVED)
+    stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings))
     beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
     if beaten:
         warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
@@ -201,7 +228,13 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:
     """Parse the settings of ``evaluate.py``."""
     parser = evaluate_parser()
-    settings = build(EvaluateSettings, vars(parser.parse_args(arguments)))
+    run: dict[str, Any] = {}
+    given = _given(parser, EvaluateSettings, arguments, run)
+    if "folder" not in given and run.get("experiment_name"):  # the settings.yaml of a run
+        given["folder"] = os.path.join(run.get("result_path", "results"), run["experiment_name"])
+    if "folder" not in given:
+        parser.error("name the results folder to evaluate, e.g. results/demo")
+    settings = build(EvaluateSettings, given)
     if settings.onnx and not settings.export:
         parser.error("--onnx says how to export: give --export DIR too")
     if settings.verify and (settings.export or settings.dataset):

@@ -21,7 +21,9 @@ def main(arguments: Sequence[str]) -> None:
         ("show", "every layer of each task, its score and whether it is tuned"),
         ("compare", "how many layers each pair of tasks tunes in common"),
     ):
-        actions.add_parser(name, help=text, description=text).add_argument("folders", nargs="+", metavar="FOLDER")
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action.add_argument("folders", nargs="+", metavar="FOLDER")
+        action.accept_config()
     given = parser.parse_args(arguments)
     library = Library(given.folders, by_run=True)
     if library.folders:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from taps.errors import UserError
 
@@ -160,14 +161,35 @@ def choose(found: list[Found], pattern: str | None) -> list[Found]:
     return chosen
 
 
-def out_features(net: nn.Module) -> int | None:
-    """Return the feature width: timm's ``head_hidden_size``/``num_features``, else that of the network's last layer."""
+def declared_features(net: nn.Module) -> int | None:
+    """Return the feature width that timm's networks declare, ``head_hidden_size`` or ``num_features``, else ``None``."""
     for name in ("head_hidden_size", "num_features"):
         value = getattr(net, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    for layer in reversed(find_layers(net)):
+    return None
+
+
+def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> int | None:
+    """Return the width of the features that ``run`` returns for a small batch, or that of the last layer if no batch fits."""
+    layers = [found.module for found in find_layers(net)]
+    first: nn.Module = layers[0]
+    shapes: list[tuple[int, ...]] = [(1, width) for width in (getattr(first, "in_features", None),) if width]
+    if isinstance(first, nn.modules.conv._ConvNd):
+        dims = len(first.kernel_size)
+        shapes = [(1, first.in_channels, *[side] * dims) for side in ((64, 224) if dims < 3 else (32,))]
+    like = next(first.parameters())
+    for shape in shapes:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a trial, whose warnings would concern no call of the user's
+                features = run(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        except Exception:  # a network may refuse an input in any way
+            continue
+        if isinstance(features, Tensor) and features.dim() == 2:
+            return features.shape[1]
+    for layer in reversed(layers):
         for name in ("out_features", "out_channels", "embed_dim"):
-            if isinstance(getattr(layer.module, name, None), int):
-                return getattr(layer.module, name)
+            if isinstance(getattr(layer, name, None), int):
+                return getattr(layer, name)
     return None

@@ -43,7 +43,7 @@ class ExtraLoss(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of training, executed by :func:`taps.training.loop.fit`.
+    """A phase of training, executed by :func:`taps.training.loop.run_phases`.
 
     Attributes:
         name: shown in progress bars and metrics.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import Execution, Place, State, TaskDict, plain_state
-from taps.core.find import choose, out_features
+from taps.core.execution import Execution, Place, State, TaskDict, evaluating, plain_state
+from taps.core.find import choose, declared_features, measured_features
 from taps.core.gate import Decision, Gate, propagate_skips
 from taps.core.method import Method
 from taps.core.norm import TaskNorm
@@ -19,6 +20,16 @@ from taps.core.wrap import wrap
 from taps.errors import UserError, unknown
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Origin(NamedTuple):
+    """The method that a task was trained with, if it is not the model's: its settings, and the units it has gates on."""
+
+    method: str
+    options: Mapping[str, object]
+    norm: str
+    layers: str | None
+    units: tuple[str, ...]
 
 
 class Network(nn.Module):
@@ -39,6 +50,7 @@ class Network(nn.Module):
         descriptions: description of each unit, from which gates are made.
         unskippable: for each unit that cannot be skipped, the reason.
         policies: for each task under a policy, (run, specific) of each unit.
+        origins: the method of each task that was trained with another method than the model's.
     """
 
     def __init__(
@@ -48,7 +60,7 @@ class Network(nn.Module):
         found = choose(method.find_units(net, options), layers)
         self.method, self.norm, self.layers, self.options, self.train_base = method, norm, layers, options, train_base
         self.state = State()
-        self.num_features = out_features(net)
+        self._num_features = declared_features(net)
         self.base_name = (getattr(net, "pretrained_cfg", None) or {}).get("architecture") or type(net).__name__
         self.base_parameters = sum(parameter.numel() for parameter in net.parameters())
         self.descriptions = [one.describe(index, found) for index, one in enumerate(found)]
@@ -66,7 +78,9 @@ class Network(nn.Module):
         self._units, self._norms = tuple(units), tuple(norms)
         self._still = () if train_base else tuple(_with_buffers(backbone))
         self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
+        self.origins: dict[str, Origin] = {}
         self._fingerprint: tuple[tuple, str] | None = None
+        self._is_rounded = False  # whether the base is a rounded copy of the one with this fingerprint
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -74,6 +88,14 @@ class Network(nn.Module):
     def tasks(self) -> list[str]:
         """Names of the tasks, in the order they were added."""
         return list(self.heads)
+
+    @property
+    def num_features(self) -> int | None:
+        """Width of the base's features: what the network declares, else what it returns for a small batch."""
+        if self._num_features is None:
+            with evaluating(self):
+                self._num_features = measured_features(self.backbone, lambda x: self.run(None, (x,), {}))
+        return self._num_features
 
     @property
     def units(self) -> tuple[GatedUnit, ...]:
@@ -203,6 +225,7 @@ class Network(nn.Module):
     def forget(self, task: str) -> None:
         """Remove everything that belongs to ``task``, even if it was only partly added."""
         self.policies.pop(task, None)
+        self.origins.pop(task, None)
         for module in (*self._units, *self._norms):
             module.remove_task(task)
         if task in self.heads:
@@ -245,8 +268,16 @@ class Network(nn.Module):
             module.training = False
         return self
 
-    def _apply(self, *args, **kwargs):
-        super()._apply(*args, **kwargs)
+    def _apply(self, fn, *args, **kwargs):
+        like = next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.empty(0))
+        size, new_size = like.itemsize, fn(torch.empty(0, dtype=like.dtype, device=like.device)).itemsize
+        # A base in another precision is still the base that tasks were made for, unless it was rounded and widened again.
+        keeps = not self.train_base and not (self._is_rounded and new_size > size)
+        known = self.fingerprint() if keeps and new_size != size else None
+        super()._apply(fn, *args, **kwargs)
+        if known is not None:
+            self._fingerprint = (self._versions(), known)
+        self._is_rounded = keeps and (self._is_rounded or new_size < size)
         for place in (*self._units, *self._norms):
             for task in [task for task in place.ready if task is not None]:
                 place.prepare(task)
@@ -360,11 +391,16 @@ class Network(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over name, type, shape and bytes of every tensor of the base, without batch counters."""
-        state = {name: tensor for name, tensor in self.base_state().items() if not name.endswith("num_batches_tracked")}
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in state.values())
+        version = self._versions()
         if self._fingerprint is None or self._fingerprint[0] != version:
-            self._fingerprint = (version, fingerprint(state))
+            self._fingerprint = (version, fingerprint(self._weights()))
         return self._fingerprint[1]
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.base_state().items() if not name.endswith("num_batches_tracked")}
+
+    def _versions(self) -> tuple:
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in self._weights().values())
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -49,6 +49,7 @@ class TaskNorm(Place):
         self.norms = TaskDict()
         self.ready: dict[str | None, nn.Module] = {}
         self._contents: dict[int, tuple] = {}
+        self._always: set[str] = set()
         self._feeder = (feeder,)  # in a tuple, so that it is not registered as a submodule
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -62,8 +63,13 @@ class TaskNorm(Place):
         for task in tasks:
             self.norms[task] = norm.train(self.training)
 
+    def use_always(self, task: str) -> None:
+        """Make ``task`` use its copy whatever the policy says, as a task that was trained under another policy does."""
+        self._always.add(task)
+
     def remove_task(self, task: str) -> None:
         self.ready.pop(task, None)
+        self._always.discard(task)
         if task in self.norms:
             del self.norms[task]
 
@@ -93,7 +99,7 @@ class TaskNorm(Place):
     def active(self, task: str | None) -> nn.Module | None:
         """Return the task's copy if it is in use, else ``None``."""
         norm = self.norms.get(task)
-        if task is None or norm is None or self.policy == "task" or self._feeder[0] is None:
+        if task is None or norm is None or self.policy == "task" or task in self._always or self._feeder[0] is None:
             return norm
         return norm if self._feeder[0].gates[task].decide().uses_delta else None
 

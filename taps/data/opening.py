@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from taps.data.classification.folders import find_tasks
-from taps.data.classification.images import Preprocessing, TaskData
+from taps.data.classification.images import TaskData
 from taps.data.generated.demo import make_demo, read_demo
-from taps.networks.backbones import create_backbone, needs_image_size, preprocessing
+from taps.networks.backbones import create_backbone, needs_image_size
+from taps.networks.preprocessing import Preprocessing, of_network
 from taps.settings.adaptation import AdaptationSettings
 from taps.settings.multi_task import MultiTaskSettings
 
@@ -29,9 +30,11 @@ def make_base(options: AdaptationSettings | MultiTaskSettings, path: Path | None
     torch.manual_seed(options.seed)
     size = {"img_size": options.input_size} if needs_image_size(options.model_type, options.input_size) else {}
     path = path or options.model_path or None
-    return create_backbone(options.model_type, pretrained=options.pretrained, path=path, **size)
+    net = create_backbone(options.model_type, pretrained=options.pretrained, path=path, **size)
+    net.taps_origin["seed"] = options.seed
+    return net
 
 
 def make_preprocessing(options: AdaptationSettings | MultiTaskSettings, net: torch.nn.Module) -> Preprocessing:
     """Preprocessing with the options' input size and the mean, std and interpolation of the backbone's training."""
-    return Preprocessing(input_size=options.input_size, resize=options.resize, **preprocessing(net))
+    return Preprocessing(input_size=options.input_size, resize=options.resize, **of_network(net))

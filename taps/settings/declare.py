@@ -11,6 +11,7 @@ import difflib
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,46 @@ def check_values(settings: object) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and suggest the nearest option."""
+    """A parser whose errors are one line and suggest the nearest option; :meth:`accept_config` adds ``--config``."""
+
+    takes_config = False
+
+    def accept_config(self) -> None:
+        """Accept ``--config FILE``, a YAML file with values of this parser's arguments, over which the command line wins."""
+        self.takes_config = True
+        self.add_argument("--config", metavar="FILE", help="a YAML file of these settings; the command line wins")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # also called by subparsers
+        values: dict[str, Any] = {}
+        if self.takes_config:
+            finder = Parser(add_help=False, allow_abbrev=False)
+            finder.add_argument("--config")
+            path = argparse.ArgumentParser.parse_known_args(finder, args)[0].config
+            values = {} if path is None else self._use_as_defaults(Path(path))
+        given, rest = super().parse_known_args(args, namespace)
+        beaten = [name for name, value in values.items() if getattr(given, name) != value]
+        if beaten:
+            warnings.warn(f"the command line wins over {given.config}: {', '.join(beaten)}", stacklevel=2)
+        return given, rest
+
+    def _use_as_defaults(self, path: Path) -> dict[str, Any]:
+        """Make the values in a file the defaults, checked like those of the command line."""
+        actions = {one.dest: one for one in self._actions if one.dest not in ("help", "config")}
+        values, lines = _read_yaml(path)
+        for name, value in values.items():
+            if name not in actions:
+                raise unknown(f"setting in {path}, line {lines.get(name, 1)}:", name, actions)
+            action = actions[name]
+            try:
+                values[name] = _as_typed(action, value)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                wanted = {int: f"{value!r} is not a whole number", float: f"{value!r} is not a number"}
+                message = wanted.get(action.type, error)  # type: ignore[call-overload]
+                raise UserError(f"{path}, line {lines[name]}: {name}: {message}") from None
+            action.default, action.required = values[name], False
+            if not action.option_strings:
+                action.nargs = "*" if action.nargs == "+" else "?"
+        return values
 
     def error(self, message: str) -> None:  # type: ignore[override]
         match = re.search(r"unrecognized arguments: (-\S+)", message)
@@ -228,6 +268,23 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(given, self._option_string_actions, n=1)
             message = f"unknown option {given}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         self.exit(2, f"error: {message}\n")
+
+
+def _as_typed(action: argparse.Action, value: Any) -> Any:
+    """Return a value of a file as the command line's argument would have it."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not true or false")
+        return value
+    convert = action.type if callable(action.type) else str
+    if action.nargs is None:
+        if isinstance(value, (list, dict, bool)):
+            raise ValueError(f"{value!r} is not a single value")
+        return convert(str(value))
+    found = [convert(str(one)) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(action.nargs, int) and len(found) != action.nargs:
+        raise ValueError(f"{value!r} are not {action.nargs} values")
+    return found
 
 
 class _Given(argparse.Action):
@@ -271,7 +328,9 @@ def _add(group, field: dataclasses.Field, presets: Mapping[str, Mapping[str, Any
     declared: Declaration = field.metadata["setting"]
     text = " ".join(filter(None, [declared.help, _default_text(field, declared, presets)])).replace("%", "%%")
     if is_positional:
-        group.add_argument(field.name, help=text)
+        metavar = declared.metavar or field.name.upper()
+        nargs = "*" if declared.nargs == "+" else "?"  # the file of --config may hold it instead
+        group.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text)
         return
     names = [f"--{field.name}", *declared.aliases]
     if declared.kind is bool:
@@ -295,7 +354,7 @@ def _default_text(field: dataclasses.Field, declared: Declaration, presets: Mapp
     parts = []
     if declared.shown:
         parts.append(f"default: {declared.shown}")
-    elif default not in (None, False) or (default is False and declared.negatable):
+    elif default not in (None, False, "", []) or (default is False and declared.negatable):
         parts.append(f"default: {_shown(default)}")
     for name, values in presets.items():
         value = values.get(field.name)
@@ -326,17 +385,8 @@ def as_yaml(settings: Settings) -> str:
     return yaml.safe_dump({name: v for name, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True)
 
 
-def read_config(kind: type[Settings], path: Path, ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """Read the settings in a YAML or JSON file.
-
-    Args:
-        kind: the program's settings class.
-        path: the file.
-        ignored: entries that are not settings but may be present.
-
-    Raises:
-        UserError: if the file cannot be read, names an unknown setting, or holds a value that is not allowed; with the line.
-    """
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the settings in a file, and the line of each."""
     import yaml
 
     try:
@@ -351,6 +401,29 @@ def read_config(kind: type[Settings], path: Path, ignored: Sequence[str] = ()) -
         if key.value in lines:
             raise UserError(f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice")
         lines[key.value] = key.start_mark.line + 1
+    return {str(name): value for name, value in values.items()}, lines
+
+
+def read_config(
+    kind: type[Settings],
+    path: Path,
+    ignored: Sequence[str] = (),
+    rest: dict[str, Any] | None = None,
+    others: Sequence[type[Settings]] = (),
+) -> dict[str, Any]:
+    """Read the settings in a YAML or JSON file.
+
+    Args:
+        kind: the program's settings class.
+        path: the file.
+        ignored: entries that are not settings but may be present.
+        rest: receives the settings in the file that only ``others`` declare; ``None`` refuses them.
+        others: settings classes of other programs.
+
+    Raises:
+        UserError: if the file cannot be read, names an unknown setting, or holds a value that is not allowed; with the line.
+    """
+    values, lines = _read_yaml(path)
     known, found = declarations(kind), {}
     for name, value in values.items():
         if name in known:
@@ -359,6 +432,8 @@ def read_config(kind: type[Settings], path: Path, ignored: Sequence[str] = ()) -
                     found[name] = check(name, value, known[name])
             except ValueError as error:
                 raise UserError(f"{path}, line {lines[name]}: {name}: {error}") from None
+        elif rest is not None and any(name in declarations(other) for other in others):
+            rest[name] = value
         elif name not in ignored:
-            raise unknown(f"setting in {path}, line {lines.get(str(name), 1)}:", str(name), known)
+            raise unknown(f"setting in {path}, line {lines.get(name, 1)}:", name, known)
     return found

@@ -166,6 +166,27 @@ class RunFolder:
         return summary
 
 
+def base_origin(path: Path, name: str) -> dict:
+    """Return how the base of a run's tasks was made, from its settings, or from the network's name if there are none.
+
+    For tasks whose own files do not say it, those of versions before 0.11.
+    """
+    settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
+    file = settings.get("model_path")
+    weights = "file" if file else "pretrained" if settings.get("pretrained", True) else "random"
+    origin = {"model": settings.get("model_type", name), "weights": weights, "file": file}
+    origin.update(seed=settings.get("seed"), input_size=settings.get("input_size"))
+    return {**origin, "path": file} if file and Path(file).is_file() else origin
+
+
+def image_settings(path: Path) -> dict | None:
+    """Return a run's ``input_size``, ``resize`` and ``cropped``, or ``None`` if the folder says nothing of them."""
+    settings = read_json(path / "settings.json") if (path / "settings.json").is_file() else {}
+    sizes = {name: settings.get(name) for name in ("input_size", "resize")}
+    whole = all(isinstance(size, int) for size in sizes.values())
+    return {**sizes, "cropped": bool(settings.get("cropped"))} if whole else None
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run, as read from its folder.

@@ -19,31 +19,56 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from taps.core.accounting import accounting
-from taps.core.network import Network
+from taps.core.gate import ConstantGate
+from taps.core.method import Method
+from taps.core.network import Network, Origin
 from taps.core.norm import TaskNorm, norm_tensors
+from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.storage.encoding import ENCODINGS, EncodedDelta, encode, encode_as, is_sparse
 from taps.storage.files import read_json, read_tensors, write_json, write_tensors
 
 FORMAT = 1
+#: entries of task.json that follow from the model; all others are about the task
+STRUCTURE = (
+    "format", "task", "method", "options", "norm", "layers", "base", "head", "bytes", "accounting", "norms", "policy",
+    "units", "max_error", "encodings", "compact",
+)  # fmt: skip
+#: returns the method of a name, or ``None``
+FindMethod = Callable[[str], Method | None]
+
+
+def origin(model: Network, task: str) -> Origin:
+    """Return the method that a task was trained with."""
+    units = tuple(unit.name for unit in model.units)
+    own = Origin(model.method.name, model.options, model.norm, model.layers, units)
+    return model.origins.get(task, own)
 
 
 def save(
-    model: Network, task: str, folder: Path, about: dict, max_error: float | None = None, compact: bool = False
+    model: Network,
+    task: str,
+    folder: Path,
+    about: dict,
+    max_error: float | None = None,
+    compact: bool = False,
+    base: dict | None = None,
 ) -> Path:
     """Write one task; see :meth:`taps.task_model.TaskModel.save_task`."""
     if max_error is not None and not (isinstance(max_error, (int, float)) and 0 <= max_error < 1):
         raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, str] = {}
-    for unit in model.units:
+    made = origin(model, task)
+    units = [unit for unit in model.units if unit.name in made.units]
+    for unit in units:
         if task in unit.deltas and unit.gates[task].decide().uses_delta:
             deltas = unit.deltas[task]
             for name in unit.parameter_names:
@@ -54,7 +79,7 @@ def save(
                 tensors[key] = deltas[name] if encoded is None else encoded.data
                 encodings.update({} if encoded is None else {key: encoded.name})
     norms = [norm for norm in model.task_norms if norm.active(task) is not None]
-    tensors.update(non_delta_tensors(model, task, norms, compact))
+    tensors.update(non_delta_tensors(model, task, norms, compact, units))
     head = model.heads[task]
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -72,21 +97,22 @@ def save(
         {
             "format": FORMAT,
             "task": task,
-            "method": model.method.name,
-            "options": model.options,
-            "norm": model.norm,
-            "layers": model.layers,
+            "method": made.method,
+            "options": made.options,
+            "norm": made.norm,
+            "layers": made.layers,
             "base": {
                 "name": model.base_name,
                 "fingerprint": model.fingerprint(),
                 "parameters": model.base_parameters,
+                **(base or {}),
             },
             "head": {"type": type(head).__name__, "linear": linear},
             "bytes": (folder / "task.safetensors").stat().st_size,
             "accounting": accounting(model, task),
             "norms": [norm.name for norm in norms],
             "policy": model.policies.get(task),
-            "units": model.report(task),
+            "units": [row for row in model.report(task) if row["name"] in made.units],
             **({"max_error": max_error} if max_error is not None else {}),
             **({"encodings": encodings} if encodings else {}),
             **({"compact": True} if compact else {}),
@@ -96,14 +122,17 @@ def save(
     return folder
 
 
-def non_delta_tensors(model: Network, task: str, norms: Sequence[TaskNorm], compact: bool) -> dict[str, Tensor]:
+def non_delta_tensors(
+    model: Network, task: str, norms: Sequence[TaskNorm], compact: bool, units: Sequence[GatedUnit] | None = None
+) -> dict[str, Tensor]:
     """Return the contents of a task's file besides deltas: its gates, its copies of these norms and its head."""
     states = [
         compact_norm(norm.norms[task], norm.base) if compact else norm_tensors(norm.norms[task]) for norm in norms
     ]
     small = _pack("norm", states)
     small.update((f"head/{name}", tensor) for name, tensor in model.heads[task].state_dict().items())
-    tensors = _pack("gate", [unit.gates[task].state_dict() for unit in model.units])
+    gates = [unit.gates[task] for unit in (model.units if units is None else units)]
+    tensors = _pack("gate", [gate.state_dict() for gate in gates])
     tensors.update(
         (key, tensor.half() if compact and tensor.is_floating_point() else tensor) for key, tensor in small.items()
     )
@@ -200,12 +229,12 @@ def read_description(folder: Path) -> dict:
     return description
 
 
-def load(model: Network, folder: Path, task: str, head: nn.Module | None, trainable: bool) -> str:
-    """Read one task; see :meth:`taps.task_model.TaskModel.load_task`."""
+def load(model: Network, folder: Path, task: str, head: nn.Module | None, trainable: bool, find: FindMethod) -> dict:
+    """Read one task and return its description; see :meth:`taps.task_model.TaskModel.load_task`."""
     description = read_description(folder)
     path = folder / "task.safetensors"
     model.check_new_task(task)
-    check_fits(model, description, folder / "task.json")
+    check_fits(model, description, folder / "task.json", None if trainable else find)
     tensors = read_tensors(path)
     if path.stat().st_size != description["bytes"]:
         raise UserError(
@@ -227,40 +256,74 @@ def load(model: Network, folder: Path, task: str, head: nn.Module | None, traina
             )
         head = nn.Linear(**linear)
     try:
-        _fill(model, task, head, description, tensors, path, trainable)
+        _fill(model, task, head, description, tensors, path, trainable, find(description["method"]) or model.method)
     except BaseException:
         model.forget(task)
         raise
-    return task
+    return description
 
 
-def check_fits(model: Network, description: dict, path: Path) -> None:
-    """Raise a ``UserError`` unless the task was made for the model's base, method, norm policy and options."""
+def check_fits(model: Network, description: dict, path: Path, find: FindMethod | None = None) -> None:
+    """Raise a ``UserError`` unless the task was made for the model's base, method, norm policy and options.
+
+    With ``find``, a task of another method is accepted if the model has the units that its method gates; such a task can be run,
+    though not trained.
+    """
     stored, present = description["base"]["fingerprint"], model.fingerprint()
     if stored != present:
         raise UserError(
             f"{path} was made for another base: {description['base']['name']} with fingerprint {stored[:16]}…, "
             f"this one is {model.base_name} with {present[:16]}…"
         )
+    problem = _difference(model, description)
+    if problem is None:
+        return
+    known = {unit.name: unit.shapes for unit in model.descriptions}
+    missing = [row["name"] for row in description["units"] if row["name"] not in known]
+    method = find(description["method"]) if find is not None else None
+    if method is None or description.get("policy") is not None or model.method.learns_policy or missing:
+        raise UserError(
+            f"{path} was made with {problem}: adapt the base as for that task, with method={description['method']!r}"
+        )
+
+
+def _difference(model: Network, description: dict) -> str | None:
+    """Return how a task's method differs from the model's, or ``None``."""
     for key, value in (("method", model.method.name), ("norm", model.norm), ("layers", model.layers)):
         if description.get(key) != value:
-            raise UserError(
-                f"{path} was made with {key}={description.get(key)!r}, this model has {key}={value!r}: "
-                f"adapt the base with {key}={description.get(key)!r}"
-            )
+            return f"{key}={description.get(key)!r}, this model has {key}={value!r}"
     made = {**model.method.options, **description["options"]}  # options newer than the file: defaults
     if json.loads(json.dumps(made)) != json.loads(json.dumps(model.options)):
-        raise UserError(f"{path} was made with options {description['options']}, this model has {model.options}")
+        return f"options {description['options']}, this model has {model.options}"
+    return None
 
 
 @torch.no_grad()
 def _fill(
-    model: Network, task: str, head: nn.Module, description: dict, tensors: dict, path: Path, trainable: bool
+    model: Network,
+    task: str,
+    head: nn.Module,
+    description: dict,
+    tensors: dict,
+    path: Path,
+    trainable: bool,
+    method: Method,
 ) -> None:
     stored_norms, encodings = set(description["norms"]), description.get("encodings", {})
     compact = description.get("compact", False)
     like = next(model.backbone.parameters())
-    gates = model.make_gates(description.get("policy"))
+    listed = [row["name"] for row in description["units"]]
+    if _difference(model, description) is None:
+        gates = model.make_gates(description.get("policy"))
+    else:
+        options = {**method.options, **description["options"]}
+        gates = [
+            method.gate(unit, **options) if unit.name in listed else ConstantGate(specific=0.0)
+            for unit in model.descriptions
+        ]
+        model.origins[task] = Origin(
+            method.name, options, description["norm"], description.get("layers"), tuple(listed)
+        )
     for unit, unit_description, gate in zip(model.units, model.descriptions, gates, strict=True):
         used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
         values, encoded = {}, {}
@@ -295,8 +358,11 @@ def _fill(
             norm.add_task(task, always=norm.name in stored_norms)
         if norm.name in stored_norms:
             norms.append(norm)
+            if not trainable:
+                norm.use_always(task)
     model.heads[task] = head.to(like.device, like.dtype).train(model.training)
-    _unpack("gate", tensors, [unit.gates[task].state_dict() for unit in model.units], path)
+    by_name = {unit.name: unit for unit in model.units}
+    _unpack("gate", tensors, [by_name[name].gates[task].state_dict() for name in listed], path)
     _unpack("norm", tensors, [_stored_norm(norm, task, compact) for norm in norms], path)
     for unit in model.units:
         if task not in unit.deltas and unit.gates[task].decide().uses_delta:

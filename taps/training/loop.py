@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -62,7 +63,7 @@ class Progress:
     started: int = 0
 
 
-def fit(
+def run_phases(
     model: TaskModel,
     task: str | Sequence[str],
     loader: DataLoader | Mapping[str, DataLoader],
@@ -150,7 +151,7 @@ def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[st
 
 
 class _Run:
-    """The state of a training run and the steps that change it, used by :func:`fit`."""
+    """The state of a training run and the steps that change it, used by :func:`run_phases`."""
 
     def __init__(
         self,
@@ -257,7 +258,8 @@ class _Run:
         if self.progress.batch == 0:
             torch.manual_seed(mix_seed(self.recipe.seed, done, self.accelerator.process_index))
         else:
-            rest = self.accelerator.skip_first_batches(loader, self.progress.batch)
+            skip = getattr(loader, "skipping", partial(self.accelerator.skip_first_batches, loader))
+            rest = skip(self.progress.batch)
             checkpoint.set_random_state(self.random_state or {})
         quiet = None if self.accelerator.is_main_process else True
         options = {"total": self.batches, "initial": self.progress.batch, "disable": quiet, "leave": False}

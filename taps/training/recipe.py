@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,7 @@ class Recipe(Optimization, Schedule):
         plan: the phases; ``None`` for those of the model's method.
         others: recipes of further optimisers by name, for phases that name them.
         save_epochs: write the checkpoint every ``save_epochs`` epochs, and whenever an epoch is the best so far.
+        make_optimizer: function from parameter groups to the optimiser, instead of ``optimizer``.
         channels_last: keep images and the weights of image convolutions in the memory order that is fastest on CPUs and CUDA.
 
     Raises:
@@ -60,6 +61,7 @@ class Recipe(Optimization, Schedule):
     plan: tuple[Phase, ...] | None = None
     others: Mapping[str, Recipe] = field(default_factory=dict)
     save_epochs: int = setting(1, "", int, low=1)
+    make_optimizer: Callable[[list[dict]], torch.optim.Optimizer] | None = None
     channels_last: bool = True
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ def make_optimizer(
         for chosen, decay in ((others, decays), (vectors, 0.0)):
             if chosen:
                 groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role})
+    if recipe.make_optimizer is not None:
+        return recipe.make_optimizer(groups)
     if recipe.optimizer in ("sgd", "nag"):
         nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)

@@ -15,7 +15,7 @@ from taps.stop_signals import StopSignals
 from taps.storage import checkpoint
 from taps.storage.run_folder import RunFolder
 from taps.task_model import TaskModel
-from taps.training.loop import Criterion, Progress, Sampler, fit
+from taps.training.loop import Criterion, Progress, Sampler, run_phases
 from taps.training.recipe import Recipe
 
 
@@ -29,11 +29,11 @@ class Stage:
         streams: loader and sampler of each stream of batches that the recipe's phases name.
         recipe: how to train.
         criterion: mean loss of a batch from outputs and labels, one for all tasks or one per task.
-        validate: as in :func:`taps.training.loop.fit`.
+        validate: as in :func:`taps.training.loop.run_phases`.
         report: called after each epoch, in the first process, with one row of numbers per task and whether it is the best so far.
         keep: called after each epoch that is the best so far, to save its result.
         folder: holds the metrics and the checkpoint, from which the stage continues if there is one; ``None``: nothing is kept.
-        fork: as in :func:`taps.training.loop.fit`.
+        fork: as in :func:`taps.training.loop.run_phases`.
     """
 
     model: TaskModel
@@ -67,7 +67,7 @@ class Stage:
             if is_best:
                 self.keep(rows)
 
-        return fit(
+        return run_phases(
             self.model,
             tasks[0] if len(tasks) == 1 else tasks,
             {name: loader for name, (loader, _) in self.streams.items()},

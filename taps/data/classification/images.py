@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
-from torchvision.transforms.functional import InterpolationMode
 from tqdm import tqdm
 
 from taps.data.seeded import mix_seed, planned_loader
 from taps.errors import UserError
+from taps.networks.preprocessing import to_rgb
 
 #: file name endings of images
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -53,42 +53,6 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """Preprocessing of images for a backbone.
-
-    Attributes:
-        input_size: side of the square input in pixels.
-        resize: length of the shorter side in pixels before the centre crop in evaluation.
-        mean, std: per RGB channel in 0..1, as in the backbone's training.
-        interpolation: ``"bilinear"`` or ``"bicubic"``.
-    """
-
-    input_size: int = 224
-    resize: int = 256
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"
-
-    def transform(self, train: bool, stretch: bool = False, flip: bool = True) -> v2.Compose:
-        """The transform from a PIL image to a (3, input_size, input_size) float tensor.
-
-        For training it is a random resized crop and a horizontal flip, for evaluation a centre crop; with ``stretch`` both
-        use the whole image.
-        """
-        mode = InterpolationMode(self.interpolation)
-        size = (self.input_size, self.input_size)
-        if stretch:
-            geometry = [v2.Resize(size, mode, antialias=True)]
-        elif train:
-            geometry = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True)]
-        else:
-            geometry = [v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
-        mirror = [v2.RandomHorizontalFlip()] if train and flip else []
-        normalize = v2.Normalize(list(self.mean), list(self.std))
-        return v2.Compose([*geometry, *mirror, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalize])
-
-
 def read_image(path: str) -> Image.Image:
     """An image as RGB.
 
@@ -99,12 +63,14 @@ def read_image(path: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not concern the pixels
             with Image.open(path) as image:
-                has_alpha = image.mode == "P" and "transparency" in image.info
-                return (image.convert("RGBA") if has_alpha else image).convert("RGB")
+                image.load()
+                return to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(repr(path), "the file")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image of a known format"
         raise UserError(f"image {path} cannot be read ({reason}); remove it, or use --skip_bad_images") from None
 
 

@@ -1,0 +1,92 @@
+"""Preprocessing of images for a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.functional import InterpolationMode
+
+from taps.errors import UserError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Preprocessing of images for a backbone.
+
+    Attributes:
+        input_size: side of the square input in pixels.
+        resize: length of the shorter side in pixels before the centre crop in evaluation.
+        mean, std: per RGB channel in 0..1, as in the backbone's training.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+    """
+
+    input_size: int = 224
+    resize: int = 256
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    def transform(self, train: bool, stretch: bool = False, flip: bool = True) -> v2.Compose:
+        """The transform from a PIL image to a (3, input_size, input_size) float tensor.
+
+        For training it is a random resized crop and a horizontal flip, for evaluation a centre crop; with ``stretch`` both
+        use the whole image.
+        """
+        mode = InterpolationMode(self.interpolation)
+        size = (self.input_size, self.input_size)
+        if stretch:
+            geometry = [v2.Resize(size, mode, antialias=True)]
+        elif train:
+            geometry = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True)]
+        else:
+            geometry = [v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
+        mirror = [v2.RandomHorizontalFlip()] if train and flip else []
+        normalize = v2.Normalize(list(self.mean), list(self.std))
+        return v2.Compose(
+            [to_rgb, *geometry, *mirror, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalize]
+        )
+
+    def describe(self, stretch: bool = False) -> dict:
+        """Return the values that :func:`stored_transform` needs, as ``task.json`` holds them."""
+        return {**asdict(self), "crop": "stretch" if stretch else "center"}
+
+
+def stored_transform(stored: Mapping) -> v2.Compose:
+    """Return the evaluation transform that :meth:`Preprocessing.describe` describes.
+
+    Raises:
+        UserError: if an entry is missing or out of range.
+    """
+    try:
+        prepare = Preprocessing(
+            input_size=int(stored["input_size"]),
+            resize=int(stored["resize"]),
+            mean=tuple(map(float, stored["mean"])),
+            std=tuple(map(float, stored["std"])),
+            interpolation=str(stored["interpolation"]),
+        )
+        if len(prepare.mean) != 3 or len(prepare.std) != 3 or prepare.input_size < 1 or prepare.resize < 1:
+            raise ValueError("sizes are above 0, and mean and std have three values")
+        return prepare.transform(False, stretch={"stretch": True, "center": False}[stored["crop"]])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the stored preprocessing is damaged: {type(error).__name__}: {error}") from None
+
+
+def of_network(net: nn.Module) -> dict:
+    """Preprocessing that the weights were trained with: ``mean`` and ``std`` of RGB in 0..1, and ``interpolation``."""
+    config = timm.data.resolve_data_config({}, model=net)
+    return {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "interpolation": config["interpolation"]}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB."""
+    if image.mode == "RGB":
+        return image
+    has_alpha = image.mode == "P" and "transparency" in image.info
+    return (image.convert("RGBA") if has_alpha else image).convert("RGB")

@@ -1,0 +1,27 @@
+"""Settings of ``taps predict``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from taps.settings.declare import Settings, setting
+
+
+@dataclass(frozen=True)
+class PredictSettings(Settings):
+    """Settings of ``taps predict``."""
+
+    title: ClassVar[str] = "predict"
+    folder: str = setting("", "a task's folder, a folder that holds several such as results/demo, or hf-hub:user/repository")
+    images: list[str] = setting([], "image files, folders of images, or patterns such as 'photos/*.jpg'", nargs="+", metavar="IMAGE")
+    config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
+    tasks: list[str] | None = setting(None, "tasks to run; all of them run in one pass", nargs="+", metavar="NAME", shown="all")
+    top: int = setting(5, "number of classes to show", int, low=1, metavar="N")
+    json: bool = setting(False, "print a JSON array with one object per image", bool)
+    csv: bool = setting(False, "print CSV with one row per image, task and class", bool)
+    base: str | None = setting(None, "weights of the base, if the task's files do not say where they are", metavar="FILE")
+    batch_size: int = setting(32, "images per batch", int, low=1, metavar="N")
+    workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images, if there are many", int, low=0, metavar="N", shown="the number of processors, at most 8")
+    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))

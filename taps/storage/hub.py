@@ -1,0 +1,142 @@
+"""Tasks on the Hugging Face hub: a repository holds the files of one task, or folders of several, and a model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from taps.core.accounting import is_tuned
+from taps.errors import UserError
+from taps.storage.files import write_text
+from taps.storage.task_file import read_description
+
+PREFIX = "hf-hub:"
+_TIMEOUT = 5.0  # seconds
+_FILES = ("task.json", "task.safetensors", "base.safetensors")
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@contextmanager
+def cache_if_unreachable() -> Iterator[None]:
+    """Use only the cache if the hub does not answer. Its client would retry for a minute, which no time-out of it shortens."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+    except Exception:  # the exceptions depend on the version's HTTP library
+        return False
+    return True
+
+
+def download(repository: str) -> Path:
+    """Return the local folder with a repository's task files, downloaded unless they are cached.
+
+    Args:
+        repository: ``"user/name"`` or ``"user/name@revision"``, with or without ``hf-hub:`` before it.
+
+    Raises:
+        UserError: if the name is not one, or the files are neither cached nor can be downloaded.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    name, _, revision = repository.removeprefix(PREFIX).partition("@")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{repository!r} is not hf-hub:user/repository")
+    patterns = [*_FILES, *(f"*/{file}" for file in _FILES)]
+    with cache_if_unreachable():
+        try:
+            return Path(
+                snapshot_download(name, revision=revision or None, allow_patterns=patterns, endpoint=constants.ENDPOINT)
+            )
+        except Exception as error:  # the client, the network and a damaged cache raise almost anything
+            reason = "the hub does not answer" if constants.HF_HUB_OFFLINE else _line(error)
+            raise UserError(f"{PREFIX}{name} is neither cached nor can it be downloaded: {reason}") from None
+
+
+def upload(folder: Path, repository: str, private: bool = False, message: str | None = None) -> str:
+    """Upload a task's files and its model card, and return the repository's address.
+
+    Raises:
+        UserError: if the hub does not answer, or refuses.
+    """
+    from huggingface_hub import HfApi, constants
+
+    name = repository.removeprefix(PREFIX)
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{repository!r} is not user/repository")
+    task = read_description(folder)["task"]
+    write_text(folder / "README.md", model_card(read_description(folder), name))
+    if not _answers():
+        raise UserError(f"{name} is not uploaded: the hub does not answer at {constants.ENDPOINT}")
+    api = HfApi(endpoint=constants.ENDPOINT)
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=["README.md", *_FILES],
+            commit_message=message or f"Task {task}",
+        )
+    except Exception as error:  # as above
+        raise UserError(f"{name} is not uploaded: {_line(error)}") from None
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def model_card(description: dict, repository: str) -> str:
+    """Return a model card in Markdown from the contents of a ``task.json``."""
+    base, account, classes = description["base"], description["accounting"], description.get("classes") or []
+    accuracy, images = description.get("accuracy"), (description.get("provenance") or {}).get("images", {})
+    tuned = [row["name"] for row in description["units"] if is_tuned(row)]
+    architecture = base.get("model", base["name"])
+    rows = {
+        "base": f"`{architecture}`, fingerprint `{base['fingerprint'][:16]}`",
+        "method": f"`{description['method']}`, norms `{description['norm']}`",
+        "test accuracy": "not tested" if accuracy is None else f"{accuracy:.2f} %",
+        "classes": f"{len(classes)}: {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''}" if classes else "–",
+        "images": ", ".join(f"{count} {split}" for split, count in images.items()) or "–",
+        "size": f"{description['bytes']:,} bytes, {100 * description['bytes'] / (4 * base['parameters']):.1f} % of the base",
+        "tuned layers": f"{account['tuned_units']} of {account['units']}",
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    return f"""---
+library_name: taps
+pipeline_tag: image-classification
+base_model: timm/{architecture}
+tags: [taps, timm, image-classification]
+---
+# {description["task"]}
+
+A task for `{architecture}`: small weights of its own in {len(tuned)} layers, on top of the shared base.
+
+```python
+import taps
+from PIL import Image
+
+model = taps.load("{PREFIX}{repository}")
+image = model.transform("{description["task"]}")(Image.open("photo.jpg"))
+probabilities = model(image[None], task="{description["task"]}").softmax(1)
+```
+
+|  |  |
+|---|---|
+{table}
+"""
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,300 @@
+"""``taps.fit``: training of one task on a user's own batches."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from taps.core.execution import evaluating
+from taps.data.seeded import mix_seed
+from taps.errors import UserError, unknown
+from taps.networks.preprocessing import Preprocessing
+from taps.storage.run_folder import RunFolder
+from taps.task_model import TaskModel
+from taps.training.loop import Criterion
+from taps.training.recipe import Recipe
+from taps.training.stage import Stage
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a training run did.
+
+    Attributes:
+        task: name of the task.
+        rows: one dict per epoch: ``epoch``, ``phase``, ``train_loss``, ``train_error`` (%), ``lr``, ``tuned_layers`` (0..1),
+            ``seconds``, and with validation data ``val_error`` (%) or ``val_loss``.
+        best_epoch: the epoch that the model holds, 1-based.
+        folder: the task's files, or ``None``.
+    """
+
+    task: str
+    rows: tuple[dict, ...]
+    best_epoch: int
+    folder: Path | None
+
+    def curve(self, name: str) -> list:
+        """Return one number of every epoch, e.g. ``curve("val_error")``."""
+        if name not in self.rows[0]:
+            raise unknown("number", name, self.rows[0])
+        return [row.get(name) for row in self.rows]
+
+
+def fit(
+    model: TaskModel,
+    task: str,
+    train_loader: Iterable,
+    val_loader: Iterable | None = None,
+    *,
+    epochs: int = 30,
+    lam: float = 1.0,
+    budget: int | str | None = None,
+    criterion: Criterion = nn.functional.cross_entropy,
+    optimizer: str | Callable[[list[dict]], torch.optim.Optimizer] = "sgd",
+    folder: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    classes: list[str] | None = None,
+    preprocessing: Preprocessing | Mapping | None = None,
+    report: Callable[[dict, bool], None] | None = None,
+    accelerator: Accelerator | None = None,
+    **recipe,
+) -> Record:
+    """Train one task of a model on batches of (inputs, labels), with the loop of the commands.
+
+    After training, the task is frozen in the model, in the state of its best epoch on ``val_loader`` or else of its last epoch,
+    and the model is in evaluation mode.
+
+    Args:
+        model: a model whose base is frozen, with the task added.
+        task: the task's name.
+        train_loader: any iterable with a length, such as a ``DataLoader``, of pairs (inputs, labels).
+        val_loader: the same for validation; the best epoch is the one with the highest accuracy, or if the labels are no classes
+            with the lowest loss.
+        epochs: number of passes over ``train_loader``.
+        lam: weight λ of the sparsity penalty.
+        budget: instead of ``lam``, the size of the task's file (``"3%"`` of the base, ``"600KB"``), for a model with
+            ``method="taps_budget"``.
+        criterion: mean loss of a batch from outputs and labels.
+        optimizer: ``"sgd"``, ``"nag"``, ``"adam"``, ``"adamw"``, or a function from parameter groups (dicts with ``params``,
+            ``lr`` and ``weight_decay``) to an optimiser.
+        folder: receives the task's files, the epochs' numbers and the checkpoint; ``None``: nothing is kept.
+        resume: continue the run in ``folder`` from its checkpoint, or start it if there is none.
+        overwrite: replace an earlier run in ``folder``.
+        classes: class names in the order of the outputs; by default those of ``train_loader.dataset``, if it has any.
+        preprocessing: how images become inputs, for :meth:`taps.task_model.TaskModel.transform`; by default the size of the
+            training images with the normalisation of the base's weights.
+        report: called after each epoch with its numbers and whether it is the best so far.
+        accelerator: devices and precision; by default a GPU if there is one.
+        **recipe: further fields of :class:`taps.training.recipe.Recipe`: ``lr=0.01``, ``momentum``, ``wd``, ``score_lr``,
+            ``warmup_epochs``, ``settle_epochs``, ``accumulate``, ``limit_batches``, ``seed``, …
+
+    Returns:
+        The numbers of every epoch.
+
+    Raises:
+        UserError: for an unknown task or option, a loader that is empty or yields anything but pairs, or labels out of range.
+        DivergedError: if the loss is no longer finite.
+    """
+    model.check_task(task)
+    for name in recipe:
+        if name not in {field.name for field in fields(Recipe)}:
+            raise unknown("option of taps.fit", name, [field.name for field in fields(Recipe)])
+    if model.train_base:
+        raise UserError(
+            "taps.fit trains one task on a frozen base; adapt it with train_base=False, or use train_joint.py"
+        )
+    if budget is not None and model.method.budget is None:
+        raise UserError(f"budget= is not for method {model.method.name!r}: adapt the base with method='taps_budget'")
+    if budget is None:
+        budget = model.method.budget
+    if callable(optimizer):
+        recipe["make_optimizer"], optimizer = optimizer, "sgd"
+    plan = Recipe(epochs=epochs, lam=lam, budget=budget, optimizer=optimizer, **recipe)
+    accelerator = accelerator or Accelerator()
+    outputs = getattr(model.heads[task], "out_features", None)
+    train = UserLoader(train_loader, "train_loader", task, outputs, plan.seed, accelerator)
+    validation = None
+    if val_loader is not None:
+        validation = UserLoader(val_loader, "val_loader", task, outputs, plan.seed, accelerator)
+    model.describe_task(task, **_description(model, task, train_loader, train, outputs, classes, preprocessing))
+    taken = folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir())
+    if taken and not (resume or overwrite):
+        raise UserError(
+            f"{folder} exists: give resume=True to continue that run, overwrite=True to replace it, or another folder"
+        )
+    with nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
+        settings = {"task": task, "program": "taps.fit", "method": model.method.name, **_plain(plan)}
+        run = RunFolder.open(Path(place), settings, resume, overwrite)
+        rows: list[dict] = []
+
+        def validate() -> tuple[dict[str, dict], float]:
+            name, value = evaluate_loss_or_error(model, task, validation, criterion, accelerator)
+            return {task: {name: value}}, -value
+
+        def keep(best: list[dict]) -> None:
+            model.save_task(task, run.task_path(task), {"epoch": best[0]["epoch"]}, compact=budget is not None)
+
+        def on_epoch(new: list[dict], is_best: bool) -> None:
+            if report is not None:
+                report(new[0], is_best)
+
+        Stage(
+            model,
+            [task],
+            {"train": (train, train)},
+            plan,
+            criterion=criterion,
+            validate=None if validation is None else validate,
+            report=on_epoch,
+            keep=keep,
+            folder=run,
+        ).train(accelerator)
+        rows = [row for row in run.rows if row["task"] == task]
+        model.remove_task(task)
+        model.load_task(run.task_path(task), name=task)
+        model.to(memory_format=torch.contiguous_format).eval()  # the order of sums of a model loaded from files
+        best = model.about(task)["epoch"]
+        return Record(task, tuple(rows), best, None if folder is None else run.task_path(task))
+
+
+def _plain(recipe: Recipe) -> dict:
+    """Return the values of a recipe that a settings file can hold."""
+    simple = (bool, int, float, str, type(None))
+    return {name: value for name, value in asdict(recipe).items() if isinstance(value, simple)}
+
+
+def _description(model, task, given, train, outputs, classes, preprocessing) -> dict:
+    """Return what ``task.json`` will say about the task's classes and images."""
+    about: dict = {"metric": "accuracy" if isinstance(outputs, int) else None}
+    names = classes if classes is not None else getattr(getattr(given, "dataset", None), "classes", None)
+    if names is not None and len(names) == outputs:
+        about["classes"] = [str(name) for name in names]
+    elif classes is not None:
+        raise UserError(f"task {task!r} has {outputs} outputs, classes= has {len(classes)} names")
+    if isinstance(preprocessing, Preprocessing):
+        about["preprocessing"] = preprocessing.describe()
+    elif preprocessing is not None:
+        about["preprocessing"] = dict(preprocessing)
+    elif model.about(task).get("preprocessing") is None:
+        shape = train.input_shape()
+        if len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]:
+            about["preprocessing"] = model.default_preprocessing(shape[3]).describe()
+    return about
+
+
+@torch.no_grad()
+def evaluate_loss_or_error(
+    model: TaskModel, task: str, loader: UserLoader, criterion: Criterion, accelerator: Accelerator
+) -> tuple[str, float]:
+    """Return ``"val_error"`` in percent if the labels are classes, else ``"val_loss"``, over all samples."""
+    wrong, loss, count = 0.0, 0.0, 0
+    with evaluating(model):
+        for x, labels in loader:
+            with accelerator.autocast():
+                output = model(x, task=task)
+                loss += float(criterion(output, labels)) * len(labels)
+            if is_classification(output, labels):
+                wrong += float((output.argmax(1) != labels).sum())
+            else:
+                wrong = math.nan
+            count += len(labels)
+    return ("val_loss", loss / count) if math.isnan(wrong) else ("val_error", 100.0 * wrong / count)
+
+
+def is_classification(output: object, labels: object) -> bool:
+    """Return whether the labels are class indices, one per row of the output."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(labels, Tensor)
+        and output.dim() == 2
+        and labels.dim() == 1
+        and not labels.is_floating_point()
+    )
+
+
+class UserLoader:
+    """A user's iterable of batches in the form that the loop takes: checked, on the device, and in an order that the epoch decides.
+
+    Random draws of the loader follow the seed and the epoch, so that a run can continue in the middle of an epoch. This covers
+    torch's generator, which ``DataLoader`` and torchvision's transforms use.
+
+    Args:
+        batches: yields pairs (inputs, labels).
+        name: its name in messages.
+        task: the task, for messages.
+        classes: number of classes, or ``None`` if unknown.
+        seed: seed of the run.
+        accelerator: the device, and the division among processes.
+
+    Raises:
+        UserError: if it has no length, or is empty.
+    """
+
+    def __init__(
+        self, batches: Iterable, name: str, task: str, classes: int | None, seed: int, accelerator: Accelerator
+    ) -> None:
+        if iter(batches) is batches:
+            raise UserError(f"{name} can be read only once; give a DataLoader or a list of batches")
+        try:
+            size = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(f"{name} has no length; give a DataLoader over a data set with a length") from None
+        if size == 0:
+            raise UserError(f"{name} is empty: it has no batch for task {task!r}")
+        if accelerator.num_processes > 1 and isinstance(batches, DataLoader):
+            batches = accelerator.prepare_data_loader(batches)
+        self.batches, self.name, self.task, self.classes = batches, name, task, classes
+        self.seed, self.device = seed, accelerator.device
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.skipping(0)
+
+    def skipping(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return an iterator over the batches of the current epoch after the first ``count``, which are read here."""
+        outside = torch.get_rng_state()
+        torch.default_generator.manual_seed(mix_seed(self.seed, self.epoch, 1))
+        batches = iter(self.batches)
+        before = [self._checked(index, batch) for index, batch in enumerate(islice(batches, count + 1))][count:]
+        torch.set_rng_state(outside)
+        return self._rest(before, batches, count)
+
+    def _rest(self, before: list, batches: Iterator, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from before
+        for index, batch in enumerate(batches, start=count + len(before)):
+            yield self._checked(index, batch)
+
+    def _checked(self, index: int, batch: object) -> tuple[Tensor, Tensor]:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+            found = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise UserError(f"{self.name}, batch {index}: expected a pair (inputs, labels) of tensors, found {found}")
+        x, labels = batch
+        if len(x) != len(labels) or not len(x):
+            raise UserError(f"{self.name}, batch {index}: {len(x)} inputs with {len(labels)} labels")
+        if self.classes is not None and labels.dim() == 1 and not labels.is_floating_point():
+            bad = ((labels < 0) | (labels >= self.classes)).nonzero()
+            if len(bad):
+                row = int(bad[0])
+                raise UserError(
+                    f"{self.name}, batch {index}, sample {row}: label {int(labels[row])} of task {self.task!r} is out of "
+                    f"range 0..{self.classes - 1}"
+                )
+        return x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of the first batch's inputs."""
+        return tuple(next(iter(self))[0].shape)
