@@ -281,6 +281,10 @@ def check_fits(model: Network, description: dict, path: Path, find: FindMethod |
     known = {unit.name: unit.shapes for unit in model.descriptions}
     missing = [row["name"] for row in description["units"] if row["name"] not in known]
     method = find(description["method"]) if find is not None else None
+    if method is not None and not description["options"].keys() <= method.options.keys():
+        raise UserError(
+            f"{path} has options {description['options']}, which method {description['method']!r} does not have"
+        )
     if method is None or description.get("policy") is not None or model.method.learns_policy or missing:
         raise UserError(
             f"{path} was made with {problem}: adapt the base as for that task, with method={description['method']!r}"
