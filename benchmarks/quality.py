@@ -359,7 +359,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
 
 def tasks_of(given: argparse.Namespace, seed: int) -> list[TaskData]:
     """Return the tasks with the requested number of training images; ``--tune`` holds back validation images."""
-    tasks = find_tasks(given.dataset, cropped=None) if given.dataset else read_demo(given.demo)
+    tasks = find_tasks(given.dataset) if given.dataset else read_demo(given.demo)
     if given.tune:
         tasks = [split_validation(replace(task, val=None), 0.25, seed) for task in tasks]
     if given.images:

@@ -386,7 +386,6 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--lam", "-1"), "argument --lam: '-1' is not a number of at least 0"),
         (("--epochs", "0"), "argument --epochs: '0' is not a whole number of at least 1"),
         (("--epochs", "two"), "'two' is not a whole number"),
-        (("--batch_size", "4000"), "larger than its 29 training images"),
         (("--model_type", "resnet35"), "did you mean"),
         (("--method", "tabs"), "'tabs' is not one of (did you mean taps?) taps, "),
         (("--lamda", "1"), "unknown option --lamda; did you mean --lam?"),

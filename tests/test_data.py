@@ -5,13 +5,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from taps.data.checks import check
 from taps.data.classification import domainnet
-from taps.data.classification.folders import find_tasks
+from taps.data.classification.folders import Reading, find_tasks
 from taps.data.classification.images import (
     TaskData,
     make_loader,
@@ -48,7 +49,7 @@ def test_cropped_sets_are_stretched(tmp_path):
         for split in ("train", "test"):
             picture(tmp_path / name / split / "a" / "1.png")
     assert {task.name: task.stretch for task in find_tasks([tmp_path])} == {"cubs_cropped": True, "flowers": False}
-    assert all(task.stretch for task in find_tasks([tmp_path], cropped=True))
+    assert all(task.stretch for task in find_tasks([tmp_path], Reading(cropped=True)))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_cropped_sets_are_stretched(tmp_path):
     [
         (lambda root: None, "does not exist"),
         (lambda root: root.mkdir(), "is not a dataset: it needs train/ and test/"),
-        (lambda root: picture(root / "train/a/1.png"), "has no test/ folder"),
+        (lambda root: picture(root / "train/a/1.png"), "leaves none to test on"),
         (lambda root: picture(root / "test/a/1.png"), "has no train/ folder"),
         (lambda root: [(root / s / "a").mkdir(parents=True) for s in ("train", "test")], "train has no images"),
         (
@@ -72,6 +73,179 @@ def test_wrong_folders(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         find_tasks([root])
     assert "\n" not in str(caught.value)
+
+
+def pictures(root: Path, *folders: str, count: int = 10) -> Path:
+    for folder in folders:
+        for number in range(count):
+            picture(root / folder / f"{number}.png")
+    return root
+
+
+def test_a_folder_of_classes_is_divided_by_the_seed(tmp_path):
+    root = pictures(tmp_path / "fruit", "apple", "pear", ".thumbs", "__MACOSX")
+    task = find_tasks([root])[0]
+    assert (task.name, task.classes) == ("fruit", ("apple", "pear"))
+    assert Counter(label for _, label in task.test) == {0: 2, 1: 2}
+    assert len(task.train) == 16
+    assert not set(task.train) & set(task.test)
+    assert task.notes[1:] == ("there is no test/, so 4 images are tested on: 20% of each class, chosen with seed 0",)
+    assert find_tasks([root])[0] == task
+    assert find_tasks([root], Reading(seed=1))[0].test != task.test
+    assert len(find_tasks([root], Reading(test_fraction=0.5))[0].test) == 10
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_without_test_images_the_validation_images_are_tested_on(name, tmp_path):
+    root = pictures(tmp_path / "fruit", "train/apple", "train/pear", f"{name}/apple", f"{name}/pear")
+    task = find_tasks([root])[0]
+    assert len(task.test) == 20
+    assert task.val is None
+    assert task.notes == (f"there is no test/, so {name}/ is tested on, and validation images come from train/",)
+    whole = find_tasks([pictures(root, "test/apple")])[0]
+    assert (len(whole.val), len(whole.test), whole.notes) == (20, 10, ())
+
+
+def test_training_images_alone_are_divided(tmp_path):
+    task = find_tasks([pictures(tmp_path / "fruit", "train/apple", "train/pear")])[0]
+    assert (len(task.train), len(task.test), task.val) == (16, 4, None)
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    root = pictures(tmp_path / "fruit", "train/apple", "train/pear", "test/apple", "test/pear")
+    for hidden in (
+        ".ipynb_checkpoints/a.png",
+        "@eaDir/a.png",
+        "__MACOSX/a.png",
+        ".a.png",
+        "Thumbs.db",
+        "inner/.b/a.png",
+    ):
+        picture(root / "train/apple" / hidden) if hidden != "Thumbs.db" else (root / hidden).write_bytes(b"")
+    (root / "train/pear/folder.png").mkdir()
+    (root / "train/empty").mkdir()
+    task = find_tasks([root])[0]
+    assert len(task.train) == 20
+    assert [note.split(",")[0] for note in task.notes] == [
+        "no class",
+        "5 hidden images are left out",
+    ]
+    assert "empty" in task.notes[0]
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "jp2", "avif", "tga", "bmp", "tiff", "webp"])
+def test_every_format_that_pillow_reads_is_an_image(ending, tmp_path):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        path = tmp_path / "set" / name / f"0.{ending}"
+        path.parent.mkdir(parents=True)
+        kind = {"jfif": "JPEG", "jpe": "JPEG", "jp2": "JPEG2000"}.get(ending)
+        Image.new("RGB", (16, 16), (200, 10, 10)).save(path, kind)
+    task = find_tasks([tmp_path / "set"])[0]
+    assert len(task.train) == 2
+    assert read_image(task.train[0][0]).getpixel((8, 8))[0] > 150
+
+
+def stored(tmp_path: Path, image: Image.Image, ending: str, **options) -> Image.Image:
+    path = tmp_path / f"image.{ending}"
+    image.save(path, **options)
+    return read_image(str(path))
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_scaled(ending, tmp_path):
+    values = np.array([[0, 257, 128 * 257], [65535, 300, 40000]], dtype=np.uint16)
+    image = stored(tmp_path, Image.fromarray(values), ending)
+    expected = np.round(values / 257).astype(np.uint8)
+    assert np.array_equal(np.asarray(image), np.stack([expected] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_range_are_refused(mode, tmp_path):
+    with pytest.raises(ValueError, match=r"image.tiff cannot be read \(pixels of mode . have no range"):
+        stored(tmp_path, Image.new(mode, (4, 4)), "tiff")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(orientation, tmp_path):
+    upright = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3)
+    turns = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+    }
+    turns[8] = "ROTATE_270"
+    kept = upright if orientation == 1 else upright.transpose(getattr(Image.Transpose, turns[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(np.asarray(stored(tmp_path, kept, "png", exif=exif)), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(mode, tmp_path):
+    drawing = Image.new("RGBA", (4, 4), (0, 0, 0, 0))  # black ink on a transparent ground, whose hidden colour is black
+    drawing.putpixel((1, 1), (0, 0, 0, 255))
+    image = stored(tmp_path, drawing.convert(mode) if mode != "P" else drawing.quantize(), "png")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 1)) == (0, 0, 0)
+    half = stored(tmp_path, Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "png")
+    assert half.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_odd_files_are_read_or_named(tmp_path):
+    frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
+    first = stored(tmp_path, frames[0], "gif", save_all=True, append_images=frames[1:])
+    assert first.getpixel((0, 0)) == (255, 0, 0)
+    strip = stored(tmp_path, Image.new("L", (4000, 1), 7), "png")
+    assert Preprocessing(32, 37).transform(False)(strip).shape == (3, 32, 32)
+    (tmp_path / "empty.png").write_bytes(b"")
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (30000, 30000)).save(bomb)
+    whole = tmp_path / "whole.jpg"
+    Image.new("RGB", (64, 64)).save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:300])
+    for name in ("empty.png", "bomb.png", "cut.jpg"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read") as caught:
+            read_image(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_table_is_a_task(tmp_path):
+    pictures(tmp_path / "images", ".", count=20)
+    lines = [f"images/{number}.png , {10 if number % 2 else 9}" for number in range(20)]
+    (tmp_path / "own.csv").write_text("\ufeffpath,label\r\n" + "\r\n".join(lines))
+    task = find_tasks([tmp_path / "own.csv"])[0]
+    assert (task.name, task.classes, len(task.train), len(task.test)) == ("own", ("9", "10"), 16, 4)
+    assert all(Path(path).is_file() for path, _ in task.train)
+    lines = [f"images/{number}.png,x{number % 2},{('train', 'val', 'test')[number % 3]}" for number in range(18)]
+    (tmp_path / "own.csv").write_text("path,label,split\n" + "\n".join(lines))
+    task = find_tasks([tmp_path / "own.csv"])[0]
+    assert (len(task.train), len(task.val), len(task.test), task.notes) == (6, 6, 6, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,1\n", "own.csv has no column 'path'"),
+        ("path,label\na.png\n", "own.csv, line 2: path or label is missing"),
+        ("path,label,split\na.png,1,dev\n", "own.csv, line 2: split 'dev' is not train, val or test"),
+        ("path,label,split\na.png,1,test\n", "own.csv lists no training images"),
+        ("path,label\n", "own.csv lists no training images"),
+    ],
+)
+def test_a_wrong_table_is_one_line(text, message, tmp_path):
+    (tmp_path / "own.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_tasks([tmp_path / "own.csv"])
+
+
+def test_the_digest_of_a_task_does_not_depend_on_its_place(tmp_path):
+    first, second = (pictures(tmp_path / place / "fruit", "apple", "pear") for place in ("a", "b/c"))
+    assert find_tasks([first])[0].digest() == find_tasks([second])[0].digest()
+    (second / "apple/0.png").rename(second / "apple/new.png")
+    assert find_tasks([first])[0].digest() != find_tasks([second])[0].digest()
 
 
 def test_duplicate_names(tree):

@@ -22,7 +22,7 @@ A = TypeVar("A", bound=AdaptationSettings)
 
 _STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
 #: entries of settings.json that are not settings, or are derived from others
-_DERIVED = ("versions", "commit", "command", "resize", "tasks")
+_DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
 
 
 def sequential_parser() -> Parser:

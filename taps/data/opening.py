@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from taps.data.classification.folders import find_tasks
+from taps.data.classification.folders import Reading, find_tasks
 from taps.data.classification.images import TaskData
 from taps.data.generated.demo import make_demo, read_demo
 from taps.networks.backbones import create_backbone, needs_image_size
@@ -19,7 +19,8 @@ from taps.settings.multi_task import MultiTaskSettings
 def read_data(paths: Sequence[str] | None, options: AdaptationSettings | MultiTaskSettings) -> list[TaskData]:
     """The tasks in ``paths``; without paths those of the demo, which are generated if missing."""
     if paths:
-        return find_tasks(paths, cropped=True if options.cropped else None)
+        fraction = getattr(options, "test_fraction", Reading.test_fraction)
+        return find_tasks(paths, Reading(True if options.cropped else None, fraction, options.seed))
     root = Path("datasets/demo")
     make_demo(root)
     return read_demo(root)

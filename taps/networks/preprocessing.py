@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
 from taps.errors import UserError
+
+_ORIENTATION = 0x0112  # EXIF
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,23 @@ def of_network(net: nn.Module) -> dict:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB."""
-    if image.mode == "RGB":
+    """Return an image of any mode as upright RGB: turned as its EXIF entry says, 16 bits scaled to 8, transparent pixels on white.
+
+    Raises:
+        UserError: for floating-point and 32-bit pixels, whose range is unknown.
+    """
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    has_alpha = image.mode == "P" and "transparency" in image.info
-    return (image.convert("RGBA") if has_alpha else image).convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":
+        raise UserError(
+            f"pixels of mode {image.mode} have no range that says what is white; save them with 8 or 16 bits"
+        )
+    if "A" in image.getbands() or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,13 +56,18 @@ def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list
             task, bad = without_bad_images(task, options.workers)
             if bad:
                 accelerator.print(f"{task.name}: {len(bad)} unreadable images are left out, e.g. {bad[0]}")
+        elif task.is_listed:
+            missing = [
+                path for split in (task.train, task.val or (), task.test) for path, _ in split if not isfile(path)
+            ]
+            if missing:
+                raise UserError(
+                    f"task {task.name}: {len(missing)} listed images do not exist, e.g. {missing[0]}; complete the data or "
+                    "use --skip_bad_images"
+                )
         task = split_validation(task, options.val_fraction, options.seed)
         if options.no_flip:
             task = replace(task, flip=False)
-        if options.batch_size > len(task.train):
-            raise UserError(
-                f"task {task.name}: --batch_size {options.batch_size} is larger than its {len(task.train)} training images"
-            )
         if task.name in RESERVED:
             raise UserError(f"a task cannot be named {task.name!r}, which is needed for files; rename its folder")
         if len(task.classes) < 2:
@@ -96,6 +102,11 @@ def score(
     loader = accelerator.prepare_data_loader(loader)
     with evaluating(model):
         return accuracy(model, task.name, loader, accelerator, len(task.classes), options.limit_batches, title)
+
+
+def _digests(tasks: Sequence[TaskData]) -> dict[str, str]:
+    """Return a hash of each task's images by name, by which a resumed run knows its data wherever that lies."""
+    return {task.name: task.digest() for task in tasks}
 
 
 def recipe_of(options: AdaptationSettings) -> Recipe:
@@ -143,7 +154,7 @@ class Experiment:
         fork: Path | None = None,
     ) -> Iterator[Experiment]:
         """Open the results folder and TensorBoard's file for the ``with`` block; ``stages`` as in ``RunFolder.open``."""
-        settings = {**as_dict(options), "tasks": [task.name for task in tasks]}
+        settings = {**as_dict(options), "tasks": [task.name for task in tasks], "data": _digests(tasks)}
         if accelerator.is_main_process:
             folder = run_folder.RunFolder.open(
                 path, settings, options.resume, options.overwrite, stages, as_yaml(options)
@@ -200,7 +211,10 @@ class Experiment:
                 stored = read_tensors(heads / task.name / "task.safetensors")
                 head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
                 model.heads[task.name].load_state_dict(head)
-            kind = {"batch_size": self.options.batch_size, "seed": self.options.seed, "workers": self.options.workers}
+            size = min(self.options.batch_size, len(task.train))
+            if size < self.options.batch_size:
+                self.accelerator.print(f"{task.name}: batches of {size} images, for there are no more")
+            kind = {"batch_size": size, "seed": self.options.seed, "workers": self.options.workers}
             kind["processes"] = self.accelerator.num_processes
             transform = self.prepare.transform(True, task.stretch, task.flip)
             loader, sampler = make_loader(task.train, transform, train=True, **kind)

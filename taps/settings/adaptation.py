@@ -15,12 +15,13 @@ class Data(Settings):
     """The image data."""
 
     title: ClassVar[str] = "data"
-    dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), a folder that holds several, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
+    dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), folders of classes, CSV files with path,label, a folder that holds several of the first, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
     cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped*", bool)
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
     resize: int | None = setting(None, "shorter side of evaluation images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size, 256 for 224")
     no_flip: bool = setting(False, "do not mirror training images", bool)
     val_fraction: float = setting(0.1, "fraction of train used to select the best epoch if there is no val/ folder; 0 selects on the test split, as published", float, low=0, high=0.9, metavar="F")
+    test_fraction: float = setting(0.2, "fraction of each class to test on if the data has no test images", float, low=0, above=True, high=0.9, metavar="F")
     skip_bad_images: bool = setting(False, "check every image first, leave out unreadable ones and report their number", bool)
     workers: int = setting(min(8, os.cpu_count() or 1), "data-loading processes; results do not depend on their number", int, low=0, metavar="N", shown="the number of processors, at most 8")
 

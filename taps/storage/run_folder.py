@@ -126,7 +126,15 @@ class RunFolder:
             raise UserError(
                 f"{self.path} was written by another program ({stored.get('command', ['unknown'])[0]}); resume it with that one"
             )
-        other = [key for key in wanted if key not in FREE_ON_RESUME and wanted[key] != stored.get(key)]
+        free = FREE_ON_RESUME
+        if "data" in wanted:  # the same images may lie elsewhere
+            free += ("dataset", "data")
+            changed = [task for task, own in wanted["data"].items() if own != stored.get("data", {}).get(task)]
+            if changed:
+                raise UserError(
+                    f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
+                )
+        other = [key for key in wanted if key not in free and wanted[key] != stored.get(key)]
         if other:
             listed = ", ".join(f"{key}={wanted[key]} (was {stored.get(key)})" for key in other)
             raise UserError(f"{self.path} cannot be resumed with other settings: {listed}")

@@ -43,10 +43,10 @@ def read_list(path: Path) -> tuple[Sample, ...]:
         UserError: with file and line, if a line has another form or a label is out of range.
     """
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
-        name, _, label = line.rstrip().rpartition(" ")
+        name, label = [*line.strip().rsplit(maxsplit=1), ""][:2]
         if not name or not label.isdecimal() or name.count("/") < 2:
             raise UserError(f"{path}, line {number}: expected '<domain>/<class>/<file> <label>', found {line[:80]!r}")
         if int(label) >= NUM_CLASSES:
@@ -84,7 +84,7 @@ def read_domain(root: Path, domain: str) -> TaskData:
     names = class_names(root)
     found = {split: {names[label] for _, label in samples} for split, samples in splits.items()}
     paths = {split: tuple((str(root / name), label) for name, label in samples) for split, samples in splits.items()}
-    return TaskData(name=domain, classes=names, **paths, notes=missing_notes(names, found))
+    return TaskData(name=domain, classes=names, **paths, notes=missing_notes(names, found), is_listed=True)
 
 
 def official_order(names: Iterable[str]) -> list[str]:

@@ -1,32 +1,55 @@
-"""Classification tasks in image folders.
+"""Classification tasks in image folders and tables.
 
-A task is a folder with ``train/<class>/*`` and ``test/<class>/*``, optionally ``val/<class>/*``; a root may hold several such
-folders. DomainNet is recognised by its official lists (:mod:`taps.data.classification.domainnet`).
+A task is a folder with ``train/<class>/*`` and ``test/<class>/*``, optionally ``val/<class>/*`` (or ``validation``, ``valid``); a
+root may hold several such folders. Without ``test/``, ``val/`` is tested on; a plain folder of classes is divided. A task can
+also be a CSV file with the columns ``path,label`` and optionally ``split``. DomainNet is recognised by its official lists
+(:mod:`taps.data.classification.domainnet`).
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taps.data.classification import domainnet
-from taps.data.classification.images import TaskData, list_images
+from taps.data.classification.images import TaskData, choose_stratified, hidden_images, is_hidden, list_images
+from taps.data.seeded import mix_seed
 from taps.errors import UserError
 
+#: names of the folder with validation images
+_VALIDATION = ("val", "validation", "valid")
 
-def find_tasks(paths: Sequence[str | Path], cropped: bool | None = None) -> list[TaskData]:
+
+@dataclass(frozen=True)
+class Reading:
+    """How folders are read.
+
+    Attributes:
+        cropped: stretch images to the square input; ``None`` does so for folders whose name contains "cropped", the rule of the
+            ImageNet-to-Sketch sets.
+        test_fraction: share of each class that is tested on if the data has no images for this, 0..1.
+        seed: seed of that choice.
+    """
+
+    cropped: bool | None = None
+    test_fraction: float = 0.2
+    seed: int = 0
+
+
+def find_tasks(paths: Sequence[str | Path], reading: Reading | None = None) -> list[TaskData]:
     """The tasks in the given paths, in the order given and alphabetically within a root.
 
     Args:
-        paths: image folders, roots with several of them, DomainNet roots, or single domains.
-        cropped: stretch images to the square input; ``None`` does so for folders whose name contains "cropped", the rule
-            of the ImageNet-to-Sketch sets.
+        paths: image folders, CSV files, roots with several of them, DomainNet roots, or single domains.
+        reading: how to read them.
 
     Raises:
         UserError: if a path is missing or holds no task, or two tasks have the same name.
     """
-    tasks = [task for path in map(Path, paths) for task in _tasks_of(path, cropped)]
+    tasks = [task for path in map(Path, paths) for task in _tasks_of(path, reading or Reading())]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
@@ -34,25 +57,38 @@ def find_tasks(paths: Sequence[str | Path], cropped: bool | None = None) -> list
     return tasks
 
 
-def _tasks_of(path: Path, cropped: bool | None) -> list[TaskData]:
+def _tasks_of(path: Path, reading: Reading) -> list[TaskData]:
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return [read_table(path, reading)]
     if not path.is_dir():
-        raise UserError(f"dataset folder {path} does not exist" if not path.exists() else f"{path} is not a folder")
+        raise UserError(
+            f"dataset folder {path} does not exist" if not path.exists() else f"{path} is not a folder or a .csv file"
+        )
     if domainnet.has_lists(path):
         return [domainnet.read_domain(path, domain) for domain in domainnet.listed_domains(path)]
-    if (path / "train").is_dir() or (path / "test").is_dir():
-        return [read_folder(path, cropped)]
+    if _is_divided(path) or (path / "test").is_dir():
+        return [read_folder(path, reading)]
     if path.name in domainnet.listed_domains(path.parent):
         return [domainnet.read_domain(path.parent, path.name)]
-    inner = [folder for folder in sorted(path.iterdir()) if (folder / "train").is_dir() and (folder / "test").is_dir()]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not is_hidden(folder, path)]
+    inner = [folder for folder in folders if _is_divided(folder)]
     if inner:
-        return [read_folder(folder, cropped) for folder in inner]
+        return [read_folder(folder, reading) for folder in inner]
+    if sum(bool(list_images(folder)) for folder in folders) > 1:
+        return [read_folder(path, reading)]
     raise UserError(
-        f"{path} is not a dataset: it needs train/ and test/ folders (or folders that have them, or DomainNet's lists)"
+        f"{path} is not a dataset: it needs train/ and test/ folders, or one folder of images per class (or folders that have "
+        "them, or DomainNet's lists)"
     )
 
 
-def read_folder(path: Path, cropped: bool | None = None) -> TaskData:
-    """One task from ``train/``, ``test/`` and optionally ``val/``; labels are the sorted class folders of ``train/``.
+def _is_divided(path: Path) -> bool:
+    return (path / "train").is_dir()
+
+
+def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
+    """One task from ``train/``, ``test/`` and optionally ``val/``, or from a folder of classes; labels are the sorted class
+    folders of ``train/``.
 
     A folder named like a DomainNet domain that has its 345 classes in train or test gets the official order of labels, and
     classes without training or test images in the official split keep their labels.
@@ -60,36 +96,134 @@ def read_folder(path: Path, cropped: bool | None = None) -> TaskData:
     Raises:
         UserError: if a split is missing or empty, or a class in test or val is missing in train.
     """
+    reading = reading or Reading()
     path = path if path.name else path.resolve()
-    for split in ("train", "test"):
-        if not (path / split).is_dir():
-            raise UserError(f"{path} has no {split}/ folder; a task needs train/<class>/ and test/<class>/")
-    splits = {split: _class_folders(path / split) for split in ("train", "test", "val") if (path / split).is_dir()}
+    where = {"train": path} if not any((path / split).is_dir() for split in ("train", "test")) else {}
+    if not where:
+        validation = next((path / name for name in _VALIDATION if (path / name).is_dir()), None)
+        where = {"train": path / "train", "test": path / "test", **({"val": validation} if validation else {})}
+        if not where["test"].is_dir() and validation is not None:
+            where["test"] = where.pop("val")
+        elif not where["test"].is_dir():
+            del where["test"]
+        if not where["train"].is_dir():
+            raise UserError(f"{path} has no train/ folder; a task needs train/<class>/ and test/<class>/")
+    splits = {split: _class_folders(folder) for split, folder in where.items()}
     for split, found in splits.items():
         if not any(found.values()):
-            raise UserError(f"{path / split} has no images; it needs one folder of images per class")
-    notes: tuple[str, ...] = ()
+            raise UserError(f"{where[split]} has no images; it needs one folder of images per class")
+    notes: list[str] = []
     union = {name for split in splits.values() for name in split}
     if path.name in domainnet.DOMAINS and len(union) == domainnet.NUM_CLASSES:
         classes = domainnet.official_order(union)
-        notes = domainnet.missing_notes(classes, {split: set(found) for split, found in splits.items()})
+        notes += domainnet.missing_notes(classes, {split: set(found) for split, found in splits.items()})
     else:
         classes = sorted(name for name, images in splits["train"].items() if images)
-        for split in ("test", "val"):
-            extra = sorted(name for name, images in splits.get(split, {}).items() if images and name not in classes)
+        for split in set(splits) - {"train"}:
+            extra = sorted(name for name, images in splits[split].items() if images and name not in classes)
             if extra:
-                raise UserError(f"{path}: {split}/ has classes that train/ lacks: {domainnet.first_three(extra)}")
+                raise UserError(
+                    f"{path}: {where[split].name}/ has classes that train/ lacks: {domainnet.first_three(extra)}"
+                )
+        empty = sorted(name for name in union if name not in classes)
+        if empty:
+            notes.append(f"no class, since they hold no image that can be read: {domainnet.first_three(empty)}")
+    hidden = [image for folder in where.values() for image in hidden_images(folder)]
+    if hidden:
+        notes.append(f"{len(hidden)} hidden images are left out, e.g. {hidden[0]}")
     label = {name: index for index, name in enumerate(classes)}
     samples = {
         split: tuple((image, label[name]) for name, images in found.items() for image in images)
         for split, found in splits.items()
     }
-    stretch = "cropped" in path.name.lower() if cropped is None else cropped
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", path.name)
-    return TaskData(name=name, classes=tuple(classes), **samples, stretch=stretch, notes=notes)
+    if "test" in where and where["test"].name in _VALIDATION:
+        notes.append(
+            f"there is no test/, so {where['test'].name}/ is tested on, and validation images come from train/"
+        )
+    task = TaskData(
+        name=task_name(path.name),
+        classes=tuple(classes),
+        **{"test": (), **samples},
+        stretch="cropped" in path.name.lower() if reading.cropped is None else reading.cropped,
+        notes=tuple(notes),
+    )
+    return task if "test" in samples else split_test(task, reading)
+
+
+def split_test(task: TaskData, reading: Reading) -> TaskData:
+    """Move a random stratified part of the training images to an empty test split.
+
+    Raises:
+        UserError: if none would be left to test on.
+    """
+    chosen = choose_stratified(task.train, reading.test_fraction, mix_seed(reading.seed, 1))
+    if not chosen:
+        raise UserError(
+            f"task {task.name}: --test_fraction {reading.test_fraction:g} of {len(task.train)} images leaves none to test on"
+        )
+    parts = {
+        "train": tuple(sample for sample in task.train if sample not in chosen),
+        "test": tuple(sample for sample in task.train if sample in chosen),
+    }
+    note = (
+        f"there is no test/, so {len(chosen)} images are tested on: {reading.test_fraction:.0%} of each class, "
+        f"chosen with seed {reading.seed}"
+    )
+    return replace(task, **parts, notes=(*task.notes, note))
+
+
+def read_table(path: Path, reading: Reading | None = None) -> TaskData:
+    """One task from a CSV file with the columns ``path`` and ``label``, and optionally ``split`` (train, val, test).
+
+    Paths are relative to the file's folder. Labels are the sorted names, by value if all are numbers.
+
+    Raises:
+        UserError: with the line, if a column, a value or all images of a split are missing.
+    """
+    reading = reading or Reading()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV: {str(error).splitlines()[0]}") from None
+    for name in ("path", "label"):
+        if name not in columns:
+            raise UserError(f"{path} has no column {name!r}; its first line has to name the columns path,label")
+    splits: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
+    for line, row in rows:
+        split = dict.fromkeys(_VALIDATION, "val").get(row.get("split", ""), row.get("split") or "train")
+        if not row["path"] or not row["label"] or split not in splits:
+            wrong = "path or label is missing" if split in splits else f"split {split!r} is not train, val or test"
+            raise UserError(f"{path}, line {line}: {wrong}")
+        splits[split].append((str(path.parent / row["path"]), row["label"]))
+    names = {label for split in splits.values() for _, label in split}
+    numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    classes = sorted(names, key=int) if numbers else sorted(names)
+    label = {name: index for index, name in enumerate(classes)}
+    samples = {split: tuple((image, label[name]) for image, name in found) for split, found in splits.items()}
+    if not samples["train"]:
+        raise UserError(f"{path} lists no training images")
+    task = TaskData(
+        name=task_name(path.stem),
+        classes=tuple(classes),
+        train=samples["train"],
+        test=samples["test"],
+        val=samples["val"] or None,
+        stretch=bool(reading.cropped),
+        is_listed=True,
+    )
+    return task if task.test else split_test(task, reading)
+
+
+def task_name(text: str) -> str:
+    """Return a folder's or file's name as the name of a task."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)
 
 
 def _class_folders(path: Path) -> dict[str, list[str]]:
     """Images by class folder, including empty class folders."""
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not is_hidden(folder, path)]
     return {folder.name: list_images(folder) for folder in folders}

@@ -6,6 +6,9 @@ therefore do not depend on the number of worker processes, and a run can resume 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,12 @@ from taps.errors import UserError
 from taps.networks.preprocessing import to_rgb
 
 #: file name endings of images
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".jp2", ".j2k", ".png", ".apng", ".bmp", ".dib", ".webp", ".avif", ".heic", ".heif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".tga", ".pcx", ".sgi",
+)  # fmt: skip
+#: folders that operating systems and notebooks add
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 
 Sample = tuple[str, int]
 
@@ -41,6 +49,7 @@ class TaskData:
         stretch: resize images to the square input without keeping their aspect ratio (sets cropped to objects).
         flip: whether a mirrored image still belongs to its class.
         notes: remarks about the data to show to the user, one line each.
+        is_listed: whether the images come from a list, so that some may be missing.
     """
 
     name: str
@@ -51,6 +60,17 @@ class TaskData:
     stretch: bool = False
     flip: bool = True
     notes: tuple[str, ...] = ()
+    is_listed: bool = False
+
+    def digest(self) -> str:
+        """Return a hash of the images' names and labels that does not depend on where the data lies."""
+        splits = {name: getattr(self, name) or () for name in ("train", "val", "test")}
+        root = os.path.commonpath([path for split in splits.values() for path, _ in split])
+        names = {
+            name: [(path[len(root) :].replace(os.sep, "/"), label) for path, label in split]
+            for name, split in splits.items()
+        }
+        return hashlib.sha256(json.dumps([self.classes, names]).encode()).hexdigest()
 
 
 def read_image(path: str) -> Image.Image:
@@ -134,6 +154,23 @@ def make_loader(
     return planned_loader(ImageSet(samples, transform, seed), batches, workers, seed, keep, pin_memory), sampler
 
 
+def choose_stratified(samples: Sequence[Sample], fraction: float, seed: int) -> set[Sample]:
+    """Choose a random share of the samples, the same in each class; each class keeps at least one sample that is not chosen."""
+    by_class: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    generator = torch.Generator().manual_seed(mix_seed(seed, len(samples)))
+    chosen: set[Sample] = set()
+    owed = 0.0  # the remainder is carried over to the next class, so that many small classes add up to the right number
+    for _, members in sorted(by_class.items()):
+        owed += fraction * len(members)
+        take = min(round(owed), len(members) - 1)
+        owed -= take
+        order = torch.randperm(len(members), generator=generator).tolist()
+        chosen.update(members[index] for index in order[: max(take, 0)])
+    return chosen
+
+
 def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
     """Move a random stratified part of the training images to validation, if the data has no validation split.
 
@@ -147,18 +184,7 @@ def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
     """
     if task.val is not None or fraction == 0:
         return task
-    by_class: dict[int, list[Sample]] = {}
-    for sample in task.train:
-        by_class.setdefault(sample[1], []).append(sample)
-    generator = torch.Generator().manual_seed(mix_seed(seed, len(task.train)))
-    chosen: set[Sample] = set()
-    owed = 0.0  # the remainder is carried over to the next class, so that many small classes add up to the right number
-    for _, members in sorted(by_class.items()):
-        owed += fraction * len(members)
-        take = min(round(owed), len(members) - 1)
-        owed -= take
-        order = torch.randperm(len(members), generator=generator).tolist()
-        chosen.update(members[index] for index in order[: max(take, 0)])
+    chosen = choose_stratified(task.train, fraction, seed)
     if not chosen:
         raise UserError(
             f"task {task.name}: val_fraction {fraction} of {len(task.train)} training images leaves none to validate on"
@@ -202,6 +228,19 @@ def _is_readable(path: str) -> bool:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Sorted paths of all images below a folder, without hidden files."""
-    paths = sorted(folder.rglob("*"))
-    return [str(path) for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
+    """Sorted paths of all images below a folder, without hidden files and those of hidden folders."""
+    return [str(path) for path in sorted(folder.rglob("*")) if _is_image(path) and not is_hidden(path, folder)]
+
+
+def hidden_images(folder: Path) -> list[str]:
+    """The images below a folder that :func:`list_images` leaves out."""
+    return [str(path) for path in sorted(folder.rglob("*")) if _is_image(path) and is_hidden(path, folder)]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and path.is_file()
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a path below ``folder`` is hidden, or in a folder that an operating system has added."""
+    return any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in path.relative_to(folder).parts)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from taps.data.classification.folders import read_folder
+from taps.data.classification.folders import Reading, read_folder
 from taps.data.classification.images import TaskData
 from taps.data.generated.tree import temporary_folder
 from taps.errors import UserError
@@ -108,7 +108,7 @@ def make_demo(root: Path) -> None:
 
 def read_demo(root: Path) -> list[TaskData]:
     """The six tasks, without crops and flips (a mirrored digit is not a digit)."""
-    return [replace(read_folder(root / domain, cropped=True), flip=False) for domain in DOMAINS]
+    return [replace(read_folder(root / domain, Reading(cropped=True)), flip=False) for domain in DOMAINS]
 
 
 def _images(domain: str, split: str, count: int, generator: np.random.Generator):
