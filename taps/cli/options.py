@@ -137,6 +137,20 @@ def parse_joint(arguments: Sequence[str]) -> JointSettings:
     return settings if settings.shared_epochs is not None else replace(settings, shared_epochs=settings.epochs)
 
 
+def _experiment_name(parser: Parser, settings: AdaptationSettings | MultiTaskSettings) -> str | None:
+    """Return the experiment's name inside ``--result_path``, which published commands write before it."""
+    if settings.experiment_name is None:
+        return None
+    name, root = os.path.normpath(settings.experiment_name), os.path.normpath(settings.result_path)
+    name = name.removeprefix(f"{root}{os.sep}")
+    if name == "." or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+        parser.error(
+            f"--experiment_name {settings.experiment_name} is not a folder inside {settings.result_path}; choose another "
+            "parent with --result_path"
+        )
+    return name
+
+
 def _has_budget(given: Mapping[str, Any]) -> bool:
     return given.get("budget") is not None or given.get("method") == "taps_budget"
 
@@ -159,7 +173,7 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
         part = given["epochs"] / preset["epochs"]
         preset = {**preset, **{name: preset[name] * part for name in ("warmup_epochs", "settle_epochs")}}
     settings = build(kind, preset, given)
-    name = settings.experiment_name
+    name = _experiment_name(parser, settings)
     if name is None:
         data = "_".join(Path(path).name or Path(path).resolve().name for path in settings.dataset or ())
         name = f"{data}_{settings.model_type}_{settings.method}{suffix}"
@@ -210,8 +224,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     if chosen:
         others = preset["task_weights"].keys() - set(chosen)
         changes["task_weights"] = {n: w for n, w in (settings.task_weights or {}).items() if n not in others}
-    if settings.experiment_name is None:
-        changes["experiment_name"] = f"{benchmark}_{method}"
+    changes["experiment_name"] = _experiment_name(parser, settings) or f"{benchmark}_{method}"
     small = "channels" in given or settings.model_type == preset["model_type"]
     if not small and not (settings.model_type or "").startswith("resnet"):
         changes["channels"] = None

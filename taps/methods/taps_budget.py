@@ -61,6 +61,10 @@ def read_size(text: str) -> tuple[float, bool]:
     if match is None or (match.group(2) != "%" and match.group(2) not in _UNITS):
         raise UserError(f"--budget {text!r} is not a size; write a part of the base (5%) or bytes (600KB, 2MB)")
     value, unit = float(match.group(1)), match.group(2)
+    if not unit and value <= 100:
+        raise UserError(
+            f"--budget {text!r} is a size in bytes; write {value:g}% for that part of the base, or {value:g}B"
+        )
     if unit != "%":
         return float(round(value * _UNITS[unit])), False
     if not 0 < value <= 100:

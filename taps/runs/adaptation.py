@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -139,6 +140,7 @@ class Experiment:
     stop: StopSignals
     fork: Path | None = None
     writer: SummaryWriter | None = None
+    _spent: tuple[float, int] = (0.0, 0)  # seconds and training images so far
 
     @classmethod
     @contextmanager
@@ -192,6 +194,11 @@ class Experiment:
                 say(f"    {note}")
         if any(task.val is None for task in self.tasks):
             say("  no validation split: the best epoch is selected on the test split, as in the published program")
+        lam_is_used = options.method == "taps" and options.lam > 0 and options.budget is None
+        if lam_is_used and options.warmup_epochs >= options.epochs:
+            say(
+                f"  --lam has no effect: --warmup_epochs {options.warmup_epochs:g} leaves none of {options.epochs} epochs for it"
+            )
         if options.multi_gpu and self.accelerator.num_processes == 1:
             say("  --multi_gpu: there is at most one GPU here, so one process is used")
 
@@ -258,7 +265,8 @@ class Experiment:
         def report(rows: list[dict], is_best: bool) -> None:
             for row in rows:
                 self._write_tensorboard(row, f"_{row['task']}" if suffix is None else suffix)
-            self.accelerator.print(epoch_line(rows, self.options.epochs, len(model.units), is_best), flush=True)
+            left = self._seconds_left(tasks, rows)
+            self.accelerator.print(epoch_line(rows, self.options.epochs, len(model.units), is_best, left), flush=True)
 
         def keep(rows: list[dict]) -> None:
             if model.train_base:
@@ -285,6 +293,15 @@ class Experiment:
         Stage(
             model, names, streams, recipe, validate=validate, report=report, keep=keep, folder=self.folder, fork=fork
         ).train(self.accelerator, self.stop)
+
+    def _seconds_left(self, tasks: list[TaskData], rows: list[dict]) -> float:
+        """Estimate how long the rest of the run takes, from the time per training image so far."""
+        epoch, images = rows[0]["epoch"], sum(len(task.train) for task in tasks)
+        self._spent = (self._spent[0] + sum(row["seconds"] for row in rows), self._spent[1] + images)
+        position = max(self.tasks.index(task) for task in tasks)
+        later = sum(len(task.train) for task in self.tasks[position + 1 :] if not self.folder.is_finished(task.name))
+        rest = (self.options.epochs - epoch) * images + self.options.epochs * later
+        return rest * self._spent[0] / self._spent[1]
 
     def _provenance(self, task: TaskData) -> dict:
         """Return where a task comes from: data, seed and versions."""
@@ -340,20 +357,39 @@ class Experiment:
             style.save(figure, path)
             if self.writer is not None:
                 self.writer.add_figure(name, figure)
-        self.accelerator.print(f"\n{run_folder.table(summary)}\npictures: {', '.join(map(str, pictures))}")
+        if not self.options.keep_checkpoint and self.folder.state_path.parent.is_dir():
+            shutil.rmtree(self.folder.state_path.parent)
+        self.accelerator.print(
+            f"\n{run_folder.table(summary)}\npictures: {', '.join(map(str, pictures))}\n"
+            f"your own images: taps predict {self.folder.path} IMAGE…"
+        )
 
 
-def epoch_line(rows: list[dict], epochs: int, units: int, is_best: bool) -> str:
-    """Return an epoch as one line: a task's numbers, or the means over several tasks."""
+def epoch_line(rows: list[dict], epochs: int, units: int, is_best: bool, left: float) -> str:
+    """Return an epoch as one line: a task's numbers, or the means over several tasks; ``left``: seconds until the run's end."""
 
     def mean(key: str) -> float:
         return sum(row[key] for row in rows) / len(rows)
 
     first = rows[0]
     name = first["task"] if len(rows) == 1 else f"{len(rows)} tasks"
-    validation = f"  validation error {mean('val_error'):5.2f} %" if "val_error" in first else ""
+    best = " (best so far)" if is_best and first["epoch"] < epochs else " (best)" if is_best else ""
+    validation = f", {100 - mean('val_error'):.2f} % validation{best}" if "val_error" in first else ""
     tuned = round(mean("tuned_layers") * units, 1 if len(rows) > 1 else None)
+    seconds = sum(row["seconds"] for row in rows)
     return (
         f"{name} {first['epoch']}/{epochs} {first['phase']}: loss {mean('train_loss'):.3f}  "
-        f"train error {mean('train_error'):5.2f} %{validation}  tuned {tuned}/{units}{'  *' if is_best else ''}"
+        f"accuracy {100 - mean('train_error'):.2f} % train{validation}  tuned {tuned}/{units}  {duration(seconds)}, "
+        f"{duration(left)} left"
     )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as ``3.2 s``, ``4:05`` or ``2:04:05``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if not hours and not minutes:
+        return f"{rest} s"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -103,6 +103,7 @@ class Output(Settings):
     experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", shown="named after the data, model and method")
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
     overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
+    keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run, which holds the optimiser's state", bool)
 
 
 @dataclass(frozen=True)

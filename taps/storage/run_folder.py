@@ -26,6 +26,7 @@ from taps.version import VERSION
 FREE_ON_RESUME = (
     "resume", "overwrite", "workers", "device", "multi_gpu", "compile", "result_path", "experiment_name", "phases", "exp_ids",
     "config", "single_task", "policy", "sample",
+    "keep_checkpoint",
 )  # fmt: skip
 
 
