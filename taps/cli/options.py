@@ -132,6 +132,8 @@ def parse_joint(arguments: Sequence[str]) -> JointSettings:
     settings = _complete(parser, JointSettings, given, preset, f"_{variant}")
     if settings.method == "hard_sharing" and variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
+    if (settings.mixup or settings.cutmix) and variant == "joint":
+        parser.error("--mixup and --cutmix blend images of one task: leave them out, or use --variant lite")
     if isinstance(settings.budget, list) and variant == "lite":
         parser.error("--variant lite takes one --budget")
     return settings if settings.shared_epochs is not None else replace(settings, shared_epochs=settings.epochs)

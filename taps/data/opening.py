@@ -38,4 +38,8 @@ def make_base(options: AdaptationSettings | MultiTaskSettings, path: Path | None
 
 def make_preprocessing(options: AdaptationSettings | MultiTaskSettings, net: torch.nn.Module) -> Preprocessing:
     """Preprocessing with the options' input size and the mean, std and interpolation of the backbone's training."""
-    return Preprocessing(input_size=options.input_size, resize=options.resize, **of_network(net))
+    prepare = Preprocessing(input_size=options.input_size, resize=options.resize, **of_network(net))
+    prepare.transform(
+        True, policy=getattr(options, "auto_augment", None)
+    )  # refuses an unknown policy before anything is written
+    return prepare

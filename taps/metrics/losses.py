@@ -7,7 +7,8 @@ one value per hour, and those of whole samples (B, channels). Every loss is a me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,29 @@ def shrink(target: Tensor, size: tuple[int, int]) -> Tensor:
     flat = target[:, None].float() if target.dim() == 3 else target
     small = interpolate(flat, size, mode="nearest")
     return small[:, 0].to(target.dtype) if target.dim() == 3 else small
+
+
+class CrossEntropy:
+    """Mean cross-entropy of a classification task.
+
+    Args:
+        smoothing: share of the target that is spread over all classes, 0..1.
+        weights: weight per class, or ``None`` for equal weights.
+    """
+
+    def __init__(self, smoothing: float = 0.0, weights: Sequence[float] | None = None) -> None:
+        self.smoothing, self.weights = smoothing, weights
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        weights = None if self.weights is None else output.new_tensor(self.weights)
+        return cross_entropy(output, labels, weights, label_smoothing=self.smoothing)
+
+
+def balanced_weights(labels: Iterable[int], classes: int) -> list[float]:
+    """Return the weight of each class, the mean number of samples per class divided by its own; 1 for classes without samples."""
+    counts = Counter(labels)
+    mean = counts.total() / max(len(counts), 1)
+    return [mean / counts[label] if counts[label] else 1.0 for label in range(classes)]
 
 
 def class_loss(prediction: Tensor, target: Tensor, task: Task) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
+from timm.data import auto_augment
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
@@ -35,11 +37,17 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
 
-    def transform(self, train: bool, stretch: bool = False, flip: bool = True) -> v2.Compose:
+    def transform(
+        self, train: bool, stretch: bool = False, flip: bool = True, policy: str | None = None, erasing: float = 0.0
+    ) -> v2.Compose:
         """The transform from a PIL image to a (3, input_size, input_size) float tensor.
 
         For training it is a random resized crop and a horizontal flip, for evaluation a centre crop; with ``stretch`` both
-        use the whole image.
+        use the whole image. In training, ``policy`` is one of timm's auto_augment, and ``erasing`` the probability of random
+        erasing.
+
+        Raises:
+            UserError: for an unknown policy.
         """
         mode = InterpolationMode(self.interpolation)
         size = (self.input_size, self.input_size)
@@ -51,13 +59,44 @@ class Preprocessing:
             geometry = [v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
         mirror = [v2.RandomHorizontalFlip()] if train and flip else []
         normalize = v2.Normalize(list(self.mean), list(self.std))
-        return v2.Compose(
-            [to_rgb, *geometry, *mirror, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalize]
-        )
+        change = [AutoAugment(policy, self)] if train and policy else []
+        erase = [v2.RandomErasing(erasing)] if train and erasing else []
+        to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        return v2.Compose([to_rgb, *geometry, *mirror, *change, *to_tensor, normalize, *erase])
 
     def describe(self, stretch: bool = False) -> dict:
         """Return the values that :func:`stored_transform` needs, as ``task.json`` holds them."""
         return {**asdict(self), "crop": "stretch" if stretch else "center"}
+
+
+class AutoAugment:
+    """A policy of timm, whose random draws follow torch's generator like those of all other transforms."""
+
+    def __init__(self, policy: str, prepare: Preprocessing) -> None:
+        kinds = {
+            "rand": auto_augment.rand_augment_transform,
+            "augmix": auto_augment.augment_and_mix_transform,
+        }
+        hints = {
+            "translate_const": int(prepare.input_size * 0.45),
+            "img_mean": tuple(round(255 * value) for value in prepare.mean),
+        }
+        try:
+            self.apply = kinds.get(policy.split("-")[0], auto_augment.auto_augment_transform)(policy, hints)
+        except (AssertionError, ValueError, KeyError, NotImplementedError):
+            raise UserError(
+                f"--auto_augment {policy!r} is no policy of timm; examples are rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a"
+            ) from None
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        seed, before, numpy_before = int(torch.randint(2**31, ())), random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            return self.apply(image)
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)
 
 
 def stored_transform(stored: Mapping) -> v2.Compose:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from taps.core.accounting import is_tuned
+from taps.plots.confusion import curves
 from taps.plots.style import BORDER, SECOND, SHARED, TUNED, bare, new_figure, pair_map, stage_of, white_grid
 
 if TYPE_CHECKING:
@@ -200,9 +201,12 @@ def run_pictures(
     units = {name: description["units"] for name, description in descriptions.items()}
     title = f"{first['base']['name']}: which layers each task tuned ({summary['parameters_x_base']:.2f} × base)"
     figures = {"layers": layers(units, title, captions), "sizes": sizes(summary)}
+    metrics = list(metrics)
     over_time = scores(metrics, first["options"].get("threshold", 0.0))
     if over_time is not None:
         figures["scores"] = over_time
+    if metrics:
+        figures["curves"] = curves(metrics)
     if len(units) > 1:
         figures["overlap"] = overlap(units)
     return figures

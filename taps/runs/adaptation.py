@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from taps.core.execution import evaluating
 from taps.data import opening
@@ -25,10 +26,12 @@ from taps.data.classification.images import (
 from taps.data.classification.mixed_batches import make_task_loader
 from taps.errors import UserError
 from taps.methods.taps_budget import check_size, parse_budget
-from taps.metrics.accuracy import accuracy
+from taps.metrics.accuracy import accuracy, accuracy_by_class
+from taps.metrics.losses import CrossEntropy, balanced_weights
 from taps.networks.preprocessing import Preprocessing
 from taps.plots import layers as layer_plots
 from taps.plots import style
+from taps.plots.confusion import MOST_CLASSES, confusion
 from taps.runs import tensorboard
 from taps.settings.adaptation import AdaptationSettings
 from taps.settings.declare import as_dict, as_yaml
@@ -88,21 +91,17 @@ def check_budget(options: AdaptationSettings, model: TaskModel, tasks: Sequence[
         model.remove_task(task.name)
 
 
-def score(
-    model: TaskModel,
+def prepared_loader(
     task: TaskData,
     samples: Sequence[Sample],
     prepare: Preprocessing,
     accelerator: Accelerator,
     options: AdaptationSettings,
-    title: str,
-) -> float:
-    """Return a task's accuracy on ``samples`` in percent, with the options ``batch_size``, ``workers`` and ``limit_batches``."""
+) -> DataLoader:
+    """Return a loader of the samples in evaluation, with the options ``batch_size`` and ``workers``."""
     transform = prepare.transform(False, task.stretch)
     loader, _ = make_loader(samples, transform, options.batch_size, train=False, workers=options.workers)
-    loader = accelerator.prepare_data_loader(loader)
-    with evaluating(model):
-        return accuracy(model, task.name, loader, accelerator, len(task.classes), options.limit_batches, title)
+    return accelerator.prepare_data_loader(loader)
 
 
 def _digests(tasks: Sequence[TaskData]) -> dict[str, str]:
@@ -166,6 +165,9 @@ class Experiment:
             folder = run_folder.RunFolder(path)
         experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork)
         wanted = bool(experiment.unfinished) and accelerator.is_main_process
+        if options.track:
+            simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
+            accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
         with tensorboard.tensorboard(path, wanted) as experiment.writer:
             yield experiment
 
@@ -223,8 +225,7 @@ class Experiment:
                 self.accelerator.print(f"{task.name}: batches of {size} images, for there are no more")
             kind = {"batch_size": size, "seed": self.options.seed, "workers": self.options.workers}
             kind["processes"] = self.accelerator.num_processes
-            transform = self.prepare.transform(True, task.stretch, task.flip)
-            loader, sampler = make_loader(task.train, transform, train=True, **kind)
+            loader, sampler = make_loader(task.train, self._training_transform(task), train=True, **kind)
             suffix = f"_{task.name}" if len(self.tasks) > 1 else ""
             self._fit(model, [task], loader, sampler, suffix)
             self.accelerator.wait_for_everyone()
@@ -242,7 +243,7 @@ class Experiment:
             model.add_task(task.name, num_classes=len(task.classes))
         loader, sampler = make_task_loader(
             {task.name: task.train for task in self.tasks},
-            {task.name: self.prepare.transform(True, task.stretch, task.flip) for task in self.tasks},
+            {task.name: self._training_transform(task) for task in self.tasks},
             self.options.batch_size,
             sampling=self.options.sampling,
             temperature=self.options.sampling_temperature,
@@ -259,12 +260,22 @@ class Experiment:
             model.load_task(self.folder.task_path(task.name))
         self._test(model, self.tasks)
 
+    def _training_transform(self, task: TaskData):
+        options = self.options
+        return self.prepare.transform(True, task.stretch, task.flip, options.auto_augment, options.random_erasing)
+
+    def _criterion(self, task: TaskData) -> CrossEntropy:
+        balanced = self.options.class_weights == "balanced"
+        weights = balanced_weights((label for _, label in task.train), len(task.classes)) if balanced else None
+        return CrossEntropy(self.options.label_smoothing, weights)
+
     def _fit(self, model: TaskModel, tasks: list[TaskData], loader, sampler, suffix: str | None = None) -> None:
         """Train the given tasks and keep their best epoch in the results folder."""
 
         def report(rows: list[dict], is_best: bool) -> None:
             for row in rows:
                 self._write_tensorboard(row, f"_{row['task']}" if suffix is None else suffix)
+            self._track(rows)
             left = self._seconds_left(tasks, rows)
             self.accelerator.print(epoch_line(rows, self.options.epochs, len(model.units), is_best, left), flush=True)
 
@@ -283,16 +294,35 @@ class Experiment:
                 model.save_task(task.name, self.folder.task_path(task.name), about, compact=self.compact)
 
         def validate() -> tuple[dict[str, dict], float]:
-            accuracies = {task.name: self._score(model, task, "validation") for task in tasks}
+            accuracies = {task.name: self._score(model, task) for task in tasks}
             errors = {name: {"val_error": 100.0 - accuracy} for name, accuracy in accuracies.items()}
             return errors, sum(accuracies.values()) / len(accuracies)
 
         names = [task.name for task in tasks]
         fork = self.fork and self.fork / f"{names[0] if len(names) == 1 else 'together'}.safetensors"
         recipe, streams = recipe_of(self.options), {"train": (loader, sampler)}
+        criteria = {task.name: self._criterion(task) for task in tasks}
         Stage(
-            model, names, streams, recipe, validate=validate, report=report, keep=keep, folder=self.folder, fork=fork
+            model,
+            names,
+            streams,
+            recipe,
+            criteria,
+            validate=validate,
+            report=report,
+            keep=keep,
+            folder=self.folder,
+            fork=fork,
         ).train(self.accelerator, self.stop)
+
+    def _track(self, rows: list[dict]) -> None:
+        """Send an epoch's numbers to the trackers."""
+        numbers = (int, float)
+        for row in rows if self.options.track else ():
+            values = {
+                f"{row['task']}/{key}": own for key, own in row.items() if isinstance(own, numbers) and key != "epoch"
+            }
+            self.accelerator.log(values, step=row["epoch"])
 
     def _seconds_left(self, tasks: list[TaskData], rows: list[dict]) -> float:
         """Estimate how long the rest of the run takes, from the time per training image so far."""
@@ -312,21 +342,31 @@ class Experiment:
     def _test(self, model: TaskModel, tasks: list[TaskData]) -> None:
         """Score the best epoch on the test splits and record the accuracies in the task files."""
         for task in tasks:
-            tested = self._score(model, task, "test")
+            loader = prepared_loader(task, task.test, self.prepare, self.accelerator, self.options)
+            classes, limit = len(task.classes), self.options.limit_batches
+            with evaluating(model):
+                result = accuracy_by_class(model, task.name, loader, self.accelerator, classes, limit, "test")
             path, side = self.folder.task_path(task.name), self.prepare.input_size
             answer = certificate.probe(
                 model, task.name, (2, 3, side, side)
             )  # in all processes, since it moves weights in memory
             if self.accelerator.is_main_process:
-                model.save_task(task.name, path, {"accuracy": tested, "probe": answer}, compact=self.compact)
+                about = {"accuracy": result.accuracy, "top5": result.top5, "probe": answer}
+                write_json(path / "test.json", result.describe(task.classes))
+                if len(task.classes) <= MOST_CLASSES:
+                    style.save(confusion(result.confusion, task.classes, task.name), path / "confusion.png")
+                model.save_task(task.name, path, about, compact=self.compact)
                 if not self.folder.fingerprints_path.is_file():
                     write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
             self.accelerator.wait_for_everyone()
 
-    def _score(self, model: TaskModel, task: TaskData, split: str) -> float:
-        """Return the accuracy in percent on all images of a split; without a validation split the test split is used."""
-        samples = task.val if split == "validation" and task.val is not None else task.test
-        return score(model, task, samples, self.prepare, self.accelerator, self.options, split)
+    def _score(self, model: TaskModel, task: TaskData) -> float:
+        """Return the accuracy in percent on the validation split; without one the test split is used."""
+        samples = task.val if task.val is not None else task.test
+        loader = prepared_loader(task, samples, self.prepare, self.accelerator, self.options)
+        limit, classes = self.options.limit_batches, len(task.classes)
+        with evaluating(model):
+            return accuracy(model, task.name, loader, self.accelerator, classes, limit, "validation")
 
     def _write_tensorboard(self, row: Mapping, suffix: str) -> None:
         """Write the published tags; with several tasks in one run, each tag gets the task's name as a suffix."""

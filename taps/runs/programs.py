@@ -116,7 +116,14 @@ def _lite(settings: JointSettings, accelerator: Accelerator, tasks: list[TaskDat
     check_budget(settings, second, tasks)
     with Experiment.start(settings, accelerator, tasks, prepare, path, stop, stages=("shared",)) as experiment:
         of_base = replace(
-            settings, method="hard_sharing", norm="frozen", epochs=settings.shared_epochs, budget=None, layers=None
+            settings,
+            method="hard_sharing",
+            norm="frozen",
+            epochs=settings.shared_epochs,
+            budget=None,
+            layers=None,
+            mixup=0.0,
+            cutmix=0.0,
         )
         with Experiment.start(of_base, accelerator, tasks, prepare, path / "shared", stop) as shared:
             model = _adapted(of_base, net, train_base=True)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from taps.data.opening import make_base, make_preprocessing
-from taps.errors import UserError
+from taps.errors import UserError, unknown
 from taps.networks.preprocessing import Preprocessing
 from taps.settings.adaptation import AdaptationSettings, JointSettings, SequentialSettings
 from taps.settings.declare import build, declarations
@@ -49,7 +49,35 @@ def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Acceler
     some_unused = not isinstance(options, SequentialSettings) or options.norm == "follow"
     some_unused = some_unused or bool(options.budget) or options.settle_epochs > 0
     unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused], rng_types=[])
+    where = Path(options.result_path) / (options.experiment_name or "")
+    trackers = _trackers(getattr(options, "track", None) or ())
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[unused],
+        rng_types=[],
+        log_with=trackers or None,
+        project_dir=where if trackers else None,
+    )
+
+
+def _trackers(names: Sequence[str]) -> list[str]:
+    """Return the names of accelerate's trackers, checked.
+
+    Raises:
+        UserError: for an unknown tracker, or one whose package is not installed.
+    """
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(kind): kind for kind in LOGGER_TYPE_TO_CLASS}
+    for name in names:
+        if name not in known:
+            raise unknown("tracker", name, known)
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"--track {name} needs its package: pip install {name}")
+    return list(names)
 
 
 def read_settings(folder: Path) -> AdaptationSettings:

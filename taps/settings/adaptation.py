@@ -70,9 +70,26 @@ class Optimization(Settings):
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
     wd: float = setting(0.0, "weight decay on deltas, heads and a base that is trained; never on scores and norms", float, low=0, metavar="X")
+    lr_warmup_epochs: int = setting(0, "first epochs, in which learning rates rise linearly (--warmup_epochs is about λ)", int, low=0, metavar="N")
+    layer_decay: float = setting(1.0, "factor on the learning rates of deltas and norms per layer of distance from the last layer", float, low=0, above=True, high=1, metavar="X")
+    clip_grad: float | None = setting(None, "largest norm of the gradients of a step", float, low=0, above=True, metavar="X", shown="no limit")
+    label_smoothing: float = setting(0.0, "share of the target that is spread over all classes", float, low=0, high=0.99, metavar="X", aliases=("--smoothing",))
+    mixup: float = setting(0.0, "α of mixup, which blends pairs of training images; 0 turns it off", float, low=0, metavar="α")
+    cutmix: float = setting(0.0, "α of CutMix, which pastes a part of one training image into another; 0 turns it off", float, low=0, metavar="α")
+    patience: int | None = setting(None, "stop a task after N epochs without a better validation result", int, low=1, metavar="N", shown="never")
     eval_epochs: int = setting(1, "validate every N epochs and after the last", int, low=1, metavar="N")
     limit_batches: int | None = setting(None, "use only N batches per epoch and N per evaluation, for trial runs", int, low=1, metavar="N")
     seed: int = setting(0, "random seed", int, low=0, metavar="N")
+
+
+@dataclass(frozen=True)
+class Augmentation(Settings):
+    """Random changes of training images beyond crop and flip, and weights of classes."""
+
+    title: ClassVar[str] = "training"
+    auto_augment: str | None = setting(None, "policy of timm: rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 (AugMix), original or 3a (AutoAugment)", metavar="POLICY", aliases=("--aa",), shown="none")
+    random_erasing: float = setting(0.0, "probability of erasing a part of a training image", float, low=0, high=1, metavar="P", aliases=("--reprob",))
+    class_weights: str = setting("none", "balanced: weigh each class in the loss by the inverse of its number of images", choices=("none", "balanced"))
 
 
 @dataclass(frozen=True)
@@ -103,11 +120,12 @@ class Output(Settings):
     experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", shown="named after the data, model and method")
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
     overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
+    track: list[str] | None = setting(None, "also log to these trackers, e.g. wandb or mlflow", nargs="+", metavar="NAME", shown="TensorBoard's files only")
     keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run, which holds the optimiser's state", bool)
 
 
 @dataclass(frozen=True)
-class AdaptationSettings(Output, Machine, Batches, Optimization, Schedule, MethodChoice, Network, Data):
+class AdaptationSettings(Output, Machine, Batches, Augmentation, Optimization, Schedule, MethodChoice, Network, Data):
     """Settings that sequential and joint training share."""
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from taps.core.execution import evaluating
 from taps.data.seeded import mix_seed
 from taps.errors import UserError, unknown
+from taps.metrics.losses import CrossEntropy
 from taps.networks.preprocessing import Preprocessing
 from taps.storage.run_folder import RunFolder
 from taps.task_model import TaskModel
@@ -121,6 +122,10 @@ def fit(
     if callable(optimizer):
         recipe["make_optimizer"], optimizer = optimizer, "sgd"
     plan = Recipe(epochs=epochs, lam=lam, budget=budget, optimizer=optimizer, **recipe)
+    if plan.label_smoothing:
+        if criterion is not nn.functional.cross_entropy:
+            raise UserError("label_smoothing= is for the default criterion, cross-entropy; put it into yours")
+        criterion = CrossEntropy(plan.label_smoothing)
     accelerator = accelerator or Accelerator()
     outputs = getattr(model.heads[task], "out_features", None)
     train = UserLoader(train_loader, "train_loader", task, outputs, plan.seed, accelerator)

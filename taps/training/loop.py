@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from taps.core.accounting import is_tuned
@@ -54,6 +55,7 @@ class Progress:
         sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far.
         best: best number that validation has returned so far, ``None`` before the first.
         started: phases that have begun.
+        best_epoch: the best epoch, 1-based; 0 before the first validation that counts.
     """
 
     epoch: int = 0
@@ -61,6 +63,7 @@ class Progress:
     sums: dict[str, dict[str, float]] = field(default_factory=dict)
     best: float | None = None
     started: int = 0
+    best_epoch: int = 0
 
 
 def run_phases(
@@ -112,7 +115,7 @@ def run_phases(
     run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop, fork)
     if resume or (fork is not None and fork.is_file()):
         run.resume(state_path if resume else fork)
-    while run.progress.epoch < recipe.epochs:
+    while run.progress.epoch < recipe.epochs and not run.has_stalled():
         phase = run.train_epoch()
         run.check_finite(run.progress.epoch + 1)
         rows = run.numbers(phase)
@@ -125,10 +128,12 @@ def run_phases(
             # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
             competes = run.competes(phase) or is_last
             is_best = competes and (run.progress.best is None or number >= run.progress.best)
-            run.progress.best = number if is_best else run.progress.best
+            if is_best:
+                run.progress.best, run.progress.best_epoch = number, run.progress.epoch + 1
         if on_epoch is not None and run.accelerator.is_main_process:
             on_epoch(rows, is_best)
-        run.progress = Progress(run.progress.epoch + 1, best=run.progress.best, started=run.progress.started)
+        done = run.progress
+        run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, best_epoch=done.best_epoch)
         if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
             run.save()
         if not is_last and run.stop_requested():
@@ -189,6 +194,7 @@ class _Run:
         self.loaders = dict(zip(loaders, prepared[len(optimizers) :], strict=True))
         self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.roles = model.roles(*tasks)
+        self.mix = _mixing(recipe, model, tasks)
         self.phase: Phase | None = None
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
@@ -241,6 +247,11 @@ class _Run:
         """End the run if any process was asked to stop."""
         if self.stop_requested():
             raise Interrupted(self.stop.received or signal.SIGTERM)
+
+    def has_stalled(self) -> bool:
+        """Return whether validation has not improved for ``patience`` epochs."""
+        progress, patience = self.progress, self.recipe.patience
+        return patience is not None and progress.best_epoch > 0 and progress.epoch - progress.best_epoch >= patience
 
     def validates_now(self) -> bool:
         """Return whether the loop validates after the current epoch."""
@@ -371,7 +382,7 @@ class _Run:
         by_hand = (shared or not phase.together) and self.accelerator.num_processes > 1
         forward = self.model if by_hand else self.forward
         total = 0.0
-        for index, (x, call, labels) in enumerate(parts):
+        for index, (x, call, labels) in enumerate(map(self._mixed, parts)):
             last = index == len(parts) - 1
             with nullcontext() if last or by_hand else self.accelerator.no_sync(self.parallel):
                 watched = nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x)
@@ -389,9 +400,19 @@ class _Run:
         self.progress.batch += len(window)
         if by_hand:
             self._average_gradients(optimizer)
+        if self.recipe.clip_grad is not None:
+            learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(learned, self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         return total
+
+    def _mixed(self, part: tuple) -> tuple:
+        """Blend the images of a forward pass by mixup or CutMix, drawn at random if both are used."""
+        x, call, labels = part
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
+        return x, call, labels
 
     def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Average the gradients over all processes."""
@@ -424,6 +445,8 @@ class _Run:
         sums = self.progress.sums.setdefault(task, {"loss": 0.0, "wrong": 0.0, "images": 0.0})
         sums["loss"] += loss.item() * len(labels)
         sums["images"] += len(labels)
+        if self.mix is not None and labels.dim() == 2:
+            labels = labels.argmax(1)  # the larger part of a blend
         if _is_classification(output, labels):
             sums["wrong"] += float((output.detach().argmax(1) != labels).sum())
         else:
@@ -488,6 +511,18 @@ class _Run:
         if self.state_path is None or not self.state_path.exists():
             return ""
         return f"; the last good state is kept in {self.state_path.parent}"
+
+
+def _mixing(recipe: Recipe, model: TaskModel, tasks: Sequence[str]) -> Callable | None:
+    """Return the recipe's mixup and CutMix of images and labels, or ``None`` without them."""
+    if not recipe.mixup and not recipe.cutmix:
+        return None
+    classes = getattr(model.heads[tasks[0]], "out_features", None)
+    if len(tasks) > 1 or classes is None:
+        raise UserError("mixup and CutMix are for one classification task at a time: train_sequential.py or taps.fit")
+    kinds = {v2.MixUp: recipe.mixup, v2.CutMix: recipe.cutmix}
+    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha]
+    return v2.RandomChoice(mixes)
 
 
 def _to_channels_last(model: nn.Module) -> None:

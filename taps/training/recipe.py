@@ -85,13 +85,18 @@ class Recipe(Optimization, Schedule):
     def learning_rate(self, epoch: int, epochs: int | None = None) -> float:
         """Return the factor on ``lr`` in the 0-based ``epoch`` of ``epochs`` (all of the recipe's, or those of its optimiser).
 
-        ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1.
+        ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1. The first
+        ``lr_warmup_epochs`` rise linearly, and the rest are counted from there.
         """
+        epochs, rising = epochs or self.epochs, self.lr_warmup_epochs
+        if epoch < rising:
+            return (epoch + 1) / (rising + 1)
+        epoch, epochs = epoch - rising, max(epochs - rising, 1)
         if self.decay == "constant":
             return 1.0
         if self.decay == "step":
             return self.decay_rate ** math.floor(epoch / self.decay_epochs + 1e-9)
-        return 0.5 * (1.0 + math.cos(math.pi * epoch / (epochs or self.epochs)))
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
 
 
 def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:
@@ -122,8 +127,9 @@ def make_optimizer(
         others = [parameter for parameter in parameters.values() if not (role == "base" and parameter.dim() < 2)]
         decays = {"gate": recipe.gate_weight_decay, "norm": 0.0}.get(role, recipe.wd)
         for chosen, decay in ((others, decays), (vectors, 0.0)):
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "role": role})
+            for factor, some in _by_factor(model, chosen, recipe.layer_decay).items() if chosen else ():
+                rate = lr * factor
+                groups.append({"params": some, "lr": rate, "initial_lr": rate, "weight_decay": decay, "role": role})
     if recipe.make_optimizer is not None:
         return recipe.make_optimizer(groups)
     if recipe.optimizer in ("sgd", "nag"):
@@ -133,3 +139,21 @@ def make_optimizer(
     for group in groups:
         group["eps"] = recipe.gate_epsilon if group["role"] == "gate" else 1e-8
     return kind(groups, lr=recipe.lr, betas=recipe.betas)
+
+
+def _by_factor(
+    model: Network, parameters: list[torch.nn.Parameter], decay: float
+) -> dict[float, list[torch.nn.Parameter]]:
+    """Return the parameters by their factor on the learning rate: ``decay`` to the power of the distance from the last unit."""
+    if decay == 1.0:
+        return {1.0: parameters}
+    position = {
+        id(p): index for index, unit in enumerate(model.units) for m in (unit.deltas, unit.base) for p in m.parameters()
+    }
+    for norm in model.task_norms:
+        position.update((id(p), max(norm.position - 1, 0)) for p in norm.parameters())
+    last, groups = len(model.units) - 1, {}
+    for parameter in parameters:
+        distance = last - position.get(id(parameter), last)
+        groups.setdefault(decay**distance, []).append(parameter)
+    return groups
