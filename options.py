@@ -7,6 +7,8 @@ from taps.cli.options import (  # noqa: F401
     parse_evaluate,
     parse_joint,
     parse_mtl,
+    parse_predict,
     parse_sequential,
+    predict_parser,
     sequential_parser,
 )

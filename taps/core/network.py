@@ -346,6 +346,10 @@ class Network(nn.Module):
                 roles.setdefault(role_of[id(parameter)], {})[name] = parameter
         return roles
 
+    def parameters_of(self, *tasks: str) -> list[nn.Parameter]:
+        """Return the parameters of some tasks that training may change, for an optimiser of their own: all but the base's."""
+        return [p for role, own in self.roles(*tasks).items() if role != "base" for p in own.values()]
+
     def task_modules(self, task: str | None = None) -> list[nn.Module]:
         """Return the modules that belong to ``task`` (``None``: to any task), including heads."""
         dicts = [modules for unit in self._units for modules in (unit.gates, unit.deltas)]

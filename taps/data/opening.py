@@ -19,7 +19,7 @@ from taps.settings.multi_task import MultiTaskSettings
 def read_data(paths: Sequence[str] | None, options: AdaptationSettings | MultiTaskSettings) -> list[TaskData]:
     """The tasks in ``paths``; without paths those of the demo, which are generated if missing."""
     if paths:
-        fraction = getattr(options, "test_fraction", Reading.test_fraction)
+        fraction = options.test_fraction if isinstance(options, AdaptationSettings) else Reading.test_fraction
         return find_tasks(paths, Reading(True if options.cropped else None, fraction, options.seed))
     root = Path("datasets/demo")
     make_demo(root)

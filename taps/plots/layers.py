@@ -14,6 +14,7 @@ from taps.plots.confusion import curves
 from taps.plots.style import BORDER, SECOND, SHARED, TUNED, bare, new_figure, pair_map, stage_of, white_grid
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SHORTCUTS = ("downsample", "shortcut", "skip")
@@ -32,12 +33,46 @@ def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[s
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
+    matrix = [[float(is_tuned(row)) for row in rows] for rows in tasks.values()]
+    figure, axes = _map_of_layers(tasks, captions)
+    axes.imshow(matrix, aspect="auto", cmap=ListedColormap([SHARED, TUNED]), vmin=0, vmax=1, interpolation="nearest")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    keys = [Patch(color=TUNED, label="the task's own weights"), Patch(color=SHARED, label="shared with the base")]
+    figure.legend(handles=keys, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def bits(descriptions: Mapping[str, Mapping], title: str = "", captions: Mapping[str, str] | None = None) -> Figure:
+    """Heat map of tasks × units: the bits per weight in which each task's file stores the unit's delta; 0: shared with the base.
+
+    Args:
+        descriptions: contents of ``task.json`` by task, all of the same network.
+        title, captions: as in :func:`layers`.
+    """
+    from matplotlib import colormaps
+
+    stored = {name: one.get("delta_bytes", {}) for name, one in descriptions.items()}
+    matrix = [
+        [8 * stored[name].get(row["name"], 0) / max(row["parameters"], 1) for row in one["units"]]
+        for name, one in descriptions.items()
+    ]
+    figure, axes = _map_of_layers({name: one["units"] for name, one in descriptions.items()}, captions)
+    colors = colormaps["YlOrRd"].with_extremes(under=SHARED)
+    highest = max([1.0, *(value for row in matrix for value in row)])
+    image = axes.imshow(matrix, aspect="auto", cmap=colors, vmin=1e-6, vmax=highest, interpolation="nearest")
+    figure.colorbar(image, ax=axes, pad=0.01, aspect=12).set_label("bits per weight\n(grey: shared)", fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _map_of_layers(tasks: Mapping[str, list[dict]], captions: Mapping[str, str] | None) -> tuple[Figure, Axes]:
+    """Return a figure with axes for one cell per task and unit, with names of tasks and stages."""
     names = list(tasks)
     units = [row["name"] for row in tasks[names[0]]]
-    matrix = [[float(is_tuned(row)) for row in tasks[name]] for name in names]
     figure = new_figure(min(max(0.17 * len(units) + 3.2, 7), 26), 0.3 * len(names) + 2.3)
     axes = figure.add_subplot()
-    axes.imshow(matrix, aspect="auto", cmap=ListedColormap([SHARED, TUNED]), vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlim(-0.5, len(units) - 0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names)
     white_grid(axes, len(units), len(names))
     stages = [stage_of(unit) for unit in units]
@@ -61,14 +96,11 @@ def layers(tasks: Mapping[str, list[dict]], title: str = "", captions: Mapping[s
         right.set_yticks(range(len(names)), [captions.get(name, "") for name in names])
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    keys = [Patch(color=TUNED, label="the task's own weights"), Patch(color=SHARED, label="shared with the base")]
-    figure.legend(handles=keys, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
-    return figure
+    return figure, axes
 
 
-def sizes(summary: Mapping) -> Figure:
-    """Accuracy and number of stored parameters of each task in a ``summary.json``."""
+def sizes(summary: Mapping, in_bytes: bool = False) -> Figure:
+    """Accuracy and size of each task in a ``summary.json``: stored parameters, or the bytes of its file."""
     rows = summary["tasks"]
     names = list(rows)
     figure = new_figure(9, 0.3 * len(names) + 1.6)
@@ -80,12 +112,14 @@ def sizes(summary: Mapping) -> Figure:
     left.set_xlim(0, 100)
     left.set_xticks(range(0, 101, 20))
     left.set_xlabel(f"accuracy on the test split, %  (mean {summary['mean_accuracy']:.1f}, dashed)")
-    millions = [row["parameters"] / 1e6 for row in rows.values()]
+    key, unit = ("bytes", "MB") if in_bytes else ("parameters", "M")
+    millions = [row[key] / 1e6 for row in rows.values()]
     bars = right.barh(names, millions, color=TUNED, height=0.7)
-    texts = [f"{row['parameters'] / 1e6:.2f} M, {100 * row['tuned_layers']:.0f} %" for row in rows.values()]
+    texts = [f"{row[key] / 1e6:.2f} {unit}, {100 * row['tuned_layers']:.0f} %" for row in rows.values()]
     right.bar_label(bars, texts, padding=3, fontsize=8)
     right.set_xlim(0, max([*millions, 1e-3]) * 1.35)
-    right.set_xlabel(f"stored parameters, and layers tuned  (all: {summary['parameters_x_base']:.2f} × base)")
+    what = "size of the file" if in_bytes else "stored parameters"
+    right.set_xlabel(f"{what}, and layers tuned  (all: {summary[f'{key}_x_base']:.2f} × base)")
     left.invert_yaxis()
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -133,7 +167,7 @@ def scores(metrics: Iterable[Mapping], threshold: float) -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch", fontsize=9)
-    figure.supylabel(f"score of a layer (dashed: threshold {threshold:g})", fontsize=9)
+    figure.supylabel(f"score of a layer, logarithmic beyond ±0.5 (dashed: threshold {threshold:g})", fontsize=8)
     bar = figure.colorbar(ScalarMappable(Normalize(1, count), depth), ax=panels, pad=0.01, aspect=30)
     bar.set_label("layer, in network order", fontsize=8)
     return figure
@@ -199,11 +233,20 @@ def run_pictures(
     }
     first = next(iter(descriptions.values()))
     units = {name: description["units"] for name, description in descriptions.items()}
-    title = f"{first['base']['name']}: which layers each task tuned ({summary['parameters_x_base']:.2f} × base)"
-    figures = {"layers": layers(units, title, captions), "sizes": sizes(summary)}
-    metrics = list(metrics)
-    over_time = scores(metrics, first["options"].get("threshold", 0.0))
-    if over_time is not None:
+    has_budget = all(description.get("compact") for description in descriptions.values())
+    size = (
+        f"{summary['bytes_x_base']:.2f} × the bytes of the base"
+        if has_budget
+        else f"{summary['parameters_x_base']:.2f} × base"
+    )
+    title = f"{first['base']['name']}: which layers each task tuned ({size})"
+    figures = {"layers": layers(units, title, captions), "sizes": sizes(summary, in_bytes=has_budget)}
+    metrics = list(metrics)  # with a budget, scores play no part
+    if has_budget and any("delta_bytes" in description for description in descriptions.values()):
+        figures["bits"] = bits(
+            descriptions, f"{first['base']['name']}: bits per weight of each task's deltas", captions
+        )
+    elif not has_budget and (over_time := scores(metrics, first["options"].get("threshold", 0.0))) is not None:
         figures["scores"] = over_time
     if metrics:
         figures["curves"] = curves(metrics)

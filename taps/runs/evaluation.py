@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from taps.core import accounting
 from taps.data import opening
@@ -136,12 +138,15 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
     ]
     if existing:
         raise UserError(f"{existing[0]} exists; export to another folder or remove it")
+    labels = {name: {key: model.about(name).get(key) for key in ("classes", "preprocessing")} for name in names}
+    files.write_json(target / "labels.json", labels)
+    say(f"{target / 'labels.json'}: class names and preprocessing of each task")
     image = torch.zeros(2, 3, options.input_size, options.input_size)
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     for name, plain in networks.items():
-        files.write_tensors(files_of[name], plain.state_dict())
+        files.write_tensors(files_of[name], plain.state_dict(), {"task": name, "labels": json.dumps(labels[name])})
         say(f"{files_of[name]}: state dict for timm's {options.model_type}")
-    for name, network in programs.items():
+    for name, network in tqdm(programs.items(), desc="exporting", disable=None, leave=False):
         outputs = "outputs of all tasks by name" if name == TOGETHER else f"outputs of {name}"
         try:
             program = torch.export.export(network, (image,), dynamic_shapes=shapes)
@@ -155,12 +160,16 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
             torch.export.save(program, temporary)
         say(f"{target / name}.pt2: torch.export program, {outputs}")
         if onnx:
-            write_onnx(network, image, shapes, names if name == TOGETHER else [name], target / f"{name}.onnx")
+            outputs_of = names if name == TOGETHER else [name]
+            about = {"labels": json.dumps({task: labels[task] for task in outputs_of})}
+            write_onnx(network, image, shapes, outputs_of, target / f"{name}.onnx", about)
             say(f"{target / name}.onnx: {outputs}")
 
 
-def write_onnx(network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Sequence[str], path: Path) -> None:
-    """Export a network to an ONNX file with named outputs.
+def write_onnx(
+    network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Sequence[str], path: Path, about: dict[str, str]
+) -> None:
+    """Export a network to an ONNX file with named outputs and metadata.
 
     Raises:
         UserError: if the required packages are not installed.
@@ -179,5 +188,6 @@ def write_onnx(network: torch.nn.Module, x: torch.Tensor, shapes, outputs: Seque
         output_names=list(outputs),
         verbose=False,
     )
+    program.model.metadata_props.update(about)
     with files.whole(path) as temporary:
         program.save(temporary)

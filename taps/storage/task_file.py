@@ -39,7 +39,7 @@ FORMAT = 1
 #: entries of task.json that follow from the model; all others are about the task
 STRUCTURE = (
     "format", "task", "method", "options", "norm", "layers", "base", "head", "bytes", "accounting", "norms", "policy",
-    "units", "max_error", "encodings", "compact",
+    "units", "delta_bytes", "max_error", "encodings", "compact",
 )  # fmt: skip
 #: returns the method of a name, or ``None``
 FindMethod = Callable[[str], Method | None]
@@ -112,6 +112,7 @@ def save(
             "accounting": accounting(model, task),
             "norms": [norm.name for norm in norms],
             "policy": model.policies.get(task),
+            "delta_bytes": {unit.name: _delta_bytes(tensors, unit) for unit in units if _delta_bytes(tensors, unit)},
             "units": [row for row in model.report(task) if row["name"] in made.units],
             **({"max_error": max_error} if max_error is not None else {}),
             **({"encodings": encodings} if encodings else {}),
@@ -120,6 +121,12 @@ def save(
         },
     )
     return folder
+
+
+def _delta_bytes(tensors: dict[str, Tensor], unit: GatedUnit) -> int:
+    """Return the size of a unit's stored deltas."""
+    own = [tensors.get(f"delta/{unit.name}/{name}") for name in unit.parameter_names]
+    return sum(tensor.nbytes for tensor in own if tensor is not None)
 
 
 def non_delta_tensors(
