@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from taps.plots.style import bare, new_figure, pair_map, white_grid, write_cells
+from taps.plots.style import BORDER, bare, new_figure, pair_map, stage_of, white_grid, write_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,8 @@ def policy(
         executed: by network and task, shares of samples in 0..1.
         own: by network and task, 1.0 for units with the task's own weights.
     """
+    from matplotlib.patches import Patch
+
     panels = {"learned probability of running": learned.probability}
     if learned.own:
         panels["learned probability of own weights"] = learned.own
@@ -35,11 +37,13 @@ def policy(
         if mine:
             shares = {name: [r * (1 + o) / 2 for r, o in zip(shares[name], mine[name], strict=True)] for name in names}
         panels[title] = shares
-    figure = new_figure(min(max(0.34 * count + 3.0, 7), 26), len(panels) * (0.28 * len(names) + 0.5) + 1.2)
+    is_long = count > 40
+    width = min(0.19 * count + 2.5, 14) if is_long else max(0.34 * count + 3.0, 7)
+    figure = new_figure(width, len(panels) * (0.28 * len(names) + 0.5) + 1.6)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, shares) in zip(grid, panels.items(), strict=True):
         rows = [shares[name] for name in names]
-        axes.imshow(rows, aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
+        image = axes.imshow(rows, aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         values = [value for row in rows for value in row]
         with_own = bool((own or {}).get(title))
@@ -49,13 +53,29 @@ def policy(
             summary = f"{parts[0]:.0f} % shared, {parts[1]:.0f} % the task's own, {parts[2]:.0f} % skipped"
         axes.set_title(f"{title}: {summary}", fontsize=9, loc="left")
         white_grid(axes, count, len(names))
-        if count <= 40:
+        if not is_long:
             marks = {0.0: "", 0.5: "·", 1.0: "own"} if with_own else {}
             texts = [[marks.get(value, _short(value)) for value in row] for row in rows]
             write_cells(axes, rows, lambda row, column, texts=texts: texts[row][column], 0.7)
         bare(axes)
-    grid[-1].set_xticks(range(count), learned.units, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
-    grid[-1].set_xlabel(f"units of {learned.backbone} in network order")
+    stages = [stage_of(unit) for unit in learned.units] if is_long else list(learned.units)
+    starts = [index for index in range(count) if index == 0 or stages[index] != stages[index - 1]]
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    names_of = [stages[start] for start in starts]
+    grid[-1].set_xticks(middles, names_of, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    for axes in grid if is_long else ():
+        for start in starts[1:]:
+            axes.axvline(start - 0.5, color=BORDER, linewidth=1.0)
+    grid[-1].set_xlabel(f"units of {learned.backbone} in network order, {count} in all")
+    levels = (
+        {"skipped": 0.0, "shared": 0.5, "the task's own": 1.0}
+        if own
+        else {"never": 0.0, "half": 0.5, "always run": 1.0}
+    )
+    keys = [
+        Patch(facecolor=image.cmap(image.norm(level)), edgecolor=BORDER, label=name) for name, level in levels.items()
+    ]
+    figure.legend(handles=keys, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,6 +38,7 @@ from taps.storage import checkpoint
 from taps.task_model import TaskModel
 from taps.training.recipe import Recipe, make_optimizer, phase_at
 
+_LINE_SECONDS = 60.0
 #: mean loss of a batch from outputs and labels
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -274,6 +277,7 @@ class _Run:
             checkpoint.set_random_state(self.random_state or {})
         quiet = None if self.accelerator.is_main_process else True
         options = {"total": self.batches, "initial": self.progress.batch, "disable": quiet, "leave": False}
+        said = time.monotonic()
         with tqdm(desc=f"{self.name} {done + 1}/{epochs}", **options) as bar:
             for window in _windows(islice(rest, self.batches - self.progress.batch), self.recipe.accumulate):
                 phase = self._enter_phase(len(window))
@@ -285,6 +289,10 @@ class _Run:
                     )
                 bar.update(len(window))
                 bar.set_postfix(loss=f"{loss / len(self.tasks):.3f}", refresh=False)
+                if bar.disable and self.accelerator.is_main_process and time.monotonic() - said >= _LINE_SECONDS:
+                    said = time.monotonic()  # without a terminal, a line now and then takes the bar's place
+                    where = f"{self.name} {done + 1}/{epochs}: {self.progress.batch} of {self.batches} batches"
+                    tqdm.write(f"{where}, loss {loss / len(self.tasks):.3f}", file=sys.stderr)
                 if self.progress.batch < self.batches and self.stop_requested():
                     self.save()
                     self.obey()
