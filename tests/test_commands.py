@@ -31,8 +31,7 @@ def test_a_run_leaves_a_complete_results_folder(finished):
     assert len(events) == 1
     assert names - events == {
         "settings.txt", "settings.yaml", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json",
-        "checkpoint", "ink-2", "paint",
-        "layers.png", "sizes.png", "scores.png", "overlap.png",
+        "ink-2", "paint", "layers.png", "sizes.png", "scores.png", "curves.png", "overlap.png",
     }  # fmt: skip
     assert os.listdir(folder) == ["results"], "nothing is left anywhere else"
     settings = json.loads((run / "settings.json").read_text())

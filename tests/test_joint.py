@@ -200,8 +200,8 @@ def test_joint_leaves_a_base_and_a_file_a_task(joint, here, tree):
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
     assert names == {
         "settings.txt", "settings.yaml", "settings.json", "metrics.jsonl", "summary.json", "fingerprints.json",
-        "checkpoint", "ink-2", "paint",
-        "base.safetensors", "layers.png", "sizes.png", "scores.png", "overlap.png",
+        "ink-2", "paint",
+        "base.safetensors", "layers.png", "sizes.png", "scores.png", "curves.png", "overlap.png",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     assert list(summary["tasks"]) == ["ink-2", "paint"], "different class lists are different heads"
