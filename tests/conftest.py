@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import signal
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items):
         ) or "published_networks" in item.name
         if runs_programs or is_large or item.path.stem.removeprefix("test_") in SLOW_FILES:
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """Garbage is not looked for among what imports have made, which every end of training would pay for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +94,7 @@ def command():
 
 
 #: options of a run that takes seconds
-SMALL = ("--model_type", "resnet18", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
+SMALL = ("--model_type", "test_resnet", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
 SMALL += ("--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
 
 
