@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_here
 from safetensors.torch import load_file
 from test_mtl import ROOT, SMALL, same
 
@@ -29,10 +30,10 @@ def scenes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def complete(scenes, command, tmp_path_factory):
+def complete(scenes, tmp_path_factory):
     """A finished run of sparse deltas, and its output."""
     folder = tmp_path_factory.mktemp("complete_sub")
-    return folder, command("train_mtl.py", "--dataset", scenes, *VIT, "--base_task", "normals", cwd=folder)
+    return folder, run_here("train_mtl.py", "--dataset", scenes, *VIT, "--base_task", "normals", cwd=folder)
 
 
 def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
