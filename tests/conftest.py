@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (
     "backbones", "choices", "commands", "config_files", "context_data", "data", "dense_data", "encoding", "joint", "mtl",
-    "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "volumes",
+    "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "two_processes", "volumes",
 )  # fmt: skip
 #: networks of ``cases.py`` small enough for ``make test-fast``
 QUICK_NETWORKS = ("narrow", "vit", "series", "volumes", "residual_series", "residual_volumes", "perceptron")

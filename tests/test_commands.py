@@ -282,58 +282,6 @@ def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree,
     assert ours == theirs
 
 
-@pytest.mark.parametrize(
-    ("program", "options"),
-    [
-        ("train_sequential", ("--settle_epochs", "0.5")),
-        ("train_joint", ("--settle_epochs", "0.5")),
-        ("train_joint", ("--budget", "100KB")),
-    ],
-)
-def test_two_processes_reach_the_same_decisions(tree, tmp_path, program, options):
-    """With torchrun and gloo on the CPU both ranks hold bit-identical gates, and the run is complete."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, json, os, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"import {program} as program\n"
-        "import taps.runs.adaptation as adaptation\n"
-        "original = adaptation.accuracy\n"
-        "def watch(model, task, *rest, **options):\n"
-        "    state = {n: t.tolist() for n, t in model.task_state(task).items() if n.endswith('score')}\n"
-        "    state['delta'] = sum(float(t.sum()) for n, t in model.task_state(task).items() if n.endswith('delta'))\n"
-        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps(state) + '\\n')\n"
-        "    return original(model, task, *rest, **options)\n"
-        "adaptation.accuracy = watch\n"
-        "program.main(sys.argv[1:])\n"
-    )
-    arguments = [
-        str(argument)
-        for argument in trained_arguments(
-            tree / "paint" if program == "train_sequential" else tree, "--norm", "follow", *options
-        )
-    ]
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        *arguments,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
-    assert first == second
-    assert len(first.splitlines()) == (3 if program == "train_sequential" else 6)
-    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
-    assert "--budget" not in options or all(row["bytes"] <= 100_000 for row in summary["tasks"].values())
-    assert "2 × cpu" in done.stdout
-
-
 def make_bad(tree: Path, root: Path, kind: str) -> Path:
     shutil.copytree(tree / "paint", root / "bad")
     bad = root / "bad"

@@ -1,17 +1,13 @@
 """``train_mtl.py`` on the command line, with three choices per layer and with sparse deltas of a base task."""
 
 import json
-import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_here
 from safetensors.torch import load_file
-from test_mtl import ROOT, SMALL, same
+from test_mtl import SMALL, same
 
 from taps.data.generated.scenes import SceneRecipe, make_scenes
 
@@ -107,37 +103,6 @@ def test_what_a_policy_cannot_skip_is_named_before_anything_is_written(scenes, h
     assert not (tmp_path / "results/again").exists()
     done = here("train_mtl.py", "--skip", "blocks", "--experiment_name", "again", check=2)
     assert done.stderr == "error: --skip is for --method automtl, not adashare\n"
-
-
-def test_two_processes_agree_on_the_support(scenes, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, json, os\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_mtl\nimport taps.methods.sparse_delta as sparse_delta\n"
-        "fix = sparse_delta.fix_support\n"
-        "def note(model, task):\n"
-        "    count = fix(model, task)\n"
-        "    masks = [gate.support() for gate in model.gates(task)]\n"
-        "    where = [int(m.flatten().nonzero().sum()) for own in masks for m in own.values()]\n"
-        "    deltas = [float(d.double().sum()) for u in model.units for d in u.deltas[task].parameters()]\n"
-        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file:\n"
-        "        file.write(json.dumps([task, count, where, deltas]) + '\\n')\n"
-        "    return count\n"
-        "sparse_delta.fix_support = note\n"
-        "train_mtl.main(sys.argv[1:])\n"
-    )
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    line += map(str, ("--dataset", scenes, *VIT, "--single_task", "none"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
-    assert first == second
-    assert len(first.splitlines()) == 2
-    assert all(math.isfinite(value) for value in json.loads(first.splitlines()[0])[3])
-    assert (tmp_path / "results/run/reuse.json").is_file()
-    assert "2 × cpu" in done.stdout
 
 
 @pytest.mark.parametrize(
