@@ -174,10 +174,18 @@ def stop_at(monkeypatch):
 
 
 @pytest.fixture
-def here(tmp_path):
-    """Run a program in this process, in an empty folder, and return its output, as ``command`` does."""
+def here(tmp_path, monkeypatch):
+    """Run a program in this process, in an empty folder, and return its output, as ``command`` does.
 
-    def run(script: str, *arguments: object, cwd: Path = tmp_path, check: int = 0) -> SimpleNamespace:
-        return run_here(script, *arguments, cwd=cwd, check=check)
+    Pictures stay blank unless the test asks for them with ``draws=True``: to draw them takes longer than to train.
+    """
+
+    def run(
+        script: str, *arguments: object, cwd: Path = tmp_path, check: int = 0, draws: bool = False
+    ) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            if not draws:
+                patch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
+            return run_here(script, *arguments, cwd=cwd, check=check)
 
     return run

@@ -60,9 +60,10 @@ def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
     assert phases == ["gates", "gates", "support", "support", "activations"]
 
 
-@pytest.mark.parametrize("steps", [13, 32, 35, 38])
-def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, stop_at, steps):
-    arguments = ("--dataset", scenes, *VIT, "--base_task", "normals")
+@pytest.mark.parametrize(("steps", "phases"), [(32, ("retrain",)), (35, ("retrain",)), (39, ("retrain", "test"))])
+def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, stop_at, steps, phases):
+    """The first sub-task is stopped in each of its phases: gates, support and activations."""
+    arguments = ("--dataset", scenes, *VIT, "--base_task", "normals", "--phases", *phases)
     with stop_at(steps):
         here("train_mtl.py", *arguments, check=143)
     here("train_mtl.py", *arguments, "--resume")
@@ -72,7 +73,8 @@ def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here,
 @pytest.mark.parametrize(("more", "units"), [(("--skip", "layers"), 13), ((), 13 + 4)])
 def test_every_layer_is_shared_owned_or_skipped(more, units, scenes, here, tmp_path):
     given = ("--method", "automtl", "--curriculum_speed", 0, "--sample", *more)
-    done = here("train_mtl.py", "--dataset", scenes, *SMALL, *given)
+    given += ("--single_task", "none", "--exp_ids", 1)
+    done = here("train_mtl.py", "--dataset", scenes, *SMALL, *given, draws=not more)
     run = tmp_path / "results/run"
     policy = json.loads((run / "retrain_001/policy.json").read_text())
     row = policy["tasks"]["depth"]

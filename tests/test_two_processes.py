@@ -22,10 +22,12 @@ from contextlib import redirect_stdout
 
 sys.path.insert(0, ROOT)
 from accelerate.state import PartialState
+from matplotlib.figure import Figure
 
 import taps.methods.sparse_delta as sparse_delta
 import taps.runs.adaptation as adaptation
 import taps.runs.multi_task as multi_task
+import taps.runs.sub_tasks as sub_tasks
 
 rank, models = os.environ["RANK"], []
 accuracy, score, model_of, fix = adaptation.accuracy, multi_task.score, multi_task.MultiTask.model, sparse_delta.fix_support
@@ -63,6 +65,8 @@ def watched_fix(model, task):
 
 adaptation.accuracy, multi_task.score, multi_task.MultiTask.model = watched_accuracy, watched_score, watched_model
 sparse_delta.fix_support = watched_fix
+sub_tasks.ERRORS = (0.0, 0.1)
+Figure.draw = lambda *rest: None  # pictures stay blank
 PartialState.destroy_process_group = lambda *rest: None  # one group for all programs
 for name, (program, arguments) in json.loads(sys.argv[1]).items():
     os.makedirs(name, exist_ok=True)
