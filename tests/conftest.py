@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
+import io
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +25,7 @@ sys.path.insert(0, str(ROOT))
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (
     "backbones", "choices", "commands", "config_files", "context_data", "data", "dense_data", "docs", "encoding", "front_door",
-    "install", "joint", "mtl",
-    "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "volumes",
+    "install", "joint", "mtl", "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "two_processes", "volumes",
 )  # fmt: skip
 #: networks of ``cases.py`` small enough for ``make test-fast``
 QUICK_NETWORKS = ("narrow", "vit", "series", "volumes", "residual_series", "residual_volumes", "perceptron")
@@ -43,6 +45,12 @@ def pytest_collection_modifyitems(items):
         ) or "published_networks" in item.name
         if runs_programs or is_large or item.path.stem.removeprefix("test_") in SLOW_FILES:
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """Garbage is not looked for among what imports have made, which every end of training would pay for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +95,38 @@ def command():
     return run
 
 
+def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> SimpleNamespace:
+    """Run a program in this process and return its output, as ``command`` does.
+
+    It executes the same code as from a shell, without the seconds that imports take.
+    """
+    import importlib
+
+    from accelerate.state import AcceleratorState
+
+    from taps.cli import program
+
+    out, err = io.StringIO(), io.StringIO()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            program.run(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as ended:
+            status = ended.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+    text = {"stdout": out.getvalue(), "stderr": err.getvalue()}
+    assert status == check, text
+    return SimpleNamespace(returncode=status, **text)
+
+
 #: options of a run that takes seconds
-SMALL = ("--model_type", "resnet18", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
+SMALL = ("--model_type", "test_resnet", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
 SMALL += ("--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
 
 
@@ -98,17 +136,17 @@ def trained_arguments(tree: Path, *more: object) -> tuple:
 
 
 @pytest.fixture(scope="session")
-def finished(tree, command, tmp_path_factory):
+def finished(tree, tmp_path_factory):
     """A finished run of two tasks, one after the other, and its output."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, command("train_sequential.py", *trained_arguments(tree), cwd=folder)
+    return folder, run_here("train_sequential.py", *trained_arguments(tree), cwd=folder)
 
 
 @pytest.fixture(scope="session")
-def joint(tree, command, tmp_path_factory):
+def joint(tree, tmp_path_factory):
     """A finished run of two tasks trained together, and its output."""
     folder = tmp_path_factory.mktemp("joint")
-    return folder, command("train_joint.py", *trained_arguments(tree), cwd=folder)
+    return folder, run_here("train_joint.py", *trained_arguments(tree), cwd=folder)
 
 
 @pytest.fixture
@@ -136,33 +174,18 @@ def stop_at(monkeypatch):
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path, capsys):
+def here(tmp_path, monkeypatch):
     """Run a program in this process, in an empty folder, and return its output, as ``command`` does.
 
-    It executes the same code as from a shell, without the seconds that imports take.
+    Pictures stay blank unless the test asks for them with ``draws=True``: to draw them takes longer than to train.
     """
-    import importlib
 
-    from accelerate.state import AcceleratorState
-
-    from taps.cli import program
-
-    def run(script: str, *arguments: object, cwd: Path = tmp_path, check: int = 0) -> SimpleNamespace:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capsys.readouterr()
-        try:
-            program.run(importlib.import_module(script.removesuffix(".py")).main)
-        except SystemExit as ended:
-            done = SimpleNamespace(returncode=ended.code or 0, **capsys.readouterr()._asdict())
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            AcceleratorState._reset_state(reset_partial_state=True)
-        text = {"stdout": done.out, "stderr": done.err}
-        assert done.returncode == check, text
-        return SimpleNamespace(returncode=done.returncode, **text)
+    def run(
+        script: str, *arguments: object, cwd: Path = tmp_path, check: int = 0, draws: bool = False
+    ) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            if not draws:
+                patch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
+            return run_here(script, *arguments, cwd=cwd, check=check)
 
     return run

@@ -98,11 +98,11 @@ def test_one_task_has_the_plain_tags_and_all_options_run(tree, here, tmp_path):
     arguments += ("--norm", "follow", "--layers", "layer[234]", "--resize", 36, "--cropped", "--no_flip", "--multi_gpu")
     arguments += ("--result_path", "out", "--settle_epochs", 1, "--skip_bad_images")
     done = here("train_sequential.py", *arguments, cwd=tmp_path)
-    run = tmp_path / "out" / "paint_resnet18_taps"
+    run = tmp_path / "out" / "paint_test_resnet_taps"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert ["val_error" in row for row in rows] == [False, True, True]
     assert rows[0]["lr"] == 0.02
-    assert len(rows[0]["scores"]) == 15
+    assert len(rows[0]["scores"]) == 10
     assert "at most one GPU" in done.stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -120,18 +120,18 @@ def test_baselines(tree, here, tmp_path, method):
 
 
 def test_budget(tree, here, tmp_path):
-    here("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "3MB"), cwd=tmp_path)
+    here("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "100KB"), cwd=tmp_path)
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     row = summary["tasks"]["paint"]
     assert summary["method"] == "taps_budget"
     base = json.loads((tmp_path / "results/run/paint/task.json").read_text())["base"]["parameters"]
     assert summary["bytes_x_base"] == pytest.approx(1 + row["bytes"] / (4 * base))
-    assert 0.98 * 3_000_000 < row["bytes"] <= 3_000_000
+    assert 0.98 * 100_000 < row["bytes"] <= 100_000
     assert row["bytes"] == (tmp_path / "results/run/paint/task.safetensors").stat().st_size
     assert "bit for bit" in here("evaluate.py", "results/run", "--verify", cwd=tmp_path).stdout
     done = here(
         "train_sequential.py",
-        *trained_arguments(tree / "paint", "--budget", "1KB", "--overwrite"),
+        *trained_arguments(tree / "paint", "--budget", "500", "--overwrite"),
         cwd=tmp_path,
         check=2,
     )
@@ -142,19 +142,19 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     """Each equals a separate run of that size, stopped or not; a size can be added later."""
     arguments = trained_arguments(tree / "paint", "--epochs", 3, "--budget")
     curve = tmp_path / "results/run"
-    done = here("train_sequential.py", *arguments, "3MB", "5MB", cwd=tmp_path)
+    done = here("train_sequential.py", *arguments, "100KB", "170KB", cwd=tmp_path)
     assert "picture: results/run/trade_off.png" in done.stdout
-    assert sorted(path.name for path in curve.iterdir()) == ["3mb", "5mb", "trade_off.png"]
-    assert {row["phase"] for row in read_run(curve / "5mb").metrics} == {"settle", "round"}
+    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "170kb", "trade_off.png"]
+    assert {row["phase"] for row in read_run(curve / "170kb").metrics} == {"settle", "round"}
     done = here("evaluate.py", "results/run", cwd=tmp_path, check=2)
-    assert "results/run holds several runs; name one of them, e.g. results/run/3mb" in done.stderr
-    here("train_sequential.py", *arguments, "5MB", "--experiment_name", "alone", cwd=tmp_path)
-    stored = [path / "paint/task.safetensors" for path in (curve / "5mb", tmp_path / "results/alone")]
+    assert "results/run holds several runs; name one of them, e.g. results/run/100kb" in done.stderr
+    here("train_sequential.py", *arguments, "170KB", "--experiment_name", "alone", cwd=tmp_path)
+    stored = [path / "paint/task.safetensors" for path in (curve / "170kb", tmp_path / "results/alone")]
     assert stored[0].read_bytes() == stored[1].read_bytes()
-    done = here("train_sequential.py", *arguments, "3MB", "4MB", cwd=tmp_path, check=2)
+    done = here("train_sequential.py", *arguments, "100KB", "130KB", cwd=tmp_path, check=2)
     assert "exists; continue it or add sizes with --resume" in done.stderr
-    here("train_sequential.py", *arguments, "4MB", "3MB", "--resume", cwd=tmp_path)
-    assert sorted(path.name for path in curve.iterdir()) == ["3mb", "4mb", "5mb", "trade_off.png"]
+    here("train_sequential.py", *arguments, "130KB", "100KB", "--resume", cwd=tmp_path)
+    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "130kb", "170kb", "trade_off.png"]
 
 
 def test_published_habit_of_selecting_on_test_is_said(tree, here, tmp_path):
@@ -170,7 +170,7 @@ def test_evaluate_prints_the_stored_accuracies_and_exports(finished, here, tmp_p
         line = next(line for line in done.stdout.splitlines() if line.startswith(name))
         assert f"{row['accuracy']:.2f}" in line
         assert f"{row['bytes']:,}" in line
-        net = timm.create_model("resnet18", num_classes=4 if name == "ink-2" else 3)
+        net = timm.create_model("test_resnet", num_classes=4 if name == "ink-2" else 3)
         net.load_state_dict(load_file(tmp_path / "out" / f"{name}.safetensors"))
         program = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()
         x = torch.randn(3, 3, 32, 32)
@@ -260,11 +260,11 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree, command, tmp_path, number):
+def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree, here, tmp_path, number):
     """The run is killed during the second epoch of the first task."""
     process = start(tmp_path, *trained_arguments(tree))
     wait_for(tmp_path / "results/run/metrics.jsonl", 1, process)
-    time.sleep(0.15)
+    time.sleep(0.05)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -272,65 +272,13 @@ def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree,
     if number != signal.SIGKILL:
         assert "continue with --resume" in stderr
         assert "Traceback" not in stderr
-    command("train_sequential.py", *trained_arguments(tree, "--resume"), cwd=tmp_path)
+    here("train_sequential.py", *trained_arguments(tree, "--resume"), cwd=tmp_path)
     assert task_files(tmp_path) == task_files(finished[0])
     ours, theirs = (
         [{**json.loads(line), "seconds": 0} for line in (root / "results/run/metrics.jsonl").read_text().splitlines()]
         for root in (tmp_path, finished[0])
     )
     assert ours == theirs
-
-
-@pytest.mark.parametrize(
-    ("program", "options"),
-    [
-        ("train_sequential", ("--settle_epochs", "0.5")),
-        ("train_joint", ("--settle_epochs", "0.5")),
-        ("train_joint", ("--budget", "3MB")),
-    ],
-)
-def test_two_processes_reach_the_same_decisions(tree, tmp_path, program, options):
-    """With torchrun and gloo on the CPU both ranks hold bit-identical gates, and the run is complete."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, json, os, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"import {program} as program\n"
-        "import taps.runs.adaptation as adaptation\n"
-        "original = adaptation.accuracy\n"
-        "def watch(model, task, *rest, **options):\n"
-        "    state = {n: t.tolist() for n, t in model.task_state(task).items() if n.endswith('score')}\n"
-        "    state['delta'] = sum(float(t.sum()) for n, t in model.task_state(task).items() if n.endswith('delta'))\n"
-        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file: file.write(json.dumps(state) + '\\n')\n"
-        "    return original(model, task, *rest, **options)\n"
-        "adaptation.accuracy = watch\n"
-        "program.main(sys.argv[1:])\n"
-    )
-    arguments = [
-        str(argument)
-        for argument in trained_arguments(
-            tree / "paint" if program == "train_sequential" else tree, "--norm", "follow", *options
-        )
-    ]
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        *arguments,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
-    assert first == second
-    assert len(first.splitlines()) == (3 if program == "train_sequential" else 6)
-    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
-    assert "--budget" not in options or all(row["bytes"] <= 3_000_000 for row in summary["tasks"].values())
-    assert "2 × cpu" in done.stdout
 
 
 def make_bad(tree: Path, root: Path, kind: str) -> Path:
@@ -439,13 +387,12 @@ def test_evaluate_refuses_what_is_no_run(here, tmp_path):
     assert "holds no task files" in here("evaluate.py", ".", cwd=tmp_path, check=2).stderr
 
 
-def test_data_check_command(tree, tmp_path):
+def test_data_check_command(tree, here, tmp_path):
     line = [sys.executable, "-m", "taps", "data", "check", str(tree / "paint")]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "3 classes, 36 train, 15 test" in done.stdout
-    done = subprocess.run([*line[:-1], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = here("taps.cli.main", "data", "check", "nowhere", check=2)
     assert done.stderr == "error: dataset folder nowhere does not exist\n"
 
 
@@ -471,7 +418,7 @@ def test_help_explains_every_option(here, tmp_path):
 def test_a_mistake_with_overwrite_costs_no_earlier_run(finished, tree, here, tmp_path):
     shutil.copytree(finished[0] / "results", tmp_path / "results")
     before = task_files(tmp_path)
-    for wrong in (("--budget", "lots"), ("--budget", "1KB"), ("--layers", "nothing"), ("--model_path", "nothing.pth")):
+    for wrong in (("--budget", "lots"), ("--budget", "500"), ("--layers", "nothing"), ("--model_path", "nothing.pth")):
         here("train_sequential.py", *trained_arguments(tree, "--overwrite", *wrong), cwd=tmp_path, check=2)
     assert task_files(tmp_path) == before
 
@@ -494,7 +441,7 @@ def test_verify_says_whether_anything_has_moved(finished, here, tmp_path):
     )
     path = folder / "paint/task.safetensors"
     tensors = load_file(path)
-    tensors["head/weight"][0, 0] += 1e-3
+    tensors["head/weight"] += 1e-3
     save_file(tensors, path, {"format": "pt"})
     description = json.loads((folder / "paint/task.json").read_text())
     (folder / "paint/task.json").write_text(json.dumps({**description, "bytes": path.stat().st_size}))

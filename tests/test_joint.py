@@ -208,7 +208,7 @@ def test_joint_leaves_a_base_and_a_file_a_task(joint, here, tree):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["task"], row["epoch"]) for row in rows] == [("ink-2", 1), ("paint", 1), ("ink-2", 2), ("paint", 2)]
     assert "2 tasks 2/2" in done.stdout
-    net = taps.create_backbone("resnet18", path=run / "base.safetensors")
+    net = taps.create_backbone("test_resnet", path=run / "base.safetensors")
     model = taps.adapt(net).eval()
     assert model.load_library(run) == ["ink-2", "paint"]
     first = json.loads((run / "paint/task.json").read_text())
@@ -268,19 +268,19 @@ def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    more = ("--epochs", 3, "--budget", "3MB", "5MB")
+    more = ("--epochs", 3, "--budget", "100KB", "170KB")
     with stop_at(0) as steps:
         here("train_joint.py", *arguments(tree, *more), cwd=whole)
     run = whole / "results/run"
-    assert sorted(path.name for path in run.iterdir()) == ["3mb", "5mb", "trade_off.png"]
-    rows = [json.loads(line) for line in (run / "5mb/metrics.jsonl").read_text().splitlines()]
+    assert sorted(path.name for path in run.iterdir()) == ["100kb", "170kb", "trade_off.png"]
+    rows = [json.loads(line) for line in (run / "170kb/metrics.jsonl").read_text().splitlines()]
     assert {row["phase"] for row in rows} == {"settle", "round"}
     with stop_at(len(steps) - 3):
         here("train_joint.py", *arguments(tree, *more), cwd=parts, check=143)
     stopped = parts / "results/run"
-    assert (stopped / "3mb/summary.json").is_file()
-    assert (stopped / "5mb").is_dir()
-    assert not (stopped / "5mb/summary.json").exists()
+    assert (stopped / "100kb/summary.json").is_file()
+    assert (stopped / "170kb").is_dir()
+    assert not (stopped / "170kb/summary.json").exists()
     here("train_joint.py", *arguments(tree, *more, "--resume"), cwd=parts)
     assert tensors(parts) == tensors(whole)
 

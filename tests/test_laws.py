@@ -156,7 +156,7 @@ def test_merged_network_computes_the_same_without_a_class_of_ours(trained):
     with torch.no_grad():
         assert torch.equal(plain(x), model(x, "a"))
         assert torch.allclose(copy.deepcopy(plain).double()(x.double()), plain(x).double(), atol=1e-4)
-    assert not any(parameter is own for parameter in plain.parameters() for own in model.parameters())
+    assert not {*plain.parameters()} & {*model.parameters()}
 
 
 def test_saved_task_loads_exactly_into_a_fresh_base(trained, case, tmp_path):
@@ -203,8 +203,9 @@ def test_same_seed_same_run(case):
 
 def test_task_parameters_are_named_after_the_task(case):
     model = make(*case, tasks=("a", "x-1_Y"))
-    names = [name for name, _ in model.named_parameters() if "x-1_Y" in name.split(".")]
-    assert set(names) == {name for name in model.task_state("x-1_Y") if name in dict(model.named_parameters())}
+    parameters = {name for name, _ in model.named_parameters()}
+    names = [name for name in parameters if "x-1_Y" in name.split(".")]
+    assert set(names) == parameters & model.task_state("x-1_Y").keys()
     gated = "threshold" in model.options
     assert sum(name.endswith(".score") for name in names) == len(model.units) * gated
     holding = sum(name.endswith(".delta") for name in names)
@@ -309,7 +310,7 @@ def test_deepcopy_is_a_model_of_its_own():
     ("name", "units"),
     [
         ("resnet34", 36), ("resnet50", 53), ("densenet121", 120), ("mobilenetv2_100", 52), ("convnext_tiny", 58),
-        ("vit_small_patch16_224", 49), ("deit_small_patch16_224", 49), ("vit_base_patch16_224", 49),
+        ("vit_small_patch16_224", 49), ("deit_small_patch16_224", 49),
         ("swin_tiny_patch4_window7_224", 52),
     ],
 )  # fmt: skip

@@ -397,7 +397,7 @@ def test_tasks_may_be_called_as_they_like_and_heads_work_in_place():
     names = ("base", "skip", "other")
     model = taps.adapt(NETWORKS["resnet"][0](), norm="follow").eval()
     for index, task in enumerate(names):
-        model.add_task(task, head=nn.Sequential(nn.SiLU(inplace=True), nn.Linear(512, 2)))
+        model.add_task(task, head=nn.Sequential(nn.SiLU(inplace=True), nn.Linear(56, 2)))
         for unit in model.units:
             unit.gates[task].set(index == 0)
             for parameter in unit.deltas[task].parameters():

@@ -488,7 +488,7 @@ def test_unknown_networks_are_refused():
 def test_all_phases_give_a_table_and_pictures(made, here, tmp_path, method, network):
     done = here(
         "train_mtl.py", "--dataset", made, *SMALL, "--method", method, "--model_type", network, "--exp_ids", 0,
-        "--target_rates", 0.75, "--single_task", "measure" if method == "adashare" else "none",
+        "--target_rates", 0.75, "--single_task", "measure" if method == "adashare" else "none", draws=True,
     )  # fmt: skip
     run = tmp_path / "results/run"
     summary = json.loads((run / "summary.json").read_text())

@@ -1,16 +1,13 @@
 """``train_mtl.py`` on the command line, with three choices per layer and with sparse deltas of a base task."""
 
 import json
-import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_here
 from safetensors.torch import load_file
-from test_mtl import ROOT, SMALL, same
+from test_mtl import SMALL, same
 
 from taps.data.generated.scenes import SceneRecipe, make_scenes
 
@@ -29,10 +26,10 @@ def scenes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def complete(scenes, command, tmp_path_factory):
+def complete(scenes, tmp_path_factory):
     """A finished run of sparse deltas, and its output."""
     folder = tmp_path_factory.mktemp("complete_sub")
-    return folder, command("train_mtl.py", "--dataset", scenes, *VIT, "--base_task", "normals", cwd=folder)
+    return folder, run_here("train_mtl.py", "--dataset", scenes, *VIT, "--base_task", "normals", cwd=folder)
 
 
 def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
@@ -63,9 +60,10 @@ def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
     assert phases == ["gates", "gates", "support", "support", "activations"]
 
 
-@pytest.mark.parametrize("steps", [13, 32, 35, 38])
-def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, stop_at, steps):
-    arguments = ("--dataset", scenes, *VIT, "--base_task", "normals")
+@pytest.mark.parametrize(("steps", "phases"), [(32, ("retrain",)), (35, ("retrain",)), (39, ("retrain", "test"))])
+def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here, tmp_path, stop_at, steps, phases):
+    """The first sub-task is stopped in each of its phases: gates, support and activations."""
+    arguments = ("--dataset", scenes, *VIT, "--base_task", "normals", "--phases", *phases)
     with stop_at(steps):
         here("train_mtl.py", *arguments, check=143)
     here("train_mtl.py", *arguments, "--resume")
@@ -75,7 +73,8 @@ def test_stopped_anywhere_and_continued_it_ends_the_same(complete, scenes, here,
 @pytest.mark.parametrize(("more", "units"), [(("--skip", "layers"), 13), ((), 13 + 4)])
 def test_every_layer_is_shared_owned_or_skipped(more, units, scenes, here, tmp_path):
     given = ("--method", "automtl", "--curriculum_speed", 0, "--sample", *more)
-    done = here("train_mtl.py", "--dataset", scenes, *SMALL, *given)
+    given += ("--single_task", "none", "--exp_ids", 1)
+    done = here("train_mtl.py", "--dataset", scenes, *SMALL, *given, draws=not more)
     run = tmp_path / "results/run"
     policy = json.loads((run / "retrain_001/policy.json").read_text())
     row = policy["tasks"]["depth"]
@@ -106,37 +105,6 @@ def test_what_a_policy_cannot_skip_is_named_before_anything_is_written(scenes, h
     assert not (tmp_path / "results/again").exists()
     done = here("train_mtl.py", "--skip", "blocks", "--experiment_name", "again", check=2)
     assert done.stderr == "error: --skip is for --method automtl, not adashare\n"
-
-
-def test_two_processes_agree_on_the_support(scenes, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, json, os\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_mtl\nimport taps.methods.sparse_delta as sparse_delta\n"
-        "fix = sparse_delta.fix_support\n"
-        "def note(model, task):\n"
-        "    count = fix(model, task)\n"
-        "    masks = [gate.support() for gate in model.gates(task)]\n"
-        "    where = [int(m.flatten().nonzero().sum()) for own in masks for m in own.values()]\n"
-        "    deltas = [float(d.double().sum()) for u in model.units for d in u.deltas[task].parameters()]\n"
-        "    with open(f\"rank{os.environ['RANK']}.jsonl\", 'a') as file:\n"
-        "        file.write(json.dumps([task, count, where, deltas]) + '\\n')\n"
-        "    return count\n"
-        "sparse_delta.fix_support = note\n"
-        "train_mtl.main(sys.argv[1:])\n"
-    )
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    line += map(str, ("--dataset", scenes, *VIT, "--single_task", "none"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = ((tmp_path / f"rank{rank}.jsonl").read_text() for rank in (0, 1))
-    assert first == second
-    assert len(first.splitlines()) == 2
-    assert all(math.isfinite(value) for value in json.loads(first.splitlines()[0])[3])
-    assert (tmp_path / "results/run/reuse.json").is_file()
-    assert "2 × cpu" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -405,7 +405,7 @@ def test_all_phases_give_a_table_and_pictures(made, here, tmp_path, method):
     done = here(
         "train_mtl.py", "--benchmark", "volumes", "--images", made / "images", "--labels", made / "labels.csv", "--cat_target",
         *CATEGORIES, "--num_target", *NUMBERS, "--input_size", 16, *SMALL, "--method", method, "--single_task",
-        "measure" if method == "adashare" else "none",
+        "measure" if method == "adashare" else "none", draws=True,
     )  # fmt: skip
     run = tmp_path / "results/run"
     summary = json.loads((run / "summary.json").read_text())
