@@ -21,6 +21,7 @@ from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
 from taps.networks import backbones, preprocessing
 from taps.storage import hub, run_folder, task_file
+from taps.storage.files import write_tensors
 from taps.storage.library import Library, TaskCache
 
 _NONE = object()
@@ -74,6 +75,8 @@ def adapt(
             raise UserError(f"method {method!r} works with norm={row.norms[0]!r}, not {norm!r}")
         norm = row.norms[0]
     trains = row.trains_base if train_base is None else train_base
+    if not isinstance(net, (str, nn.Module)):
+        raise UserError(f"the network is a {type(net).__name__}; give a module or the name of a timm model")
     net = backbones.create_backbone(net) if isinstance(net, str) else backbones.without_classifier(net)
     return TaskModel(net, row, norm, layers, {**row.options, **options}, trains)
 
@@ -106,6 +109,7 @@ def load(
     library = Library([source])
     if not library.folders:
         library.check()
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     for name in tasks or ():
         if name not in library.folders:
             raise unknown("task", name, library.folders)
@@ -122,6 +126,10 @@ def load(
             )
     net = base if isinstance(base, nn.Module) else _build_base(library.folders[names[0]], first["base"], base)
     model = adapt(net, **_host(found), train_base=False).eval()
+    if model.fingerprint() != first["base"]["fingerprint"] and base is None:
+        raise UserError(
+            f"{source} was made for another base than the {model.base_name} that its files describe; give it as base="
+        )
     if len(names) > keep:
         model.load_library(*library.folders.values(), keep=keep)
     else:
@@ -129,8 +137,14 @@ def load(
             model.load_task(library.folders[name], name=name)
     for name in names:
         if "preprocessing" not in found[name]:  # written before version 0.11: as the run's settings say
-            model._stored_preprocessing[name] = _from_settings(model, library.folders[name].resolve().parent, name)
+            prepare = _from_settings(model, library.folders[name].resolve().parent, name)
+            model.describe_task(name, preprocessing=prepare)
     return model
+
+
+def _about(description: dict, kept: Sequence[str] | None = None) -> dict:
+    """Return the entries of ``task.json`` that are about the task, or those of them in ``kept``."""
+    return {k: v for k, v in description.items() if k not in task_file.STRUCTURE and (kept is None or k in kept)}
 
 
 def _from_settings(model: TaskModel, run: Path, task: str) -> dict | None:
@@ -145,7 +159,10 @@ def _build_base(folder: Path, described: dict, weights: str | Path | None) -> nn
     """Make the base of the task in ``folder``: its own weights lie beside the tasks if it was trained with them."""
     beside = [parent / "base.safetensors" for parent in (folder, folder.resolve().parent)]
     weights = weights or next((path for path in beside if path.is_file()), None)
-    origin = described if "model" in described else run_folder.base_origin(folder.resolve().parent, described["name"])
+    of_run = run_folder.base_origin(folder.resolve().parent, described["name"])
+    origin = {"path": of_run.get("path"), **described} if "model" in described else of_run
+    if "model" not in described and not backbones.is_known(origin["model"]):
+        origin = {}
     pixels = origin.get("input_size")  # known only from the settings of earlier versions
     if isinstance(pixels, int) and backbones.needs_image_size(origin["model"], pixels):
         origin = {**origin, "options": {"img_size": pixels}}
@@ -180,7 +197,6 @@ class TaskModel(Network):
         self._preprocessing = preprocessing.of_network(net)
         super().__init__(net, *args, **kwargs)
         self._about: dict[str, dict] = {}
-        self._stored_preprocessing: dict[str, dict | None] = {}  # of tasks whose files lack it
         self._cache: TaskCache | None = None
         self._mixable = mixed_batch.Mixable()
         self._shared = shared_pass.SharedView(self.backbone, self.state)
@@ -227,21 +243,26 @@ class TaskModel(Network):
         if self._cache:
             self._cache.forget(task)
         self.forget(task)
-
-    def forget(self, task: str) -> None:
-        super().forget(task)
         self._about.pop(task, None)
 
     def describe_task(self, task: str, **about: object) -> None:
         """Set entries that ``task.json`` will hold, e.g. ``classes=["cat", "dog"]``; ``None`` removes one."""
-        self.check_task(task)
-        both = {**self._about.get(task, {}), **about}
-        self._about[task] = {key: value for key, value in both.items() if value is not None}
+        both = {**self.about(task), **about}
+        both = task_file.plain_entries({key: value for key, value in both.items() if value is not None})
+        outputs = getattr(self.heads[task], "out_features", None) if task in self.heads else None
+        names = both.get("classes")
+        if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
+            raise UserError(f"classes of task {task!r} have to be a list of names")
+        if names is not None and outputs is not None and len(names) != outputs:
+            raise UserError(f"task {task!r} has {outputs} outputs, classes= has {len(names)} names")
+        self._about[task] = both
 
     def about(self, task: str) -> dict:
         """Return what is stored about a task besides its weights: class names, preprocessing, accuracy and so on."""
-        with self._loaded([task]):
-            return dict(self._about.get(task, {}))
+        stored = self._cache.library.descriptions if self._cache else {}
+        if task not in self.heads and task not in stored:
+            self.check_task(task)
+        return dict(self._about[task]) if task in self._about else _about(stored.get(task, {}))
 
     def classes(self, task: str) -> list[str]:
         """Return the names of a task's classes, in the order of its outputs.
@@ -262,8 +283,11 @@ class TaskModel(Network):
         Raises:
             UserError: for an unknown task, or a damaged description.
         """
-        stored = self.about(task).get("preprocessing") or self._stored_preprocessing.get(task)
-        return preprocessing.stored_transform(self.default_preprocessing(224).describe() if stored is None else stored)
+        return preprocessing.stored_transform(self.preprocessing_of(task))
+
+    def preprocessing_of(self, task: str) -> dict:
+        """Return the description of a task's preprocessing, as ``task.json`` holds it; see :meth:`transform`."""
+        return self.about(task).get("preprocessing") or self.default_preprocessing(224).describe()
 
     def default_preprocessing(self, input_size: int) -> preprocessing.Preprocessing:
         """Return preprocessing for images of this size in pixels, normalised as for the base's weights."""
@@ -452,13 +476,18 @@ class TaskModel(Network):
         """Load a task from its files, with what ``task.json`` says about it."""
         with torch.inference_mode(False):  # inference tensors could not be used elsewhere
             description = task_file.load(self, folder, task, head, trainable, METHODS.get)
-        kept = ("classes", "preprocessing") if trainable else [k for k in description if k not in task_file.STRUCTURE]
-        self._about[task] = {key: description[key] for key in kept if key in description}
+        kept = ("classes", "preprocessing") if trainable else None
+        self._about.setdefault(task, _about(description, kept))
 
     def save_pretrained(self, folder: str | Path, tasks: Sequence[str] | None = None) -> Path:
-        """Save tasks, all by default, each in a subfolder of its name; :meth:`from_pretrained` reads them back."""
+        """Save tasks, all by default, each in a subfolder of its name; :meth:`from_pretrained` reads them back.
+
+        A base that is trained with its tasks is saved beside them.
+        """
         for task in self.tasks if tasks is None else tasks:
             self.save_task(task, Path(folder) / task)
+        if self.train_base:
+            write_tensors(Path(folder) / "base.safetensors", self.base_state())
         return Path(folder)
 
     @staticmethod
@@ -482,7 +511,10 @@ class TaskModel(Network):
             UserError: for an unknown task, or if the hub does not answer or refuses, for example without a token.
         """
         with tempfile.TemporaryDirectory() as folder:
-            return hub.upload(self.save_task(task, folder), repository, private, message)
+            self.save_task(task, folder)
+            if self.train_base:
+                write_tensors(Path(folder) / "base.safetensors", self.base_state())
+            return hub.upload(Path(folder), repository, private, message)
 
     def load_library(self, *roots: str | Path, keep: int = 16) -> list[str]:
         """Make every task stored in some folders available; each is loaded on first use.

@@ -215,7 +215,7 @@ def test_export_does_without_one_program_where_the_network_cannot_be_followed(fi
     with pytest.warns(UserWarning, match="no program for all tasks together"):
         here("evaluate.py", "results/run", "--no_test", "--export", tmp_path / "out", cwd=finished[0])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "ink-2.pt2", "ink-2.safetensors", "paint.pt2", "paint.safetensors"
+        "ink-2.pt2", "ink-2.safetensors", "labels.json", "paint.pt2", "paint.safetensors"
     }  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def test_tensorboard_has_the_pictures(finished):
 
     events = EventAccumulator(str(finished[0] / "results" / "run"))
     events.Reload()
-    assert set(events.Tags()["images"]) == {"layers", "sizes", "scores", "overlap"}
+    assert set(events.Tags()["images"]) == {"layers", "sizes", "scores", "curves", "overlap"}
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, here, tree):
@@ -392,7 +392,7 @@ def test_data_check_command(tree, here, tmp_path):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "3 classes, 36 train, 15 test" in done.stdout
-    done = here("taps.cli.main", "data", "check", "nowhere", check=2)
+    done = here("taps.cli.data", "check", "nowhere", check=2)
     assert done.stderr == "error: dataset folder nowhere does not exist\n"
 
 

@@ -170,6 +170,103 @@ def edit(path: Path, base: dict | None = None, **entries) -> None:
     (path / "task.json").write_text(json.dumps(description))
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"base": {}}, {"base": "x"}, {"method": []}, {"options": None}, {"options": {"threshold": "x"}}, {"layers": 3},
+        {"head": {}}, {"head": {"type": "Linear", "linear": {"in_features": -1, "out_features": 3, "bias": True}}},
+        {"norms": 3}, {"units": 3}, {"units": [{}]}, {"encodings": []}, {"task": ["a"]}, {"classes": [1]}, {"accuracy": "x"},
+        {"policy": [[1, 1]]}, {"bytes": "x"}, {"accounting": {}}, {"norms": ["no_such_norm"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_description_is_one_line(entries, tmp_path):
+    trained("taps", "task").save_task("a", tmp_path / "a")
+    description = {**json.loads((tmp_path / "a/task.json").read_text()), **entries}
+    (tmp_path / "a/task.json").write_text(json.dumps(description))
+    model = taps.adapt(network())
+    for load in (lambda: model.load_task(tmp_path / "a"), lambda: taps.load(tmp_path / "a", base=network())):
+        with pytest.raises(taps.UserError) as caught:
+            load()
+        assert len(str(caught.value).splitlines()) == 1
+    assert model.tasks == []
+
+
+def test_what_is_said_about_a_task_is_kept(tmp_path):
+    for name in ("a", "b"):
+        trained("taps", "task", name).save_task(name, tmp_path / name, {"accuracy": np.float32(50.0), "pair": (1, 2)})
+    model = taps.load(tmp_path, base=network(), keep=1)
+    assert model.about("a") == {"accuracy": 50.0, "pair": [1, 2]}
+    model.describe_task("a", classes=("x", "y", "z"))
+    model.predict(torch.zeros(1, 3, 32, 32))
+    assert model.classes("a") == ["x", "y", "z"]
+    model.remove_task("a")
+    trained("taps", "task").save_task("a", tmp_path / "other")
+    model.load_task(tmp_path / "other")
+    with pytest.raises(taps.UserError, match="task 'a' has no class names"):
+        model.classes("a")
+    for entries, message in (
+        ({"classes": ["x"]}, "task 'a' has 3 outputs, classes= has 1 names"),
+        ({"classes": "abc"}, "have to be a list of names"),
+        ({"units": 3}, "has an entry 'units' of its own"),
+        ({"note": torch.zeros(2)}, "holds a Tensor, which JSON cannot hold"),
+    ):
+        with pytest.raises(taps.UserError, match=message):
+            model.describe_task("a", **entries)
+    before = (tmp_path / "other/task.safetensors").read_bytes()
+    with pytest.raises(taps.UserError, match="which JSON cannot hold"):
+        model.save_task("a", tmp_path / "other", {"note": object()})
+    assert (tmp_path / "other/task.safetensors").read_bytes() == before
+
+
+def test_a_trained_base_is_saved_with_its_tasks(tmp_path):
+    torch.manual_seed(0)
+    model = taps.adapt(backbones.create_backbone("test_resnet", pretrained=False), train_base=True).eval()
+    model.add_task("a", num_classes=3)
+    with torch.no_grad():
+        next(iter(model.roles("a")["base"].values())).add_(0.5)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(taps.TaskModel.from_pretrained(tmp_path)(x, task="a"), model(x, task="a"))
+
+
+def test_a_network_that_is_not_timms_has_to_be_given(tmp_path):
+    model = taps.adapt(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6)))
+    model.add_task("a", num_classes=3)
+    model.save_task("a", tmp_path)
+    with pytest.raises(taps.UserError, match="does not say which network it was made for; give base="):
+        taps.load(tmp_path)
+    for wrong, message in ((None, "the network is a NoneType"), (torch.nn.Linear, "the network is a type")):
+        with pytest.raises(taps.UserError, match=message):
+            taps.adapt(wrong)
+
+
+def test_a_network_without_features_is_named():
+    class Answer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 6)
+
+        def forward(self, x):
+            return {"hidden": self.layer(x)}
+
+    with pytest.raises(taps.UserError, match="returns no features of shape"):
+        taps.adapt(Answer()).add_task("a", num_classes=3)
+
+
+@pytest.mark.parametrize("move", [copy.deepcopy, lambda model: model.to(memory_format=torch.channels_last)])
+def test_a_rounded_base_stays_known_when_it_moves(move, tmp_path):
+    trained("taps", "follow").save_task("a", tmp_path / "a")
+    model = move(taps.adapt(network(), norm="follow").half())
+    assert model.load_task(tmp_path / "a") == "a"
+    other = move(taps.adapt(network(), norm="follow").half().to(torch.bfloat16))
+    assert other.load_task(tmp_path / "a") == "a"
+    with torch.no_grad():
+        next(iter(other.backbone.parameters())).add_(1)
+    with pytest.raises(taps.UserError, match="another base"):
+        other.load_task(tmp_path / "a", name="b")
+
+
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_converted_base_takes_the_tasks_of_its_float32_self(precision, tmp_path):
     trained("taps", "follow").save_task("a", tmp_path / "a")
@@ -323,10 +420,33 @@ def test_fit_takes_any_optimiser_and_criterion():
     loader = DataLoader(TensorDataset(x, y), 20)
     record = taps.fit(
         model, "a", loader, loader, epochs=3, criterion=torch.nn.functional.mse_loss,
-        optimizer=lambda groups: torch.optim.RMSprop(groups, lr=1e-3),
+        optimizer=lambda groups: torch.optim.RMSprop([p for group in groups for p in group["params"]], lr=1e-3),
     )  # fmt: skip
+    assert record.curve("train_error") == [None] * 3
+    assert "metric" not in model.about("a")
     losses = record.curve("val_loss")
     assert losses[record.best_epoch - 1] == min(losses)
+
+
+def test_fit_takes_any_head(tmp_path):
+    model = taps.adapt(network())
+    model.add_task("a", head=torch.nn.Sequential(torch.nn.Linear(96, 5), torch.nn.Linear(5, 3)))
+    record = fit(model, epochs=1)
+    assert model.tasks == ["a"]
+    assert record.folder is None
+    with pytest.raises(taps.UserError, match="task 'a' is frozen: load it with load_task"):
+        fit(model, epochs=1)
+
+
+def test_a_refused_call_of_fit_leaves_nothing(tmp_path):
+    for options, message in (({"budget": "abc"}, "is not a size"), ({"budget": 10}, "too small")):
+        with pytest.raises(taps.UserError, match=message):
+            fit(fresh("taps_budget"), epochs=1, folder=tmp_path / "run", **options)
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    with pytest.raises(taps.UserError, match="choose another folder="):
+        fit(fresh(), epochs=1, folder=tmp_path / "other", overwrite=True)
 
 
 X, Y = samples().tensors
@@ -351,6 +471,17 @@ X, Y = samples().tensors
         ([(X, Y)], {"lr": -1.0}, "lr: -1.0 is not a number above 0"),
         ([(X, Y)], {"classes": ["x"]}, "task 'a' has 3 outputs, classes= has 1 names"),
         ([(X, Y)], {"val_loader": []}, "val_loader is empty"),
+        (samples(), {}, "train_loader is a data set; give a DataLoader"),
+        (5, {}, "train_loader is int; give a DataLoader"),
+        (
+            [(X, Y.float())],
+            {},
+            r"cross-entropy needs labels of shape \(B,\) and type int64, found \(120,\) and torch.float32",
+        ),
+        ([(X, Y[:, None])], {}, r"found \(120, 1\) and torch.int64"),
+        ([(X[:1], Y[:1])], {}, "one sample is not enough for batch normalisation; use drop_last=True"),
+        ([(X, Y)], {"preprocessing": {"a": 1}}, "the stored preprocessing is damaged"),
+        ([(X, Y)], {"lr_warmup_epochs": 1}, "leaves none of 1 epochs at the full rate"),
     ],
 )
 def test_a_mistake_of_fit_is_one_line(batches, options, message):

@@ -120,3 +120,11 @@ def test_methods_without_scores_have_no_picture_of_them():
 )  # fmt: skip
 def test_stage_of(name, stage):
     assert style.stage_of(name) == stage
+
+
+def test_names_are_no_formulas(tmp_path):
+    from taps.plots.confusion import confusion
+    from taps.plots.style import save
+
+    save(confusion([[3, 1], [0, 2]], ["$10_$20", "水果"], "price $"), tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 1000

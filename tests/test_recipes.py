@@ -95,7 +95,11 @@ def test_training_stops_without_progress_and_continues_to_the_same_end(tmp_path)
     record = taps.fit(
         model, "a", DataLoader(samples(), 16, shuffle=True), Never(), epochs=30, lr=0.05, patience=2, folder=tmp_path / "a"
     )  # fmt: skip
-    assert len(record.rows) == record.best_epoch + 2 < 30
+    errors = record.curve("val_error")
+    counted = errors[2:]  # after the epochs without a penalty
+    risen = 2 + counted.index(min(counted)) + 1  # equal results are no progress
+    assert len(record.rows) == risen + 2 < 30
+    assert errors[record.best_epoch - 1] == min(counted)
     again = taps.fit(
         fresh(), "a", DataLoader(samples(), 16, shuffle=True), Never(), epochs=30, lr=0.05, patience=2,
         folder=tmp_path / "a", resume=True,
@@ -169,6 +173,8 @@ def test_the_commands_take_all_of_them_and_test_every_class(tree, here, tmp_path
         ("train_joint.py", ("--mixup", "1"), "--mixup and --cutmix blend images of one task"),
         ("train_sequential.py", ("--experiment_name", "../x"), "--experiment_name ../x is not a folder inside results"),
         ("train_sequential.py", ("--experiment_name", "/tmp/x"), "is not a folder inside results"),
+        ("train_sequential.py", ("--budget", "10%", "--patience", "2"), "--patience is not used with a budget"),
+        ("train_sequential.py", ("--lr_warmup_epochs", "1"), "--lr_warmup_epochs 1 leaves none of 1 epochs"),
         ("train_sequential.py", ("--budget", "10"), "write 10% for that part of the base, or 10B"),
         ("train_sequential.py", ("--layer_decay", "0"), "is not a number above 0 and at most 1"),
     ],

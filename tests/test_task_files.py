@@ -120,7 +120,7 @@ def rewrite(folder, **entries):
         (lambda folder: (folder / "task.json").unlink(), "does not exist"),
         (lambda folder: (folder / "task.safetensors").unlink(), "does not exist"),
         (
-            lambda folder: rewrite(folder, base={"name": "x", "fingerprint": "0" * 64}),
+            lambda folder: rewrite(folder, base={"name": "x", "fingerprint": "0" * 64, "parameters": 1}),
             "another base.*0000.*this one is",
         ),
     ],

@@ -164,9 +164,9 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     given.setdefault("method", "taps" if budget is None else "taps_budget")
     if given["method"] not in catalog():
         parser.error(f"argument --method: {not_one_of(given['method'], catalog())}")
-    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr"):
+    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr", "patience"):
         if (budget is not None or given["method"] == "taps_budget") and name in given:
-            parser.error(f"--{name} is not used with a budget, which takes its place: leave one of them out")
+            parser.error(f"--{name} is not used with a budget: leave one of them out")
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
     if given.get("dataset"):
@@ -184,6 +184,10 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
         parser.error(
             f"--warmup_epochs {settings.warmup_epochs:g} and --settle_epochs {settings.settle_epochs:g} leave none of "
             f"{settings.epochs} epochs for --lam"
+        )
+    if settings.lr_warmup_epochs and settings.lr_warmup_epochs >= settings.epochs:
+        parser.error(
+            f"--lr_warmup_epochs {settings.lr_warmup_epochs} leaves none of {settings.epochs} epochs at the full rate"
         )
     return replace(
         settings,

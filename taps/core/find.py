@@ -188,6 +188,8 @@ def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> int | 
             continue
         if isinstance(features, Tensor) and features.dim() == 2:
             return features.shape[1]
+        if not isinstance(features, Tensor):
+            return None
     for layer in reversed(layers):
         for name in ("out_features", "out_channels", "embed_dim"):
             if isinstance(getattr(layer, name, None), int):

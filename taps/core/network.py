@@ -80,7 +80,9 @@ class Network(nn.Module):
         self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
         self.origins: dict[str, Origin] = {}
         self._fingerprint: tuple[tuple, str] | None = None
-        self._is_rounded = False  # whether the base is a rounded copy of the one with this fingerprint
+        #: the fingerprint of a base in another precision, and that of the base it was converted from
+        self._converted: tuple[str, str] | None = None
+        self._is_rounded = False
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -142,7 +144,10 @@ class Network(nn.Module):
             if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
                 raise UserError(f"task {task!r}: num_classes must be a whole number above 0, not {num_classes!r}")
             if self.num_features is None:
-                raise UserError(f"task {task!r}: the network does not say how many features it has; give head= instead")
+                raise UserError(
+                    f"task {task!r}: the network returns no features of shape (B, width) for a small batch; wrap it so that it "
+                    "does, or give head= instead of num_classes"
+                )
             with torch.inference_mode(False):
                 head = nn.Linear(self.num_features, num_classes)
         like = next(self.backbone.parameters(), None)
@@ -270,14 +275,17 @@ class Network(nn.Module):
 
     def _apply(self, fn, *args, **kwargs):
         like = next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.empty(0))
-        size, new_size = like.itemsize, fn(torch.empty(0, dtype=like.dtype, device=like.device)).itemsize
-        # A base in another precision is still the base that tasks were made for, unless it was rounded and widened again.
-        keeps = not self.train_base and not (self._is_rounded and new_size > size)
-        known = self.fingerprint() if keeps and new_size != size else None
+        new = fn(torch.empty(0, dtype=like.dtype, device=like.device))
+        changes = new.dtype != like.dtype and not self.train_base
+        known = self.fingerprint() if changes else ""
         super()._apply(fn, *args, **kwargs)
-        if known is not None:
-            self._fingerprint = (self._versions(), known)
-        self._is_rounded = keeps and (self._is_rounded or new_size < size)
+        if (
+            changes
+        ):  # in another precision it is still the base that tasks were made for, unless rounded and widened again
+            self._fingerprint = None  # new tensors may lie where the old ones did
+            widened = new.itemsize > like.itemsize
+            self._converted = None if widened and self._is_rounded else (fingerprint(self._weights()), known)
+            self._is_rounded = self._is_rounded or not widened
         for place in (*self._units, *self._norms):
             for task in [task for task in place.ready if task is not None]:
                 place.prepare(task)
@@ -394,17 +402,19 @@ class Network(nn.Module):
                 unit.settle(task)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over name, type, shape and bytes of every tensor of the base, without batch counters."""
-        version = self._versions()
+        """Return the SHA-256 over name, type, shape and bytes of every tensor of the base, without batch counters.
+
+        A base that was converted to another precision keeps the fingerprint from before.
+        """
+        weights = self._weights()
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in weights.values())
         if self._fingerprint is None or self._fingerprint[0] != version:
-            self._fingerprint = (version, fingerprint(self._weights()))
-        return self._fingerprint[1]
+            self._fingerprint = (version, fingerprint(weights))
+        found = self._fingerprint[1]
+        return self._converted[1] if self._converted is not None and found == self._converted[0] else found
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.base_state().items() if not name.endswith("num_batches_tracked")}
-
-    def _versions(self) -> tuple:
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in self._weights().values())
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -88,7 +88,11 @@ def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
         UserError: if the description is incomplete, or the weights are neither here nor can be downloaded.
     """
     name, weights, options = origin.get("model"), origin.get("weights"), origin.get("options") or {}
-    if not isinstance(name, str) or not isinstance(options, Mapping):
+    if (
+        not isinstance(name, str)
+        or not isinstance(options, Mapping)
+        or not all(isinstance(key, str) for key in options)
+    ):
         raise UserError("the task does not say which network it was made for; give base= with that network")
     if path is None and weights == "file":
         raise UserError(
@@ -101,6 +105,11 @@ def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
         if weights == "random" and path is None:
             torch.default_generator.manual_seed(origin["seed"])
         return create_backbone(name, pretrained=weights != "random", path=path, **options)
+
+
+def is_known(name: object) -> bool:
+    """Return whether this is the name of a timm model, with or without a tag."""
+    return isinstance(name, str) and timm.is_model(name.split(".")[0])
 
 
 def needs_image_size(name: str, pixels: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,5 +84,10 @@ def pair_map(
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, completely or not at all."""
-    with whole(path) as temporary:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names with a $ are no formulas
+    with whole(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(temporary, dpi=150, format="png")

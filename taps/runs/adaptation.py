@@ -140,6 +140,7 @@ class Experiment:
     fork: Path | None = None
     writer: SummaryWriter | None = None
     _spent: tuple[float, int] = (0.0, 0)  # seconds and training images so far
+    _logged: int = 0  # steps sent to the trackers
 
     @classmethod
     @contextmanager
@@ -165,11 +166,16 @@ class Experiment:
             folder = run_folder.RunFolder(path)
         experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork)
         wanted = bool(experiment.unfinished) and accelerator.is_main_process
-        if options.track:
+        if options.track and experiment.unfinished:
             simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
             accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
-        with tensorboard.tensorboard(path, wanted) as experiment.writer:
-            yield experiment
+        try:
+            with tensorboard.tensorboard(path, wanted) as experiment.writer:
+                yield experiment
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.trackers = []
 
     @property
     def compact(self) -> bool:
@@ -319,10 +325,9 @@ class Experiment:
         """Send an epoch's numbers to the trackers."""
         numbers = (int, float)
         for row in rows if self.options.track else ():
-            values = {
-                f"{row['task']}/{key}": own for key, own in row.items() if isinstance(own, numbers) and key != "epoch"
-            }
-            self.accelerator.log(values, step=row["epoch"])
+            values = {f"{row['task']}/{key}": own for key, own in row.items() if isinstance(own, numbers)}
+            self._logged += 1  # trackers want steps that only rise
+            self.accelerator.log(values, step=self._logged)
 
     def _seconds_left(self, tasks: list[TaskData], rows: list[dict]) -> float:
         """Estimate how long the rest of the run takes, from the time per training image so far."""
@@ -352,10 +357,10 @@ class Experiment:
             )  # in all processes, since it moves weights in memory
             if self.accelerator.is_main_process:
                 about = {"accuracy": result.accuracy, "top5": result.top5, "probe": answer}
+                model.save_task(task.name, path, about, compact=self.compact)
                 write_json(path / "test.json", result.describe(task.classes))
                 if len(task.classes) <= MOST_CLASSES:
                     style.save(confusion(result.confusion, task.classes, task.name), path / "confusion.png")
-                model.save_task(task.name, path, about, compact=self.compact)
                 if not self.folder.fingerprints_path.is_file():
                     write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
             self.accelerator.wait_for_everyone()

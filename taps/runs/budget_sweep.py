@@ -24,6 +24,15 @@ from taps.settings.declare import as_dict
 from taps.storage import run_folder
 
 
+def joined(options: AdaptationSettings) -> AdaptationSettings:
+    """Return the options of one size as those of a sweep if ``--resume`` adds it to the sizes of an earlier one."""
+    path = Path(options.result_path) / (options.experiment_name or "")
+    is_sweep = not (path / "settings.json").is_file() and any(path.glob("*/settings.json"))
+    if isinstance(options.budget, str) and options.resume and is_sweep:
+        return replace(options, budget=[options.budget])
+    return options
+
+
 def runs(options: AdaptationSettings) -> list[AdaptationSettings]:
     """Return the options of each run: the given ones or, with several sizes, one per size in the experiment's folder.
 

@@ -57,6 +57,10 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
             raise UserError(f"{folder}: task {missing[0]} has not been tested; leave out --no_test")
     else:
         data = {task.name: task for task in opening.read_data(given.dataset or options.dataset, options)}
+        stored = files.read_json(folder / "settings.json").get("data", {}) if not given.dataset else {}
+        for name, task in data.items():
+            if stored.get(name, task.digest()) != task.digest():
+                say(f"warning: the images of {name} are not those of the run; some may have been trained on")
         absent = [name for name in names if name not in data]
         if absent:
             raise UserError(f"task {absent[0]} has no data; the folders given hold {', '.join(data)}")

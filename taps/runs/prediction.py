@@ -125,7 +125,7 @@ def classify(
     """
     groups: dict[str, list[str]] = {}  # tasks that prepare images alike
     for task in model.tasks:
-        groups.setdefault(json.dumps(model.about(task).get("preprocessing"), sort_keys=True), []).append(task)
+        groups.setdefault(json.dumps(model.preprocessing_of(task), sort_keys=True), []).append(task)
     transforms = [model.transform(tasks[0]) for tasks in groups.values()]
     loader = DataLoader(
         _Images(images, transforms),
@@ -161,7 +161,9 @@ def _ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple
     """Return the ``top`` classes of each sample with their probabilities."""
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise UserError(f"task {task!r} does not classify images: its output is not (images, classes)")
-    names = model.about(task).get("classes") or [str(index) for index in range(output.shape[1])]
+    names = model.about(task).get("classes") or []
+    if len(names) != output.shape[1]:
+        names = [str(index) for index in range(output.shape[1])]
     values, indices = output.float().softmax(1).cpu().topk(min(top, output.shape[1]))
     return [
         tuple((names[index], value) for index, value in zip(own, of, strict=True))

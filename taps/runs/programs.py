@@ -74,7 +74,7 @@ def _with_method(settings: AdaptationSettings) -> AdaptationSettings:
     if settings.budget is not None and method.budget is None:
         raise UserError(f"--budget is not for method {method.name}: leave --method out, or give --method taps_budget")
     budget = method.budget if settings.budget is None else settings.budget
-    return replace(settings, norm=settings.norm or method.norms[0], budget=budget)
+    return budget_sweep.joined(replace(settings, norm=settings.norm or method.norms[0], budget=budget))
 
 
 def _adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> TaskModel:

@@ -112,11 +112,11 @@ def model_card(description: dict, repository: str) -> str:
         "tuned layers": f"{account['tuned_units']} of {account['units']}",
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    base_model = f"base_model: timm/{architecture}\n" if "model" in base else ""
     return f"""---
 library_name: taps
 pipeline_tag: image-classification
-base_model: timm/{architecture}
-tags: [taps, timm, image-classification]
+{base_model}tags: [taps, timm, image-classification]
 ---
 # {description["task"]}
 

@@ -26,7 +26,7 @@ from taps.version import VERSION
 FREE_ON_RESUME = (
     "resume", "overwrite", "workers", "device", "multi_gpu", "compile", "result_path", "experiment_name", "phases", "exp_ids",
     "config", "single_task", "policy", "sample",
-    "keep_checkpoint",
+    "keep_checkpoint", "track",
 )  # fmt: skip
 
 
@@ -130,12 +130,13 @@ class RunFolder:
         free = FREE_ON_RESUME
         if "data" in wanted:  # the same images may lie elsewhere
             free += ("dataset", "data")
-            changed = [task for task, own in wanted["data"].items() if own != stored.get("data", {}).get(task)]
+            known = stored.get("data") or wanted["data"]  # not stored before version 0.11
+            changed = [task for task, own in wanted["data"].items() if own != known.get(task)]
             if changed:
                 raise UserError(
                     f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
                 )
-        other = [key for key in wanted if key not in free and wanted[key] != stored.get(key)]
+        other = [key for key in wanted if key not in free and key in stored and wanted[key] != stored[key]]
         if other:
             listed = ", ".join(f"{key}={wanted[key]} (was {stored.get(key)})" for key in other)
             raise UserError(f"{self.path} cannot be resumed with other settings: {listed}")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,26 @@ STRUCTURE = (
 FindMethod = Callable[[str], Method | None]
 
 
+def plain_entries(about: Mapping[str, object]) -> dict:
+    """Return entries for ``task.json`` as JSON holds them: tuples as lists, scalars of NumPy and torch as numbers.
+
+    Raises:
+        UserError: for an entry that follows from the model, or a value that JSON cannot hold.
+    """
+    taken = sorted(about.keys() & set(STRUCTURE))
+    if taken:
+        raise UserError(f"task.json has an entry {taken[0]!r} of its own; choose another name")
+    plain = {}
+    for key, value in about.items():
+        try:
+            plain[key] = json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            raise UserError(
+                f"the entry {key!r} of task.json holds a {type(value).__name__}, which JSON cannot hold"
+            ) from None
+    return plain
+
+
 def origin(model: Network, task: str) -> Origin:
     """Return the method that a task was trained with."""
     units = tuple(unit.name for unit in model.units)
@@ -64,6 +84,7 @@ def save(
     """Write one task; see :meth:`taps.task_model.TaskModel.save_task`."""
     if max_error is not None and not (isinstance(max_error, (int, float)) and 0 <= max_error < 1):
         raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
+    about = plain_entries(about)
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, str] = {}
     made = origin(model, task)
@@ -230,10 +251,54 @@ def read_description(folder: Path) -> dict:
     description = read_json(path)
     if description.get("format") != FORMAT:
         raise UserError(f"{path} has format version {description.get('format')!r}; this library reads version {FORMAT}")
-    for key in ("task", "method", "options", "norm", "base", "head", "norms", "units", "accounting", "bytes"):
+    for key, kind in _ENTRIES.items():
         if key not in description:
             raise UserError(f"{path} is damaged: it lacks the entry {key!r}")
+        _check_entry(description[key], kind, key, path)
+    for key, kind in _OPTIONAL.items():
+        if description.get(key) is not None:
+            _check_entry(description[key], kind, key, path)
     return description
+
+
+#: entries of task.json: a type, a dict of entries, or a list with the one of its members
+_ENTRIES = {
+    "task": str,
+    "method": str,
+    "options": dict,
+    "norm": str,
+    "base": {"name": str, "fingerprint": str, "parameters": int},
+    "head": {"type": str},
+    "bytes": int,
+    "accounting": {"units": int, "tuned_units": int, "tuned_layers": float, "parameters": int, "base_parameters": int},
+    "norms": [str],
+    "units": [{"name": str, "kind": str, "parameters": int, "run": float, "specific": float}],
+}
+_OPTIONAL = {
+    "layers": str,
+    "policy": list,
+    "encodings": dict,
+    "classes": [str],
+    "accuracy": float,
+    "preprocessing": dict,
+    "delta_bytes": dict,
+    "provenance": dict,
+}
+
+
+def _check_entry(value: object, kind, key: str, path: Path) -> None:
+    if isinstance(kind, dict):
+        _check_entry(value, dict, key, path)
+        for inner, inner_kind in kind.items():
+            _check_entry(value.get(inner), inner_kind, f"{key}.{inner}", path)  # type: ignore[attr-defined]
+    elif isinstance(kind, list):
+        _check_entry(value, list, key, path)
+        for one in value:  # type: ignore[attr-defined]
+            _check_entry(one, kind[0], f"an entry of {key}", path)
+    elif not isinstance(value, (int, float) if kind is float else kind) or (
+        isinstance(value, bool) and kind is not bool
+    ):
+        raise UserError(f"{path} is damaged: {key} is {str(value)[:40]!r}")
 
 
 def load(model: Network, folder: Path, task: str, head: nn.Module | None, trainable: bool, find: FindMethod) -> dict:
@@ -256,14 +321,25 @@ def load(model: Network, folder: Path, task: str, head: nn.Module | None, traina
         if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if head is None:
-        linear = description["head"]["linear"]
+        linear = description["head"].get("linear")
         if linear is None:
             raise UserError(
                 f"{folder}: the head is a {description['head']['type']}; give load_task a head= of its shape"
             )
-        head = nn.Linear(**linear)
+        _check_entry(
+            linear, {"in_features": int, "out_features": int, "bias": bool}, "head.linear", folder / "task.json"
+        )
+        if tensors.get("head/weight", torch.empty(0)).shape != (linear["out_features"], linear["in_features"]):
+            raise UserError(f"{path}: head/weight is missing or of another shape than task.json says")
+        head = nn.Linear(linear["in_features"], linear["out_features"], linear["bias"])
     try:
         _fill(model, task, head, description, tensors, path, trainable, find(description["method"]) or model.method)
+    except UserError:
+        model.forget(task)
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # an option or a policy of another type
+        model.forget(task)
+        raise UserError(f"{folder / 'task.json'} is damaged: {type(error).__name__}: {str(error)[:120]}") from None
     except BaseException:
         model.forget(task)
         raise

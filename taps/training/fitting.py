@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,16 +14,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset, IterableDataset
 
 from taps.core.execution import evaluating
 from taps.data.seeded import mix_seed
 from taps.errors import UserError, unknown
+from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.losses import CrossEntropy
-from taps.networks.preprocessing import Preprocessing
+from taps.networks.preprocessing import Preprocessing, stored_transform
 from taps.storage.run_folder import RunFolder
 from taps.task_model import TaskModel
-from taps.training.loop import Criterion
+from taps.training.loop import Criterion, is_classification, mixing
 from taps.training.recipe import Recipe
 from taps.training.stage import Stage
 
@@ -108,6 +110,15 @@ def fit(
         DivergedError: if the loss is no longer finite.
     """
     model.check_task(task)
+    accelerator = accelerator or Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "taps.fit runs in one process; for several, use the commands with accelerate launch or torchrun"
+        )
+    if not model.parameters_of(task):
+        raise UserError(
+            f"task {task!r} is frozen: load it with load_task(…, trainable=True), or remove it and add it again to train anew"
+        )
     for name in recipe:
         if name not in {field.name for field in fields(Recipe)}:
             raise unknown("option of taps.fit", name, [field.name for field in fields(Recipe)])
@@ -121,18 +132,25 @@ def fit(
         budget = model.method.budget
     if callable(optimizer):
         recipe["make_optimizer"], optimizer = optimizer, "sgd"
+    if isinstance(preprocessing, Mapping):
+        stored_transform(preprocessing)  # refuses what is incomplete
     plan = Recipe(epochs=epochs, lam=lam, budget=budget, optimizer=optimizer, **recipe)
     if plan.label_smoothing:
         if criterion is not nn.functional.cross_entropy:
             raise UserError("label_smoothing= is for the default criterion, cross-entropy; put it into yours")
         criterion = CrossEntropy(plan.label_smoothing)
-    accelerator = accelerator or Accelerator()
     outputs = getattr(model.heads[task], "out_features", None)
-    train = UserLoader(train_loader, "train_loader", task, outputs, plan.seed, accelerator)
-    validation = None
-    if val_loader is not None:
-        validation = UserLoader(val_loader, "val_loader", task, outputs, plan.seed, accelerator)
-    model.describe_task(task, **_description(model, task, train_loader, train, outputs, classes, preprocessing))
+    default = criterion is nn.functional.cross_entropy or isinstance(criterion, CrossEntropy)
+    norms = any(isinstance(norm.base, nn.modules.batchnorm._BatchNorm) for norm in model.task_norms)
+    own = (task, outputs, plan.seed, accelerator, default)
+    train = UserLoader(train_loader, "train_loader", *own, has_norms=norms)
+    validation = None if val_loader is None else UserLoader(val_loader, "val_loader", *own)
+    about = _description(model, task, train_loader, train, outputs, classes, preprocessing)
+    plan.phases(model)
+    mixing(plan, model, [task])
+    if budget is not None:
+        check_size(model, task, parse_budget(budget, model))
+    head, kept = copy.deepcopy(model.heads[task]), None if folder is None else Path(folder)
     taken = folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir())
     if taken and not (resume or overwrite):
         raise UserError(
@@ -140,8 +158,8 @@ def fit(
         )
     with nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
         settings = {"task": task, "program": "taps.fit", "method": model.method.name, **_plain(plan)}
-        run = RunFolder.open(Path(place), settings, resume, overwrite)
-        rows: list[dict] = []
+        run = _open(Path(place), settings, resume, overwrite)
+        model.describe_task(task, **about)
 
         def validate() -> tuple[dict[str, dict], float]:
             name, value = evaluate_loss_or_error(model, task, validation, criterion, accelerator)
@@ -167,10 +185,18 @@ def fit(
         ).train(accelerator)
         rows = [row for row in run.rows if row["task"] == task]
         model.remove_task(task)
-        model.load_task(run.task_path(task), name=task)
+        model.load_task(run.task_path(task), name=task, head=head)
         model.to(memory_format=torch.contiguous_format).eval()  # the order of sums of a model loaded from files
         best = model.about(task)["epoch"]
-        return Record(task, tuple(rows), best, None if folder is None else run.task_path(task))
+        return Record(task, tuple(rows), best, None if kept is None else kept / task)
+
+
+def _open(path: Path, settings: dict, resume: bool, overwrite: bool) -> RunFolder:
+    """Open the folder of a run, with messages that name arguments rather than options."""
+    try:
+        return RunFolder.open(path, settings, resume, overwrite)
+    except UserError as error:
+        raise UserError(str(error).replace("another --experiment_name", "another folder=").replace("--", "")) from None
 
 
 def _plain(recipe: Recipe) -> dict:
@@ -181,7 +207,7 @@ def _plain(recipe: Recipe) -> dict:
 
 def _description(model, task, given, train, outputs, classes, preprocessing) -> dict:
     """Return what ``task.json`` will say about the task's classes and images."""
-    about: dict = {"metric": "accuracy" if isinstance(outputs, int) else None}
+    about: dict = {"metric": "accuracy" if train.has_classes() else None}
     names = classes if classes is not None else getattr(getattr(given, "dataset", None), "classes", None)
     if names is not None and len(names) == outputs:
         about["classes"] = [str(name) for name in names]
@@ -217,17 +243,6 @@ def evaluate_loss_or_error(
     return ("val_loss", loss / count) if math.isnan(wrong) else ("val_error", 100.0 * wrong / count)
 
 
-def is_classification(output: object, labels: object) -> bool:
-    """Return whether the labels are class indices, one per row of the output."""
-    return (
-        isinstance(output, Tensor)
-        and isinstance(labels, Tensor)
-        and output.dim() == 2
-        and labels.dim() == 1
-        and not labels.is_floating_point()
-    )
-
-
 class UserLoader:
     """A user's iterable of batches in the form that the loop takes: checked, on the device, and in an order that the epoch decides.
 
@@ -240,16 +255,32 @@ class UserLoader:
         task: the task, for messages.
         classes: number of classes, or ``None`` if unknown.
         seed: seed of the run.
-        accelerator: the device, and the division among processes.
+        accelerator: the device.
+        default_criterion: whether the loss is cross-entropy, which needs one class index per sample.
+        has_norms: whether training takes two samples at least.
 
     Raises:
         UserError: if it has no length, or is empty.
     """
 
     def __init__(
-        self, batches: Iterable, name: str, task: str, classes: int | None, seed: int, accelerator: Accelerator
+        self,
+        batches: Iterable,
+        name: str,
+        task: str,
+        classes: int | None,
+        seed: int,
+        accelerator: Accelerator,
+        default_criterion: bool = False,
+        has_norms: bool = False,
     ) -> None:
-        if iter(batches) is batches:
+        if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+            raise UserError(f"{name} is a data set; give a DataLoader over it, which makes batches")
+        try:
+            once = iter(batches) is batches
+        except TypeError:
+            raise UserError(f"{name} is {type(batches).__name__}; give a DataLoader or a list of batches") from None
+        if once:
             raise UserError(f"{name} can be read only once; give a DataLoader or a list of batches")
         try:
             size = len(batches)  # type: ignore[arg-type]
@@ -257,10 +288,9 @@ class UserLoader:
             raise UserError(f"{name} has no length; give a DataLoader over a data set with a length") from None
         if size == 0:
             raise UserError(f"{name} is empty: it has no batch for task {task!r}")
-        if accelerator.num_processes > 1 and isinstance(batches, DataLoader):
-            batches = accelerator.prepare_data_loader(batches)
         self.batches, self.name, self.task, self.classes = batches, name, task, classes
         self.seed, self.device = seed, accelerator.device
+        self.default_criterion, self.has_norms = default_criterion, has_norms
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -288,8 +318,18 @@ class UserLoader:
             found = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise UserError(f"{self.name}, batch {index}: expected a pair (inputs, labels) of tensors, found {found}")
         x, labels = batch
+        where = f"{self.name}, batch {index}"
+        if not x.dim() or not labels.dim():
+            raise UserError(f"{where}: inputs and labels need a first dimension, the samples")
         if len(x) != len(labels) or not len(x):
-            raise UserError(f"{self.name}, batch {index}: {len(x)} inputs with {len(labels)} labels")
+            raise UserError(f"{where}: {len(x)} inputs with {len(labels)} labels")
+        if len(x) == 1 and self.has_norms:
+            raise UserError(f"{where}: one sample is not enough for batch normalisation; use drop_last=True")
+        if self.default_criterion and (labels.dim() != 1 or labels.dtype != torch.int64):
+            raise UserError(
+                f"{where}: cross-entropy needs labels of shape (B,) and type int64, found {tuple(labels.shape)} and "
+                f"{labels.dtype}; give criterion= for others"
+            )
         if self.classes is not None and labels.dim() == 1 and not labels.is_floating_point():
             bad = ((labels < 0) | (labels >= self.classes)).nonzero()
             if len(bad):
@@ -299,6 +339,11 @@ class UserLoader:
                     f"range 0..{self.classes - 1}"
                 )
         return x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def has_classes(self) -> bool:
+        """Return whether the labels are class indices."""
+        labels = next(iter(self))[1]
+        return labels.dim() == 1 and not labels.is_floating_point()
 
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of the first batch's inputs."""

@@ -58,7 +58,7 @@ class Progress:
         sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far.
         best: best number that validation has returned so far, ``None`` before the first.
         started: phases that have begun.
-        best_epoch: the best epoch, 1-based; 0 before the first validation that counts.
+        risen: the last epoch, 1-based, that was better than all before it; 0 before the first validation that counts.
     """
 
     epoch: int = 0
@@ -66,7 +66,7 @@ class Progress:
     sums: dict[str, dict[str, float]] = field(default_factory=dict)
     best: float | None = None
     started: int = 0
-    best_epoch: int = 0
+    risen: int = 0
 
 
 def run_phases(
@@ -132,11 +132,13 @@ def run_phases(
             competes = run.competes(phase) or is_last
             is_best = competes and (run.progress.best is None or number >= run.progress.best)
             if is_best:
-                run.progress.best, run.progress.best_epoch = number, run.progress.epoch + 1
+                if run.progress.best is None or number > run.progress.best:
+                    run.progress.risen = run.progress.epoch + 1
+                run.progress.best = number
         if on_epoch is not None and run.accelerator.is_main_process:
             on_epoch(rows, is_best)
         done = run.progress
-        run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, best_epoch=done.best_epoch)
+        run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, risen=done.risen)
         if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
             run.save()
         if not is_last and run.stop_requested():
@@ -186,6 +188,10 @@ class _Run:
             name: {role for phase in self.phases if phase.optimizer == name for role in phase.trains}
             for name in self.recipes
         }
+        if recipe.patience is not None and any(callable(phase.competes) for phase in self.phases):
+            raise UserError(
+                "patience is not for a budget, whose last epochs alone are those of the file: leave one of them out"
+            )
         optimizers = [make_optimizer(model, tasks, own, roles[name]) for name, own in self.recipes.items()]
         loaders = dict(loader) if isinstance(loader, Mapping) else {"train": loader}
         self.samplers = dict(sampler) if isinstance(sampler, Mapping) else {"train": sampler}
@@ -197,7 +203,7 @@ class _Run:
         self.loaders = dict(zip(loaders, prepared[len(optimizers) :], strict=True))
         self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.roles = model.roles(*tasks)
-        self.mix = _mixing(recipe, model, tasks)
+        self.mix = mixing(recipe, model, tasks)
         self.phase: Phase | None = None
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
@@ -254,7 +260,7 @@ class _Run:
     def has_stalled(self) -> bool:
         """Return whether validation has not improved for ``patience`` epochs."""
         progress, patience = self.progress, self.recipe.patience
-        return patience is not None and progress.best_epoch > 0 and progress.epoch - progress.best_epoch >= patience
+        return patience is not None and progress.risen > 0 and progress.epoch - progress.risen >= patience
 
     def validates_now(self) -> bool:
         """Return whether the loop validates after the current epoch."""
@@ -455,7 +461,7 @@ class _Run:
         sums["images"] += len(labels)
         if self.mix is not None and labels.dim() == 2:
             labels = labels.argmax(1)  # the larger part of a blend
-        if _is_classification(output, labels):
+        if is_classification(output, labels):
             sums["wrong"] += float((output.detach().argmax(1) != labels).sum())
         else:
             sums["wrong"] = math.nan
@@ -521,7 +527,7 @@ class _Run:
         return f"; the last good state is kept in {self.state_path.parent}"
 
 
-def _mixing(recipe: Recipe, model: TaskModel, tasks: Sequence[str]) -> Callable | None:
+def mixing(recipe: Recipe, model: TaskModel, tasks: Sequence[str]) -> Callable | None:
     """Return the recipe's mixup and CutMix of images and labels, or ``None`` without them."""
     if not recipe.mixup and not recipe.cutmix:
         return None
@@ -541,7 +547,10 @@ def _to_channels_last(model: nn.Module) -> None:
             parameter.data = torch.empty_like(parameter.data, memory_format=torch.channels_last).copy_(parameter.data)
 
 
-def _is_classification(output: Tensor, labels: Tensor) -> bool:
+def is_classification(output: object, labels: object) -> bool:
+    """Return whether the labels are class indices, one per row of the output."""
+    if not isinstance(output, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
     return output.dim() == 2 and labels.dim() == 1
 
 

@@ -66,6 +66,10 @@ class Recipe(Optimization, Schedule):
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.lr_warmup_epochs and self.lr_warmup_epochs >= self.epochs:
+            raise UserError(
+                f"lr_warmup_epochs: {self.lr_warmup_epochs} leaves none of {self.epochs} epochs at the full rate"
+            )
         if isinstance(self.budget, bool) or (
             not isinstance(self.budget, str) and self.budget is not None and self.budget < 0
         ):
@@ -131,7 +135,11 @@ def make_optimizer(
                 rate = lr * factor
                 groups.append({"params": some, "lr": rate, "initial_lr": rate, "weight_decay": decay, "role": role})
     if recipe.make_optimizer is not None:
-        return recipe.make_optimizer(groups)
+        made = recipe.make_optimizer(groups)
+        for group in made.param_groups:  # a function may make groups of its own
+            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("role", "delta")
+        return made
     if recipe.optimizer in ("sgd", "nag"):
         nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)

@@ -74,8 +74,11 @@ def _tasks_of(path: Path, reading: Reading) -> list[TaskData]:
     inner = [folder for folder in folders if _is_divided(folder)]
     if inner:
         return [read_folder(folder, reading) for folder in inner]
-    if sum(bool(list_images(folder)) for folder in folders) > 1:
+    filled = [folder for folder in folders if list_images(folder)]
+    if len(filled) > 1:
         return [read_folder(path, reading)]
+    if filled:
+        raise UserError(f"{path} holds images of one class only, {filled[0].name}; a task needs two")
     raise UserError(
         f"{path} is not a dataset: it needs train/ and test/ folders, or one folder of images per class (or folders that have "
         "them, or DomainNet's lists)"
@@ -131,6 +134,14 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
     hidden = [image for folder in where.values() for image in hidden_images(folder)]
     if hidden:
         notes.append(f"{len(hidden)} hidden images are left out, e.g. {hidden[0]}")
+    deep = {
+        name
+        for found in splits.values()
+        for name, images in found.items()
+        if any(Path(i).parent.name != name for i in images)
+    }
+    if deep:
+        notes.append(f"images in subfolders belong to the class above them: {domainnet.first_three(sorted(deep))}")
     label = {name: index for index, name in enumerate(classes)}
     samples = {
         split: tuple((image, label[name]) for name, images in found.items() for image in images)
@@ -159,7 +170,8 @@ def split_test(task: TaskData, reading: Reading) -> TaskData:
     chosen = choose_stratified(task.train, reading.test_fraction, mix_seed(reading.seed, 1))
     if not chosen:
         raise UserError(
-            f"task {task.name}: --test_fraction {reading.test_fraction:g} of {len(task.train)} images leaves none to test on"
+            f"task {task.name}: --test_fraction {reading.test_fraction:g} of {len(task.train)} images leaves none to test on; "
+            "add images or give a larger fraction"
         )
     parts = {
         "train": tuple(sample for sample in task.train if sample not in chosen),

@@ -187,7 +187,8 @@ def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
     chosen = choose_stratified(task.train, fraction, seed)
     if not chosen:
         raise UserError(
-            f"task {task.name}: val_fraction {fraction} of {len(task.train)} training images leaves none to validate on"
+            f"task {task.name}: --val_fraction {fraction:g} of {len(task.train)} training images leaves none to validate on; add "
+            "images, give a larger fraction, or 0 to select on the test images"
         )
     train = tuple(sample for sample in task.train if sample not in chosen)
     return replace(task, train=train, val=tuple(sample for sample in task.train if sample in chosen))
