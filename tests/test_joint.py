@@ -268,19 +268,19 @@ def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    more = ("--epochs", 3, "--budget", "100KB", "170KB")
+    more = ("--epochs", 3, "--layers", "layer[123]", "--budget", "40KB", "70KB")
     with stop_at(0) as steps:
         here("train_joint.py", *arguments(tree, *more), cwd=whole)
     run = whole / "results/run"
-    assert sorted(path.name for path in run.iterdir()) == ["100kb", "170kb", "trade_off.png"]
-    rows = [json.loads(line) for line in (run / "170kb/metrics.jsonl").read_text().splitlines()]
+    assert sorted(path.name for path in run.iterdir()) == ["40kb", "70kb", "trade_off.png"]
+    rows = [json.loads(line) for line in (run / "70kb/metrics.jsonl").read_text().splitlines()]
     assert {row["phase"] for row in rows} == {"settle", "round"}
     with stop_at(len(steps) - 3):
         here("train_joint.py", *arguments(tree, *more), cwd=parts, check=143)
     stopped = parts / "results/run"
-    assert (stopped / "100kb/summary.json").is_file()
-    assert (stopped / "170kb").is_dir()
-    assert not (stopped / "170kb/summary.json").exists()
+    assert (stopped / "40kb/summary.json").is_file()
+    assert (stopped / "70kb").is_dir()
+    assert not (stopped / "70kb/summary.json").exists()
     here("train_joint.py", *arguments(tree, *more, "--resume"), cwd=parts)
     assert tensors(parts) == tensors(whole)
 
