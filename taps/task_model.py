@@ -125,7 +125,12 @@ def load(
                 f"{source} holds tasks of different bases, {names[0]} and {name}; name some of one base: tasks="
             )
     net = base if isinstance(base, nn.Module) else _build_base(library.folders[names[0]], first["base"], base)
-    model = adapt(net, **_host(found), train_base=False).eval()
+    try:
+        model = adapt(net, **_host(found), train_base=False).eval()
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # an option of another type
+        raise UserError(f"{source}: the options in task.json are damaged: {error}") from None
     if model.fingerprint() != first["base"]["fingerprint"] and base is None:
         raise UserError(
             f"{source} was made for another base than the {model.base_name} that its files describe; give it as base="

@@ -344,7 +344,7 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--budget", "300KB", "0.3MB"), "--budget names one size twice: 300kb and 0.3mb"),
         (
             ("--budget", "5%", "--lam", "1"),
-            "--lam is not used with a budget, which takes its place: leave one of them out",
+            "--lam is not used with a budget: leave one of them out",
         ),
         (("--method", "taps_budget", "--settle_epochs", "1"), "--settle_epochs is not used with a budget"),
         (("--model_path", "nothing.pth"), "nothing.pth does not exist"),

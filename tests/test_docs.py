@@ -66,7 +66,11 @@ def context(page: str) -> dict:
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers", "ignore:.*LeafSpec")
+@pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:.*LeafSpec",
+    "ignore:the policy is nearly uniform",
+)
 def test_every_block_runs(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     methods = dict(registry.METHODS)

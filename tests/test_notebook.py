@@ -57,7 +57,7 @@ def cells_here(results, multi_task, monkeypatch) -> list:
 def test_notebook_runs_on_a_results_folder(joint, tmp_path):
     notebook = execute(joint[0] / "results/run", tmp_path, multi_task_run(tmp_path / "mtl"))
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 9
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 10
     texts = "".join(output.get("text", "") for output in outputs)
     assert "parameters × base" in texts
     assert "million MACs" in texts
@@ -67,7 +67,7 @@ def test_notebook_runs_on_a_results_folder(joint, tmp_path):
 
 def test_its_cells_run_where_there_is_no_multi_task_run(finished, monkeypatch, capsys):
     values = cells_here(finished[0] / "results/run", "nowhere", monkeypatch)
-    assert sum(isinstance(value, Figure) for value in values) == len(values) == 6
+    assert sum(isinstance(value, Figure) for value in values) == len(values) == 7
     texts = capsys.readouterr().out
     assert "parameters × base" in texts
     assert "million MACs" in texts
@@ -87,5 +87,5 @@ def test_the_notebook_is_shipped_with_its_outputs():
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     pictures = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     assert not any(o.output_type == "error" for cell in cells for o in cell.outputs)

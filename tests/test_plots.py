@@ -5,6 +5,7 @@ import pytest
 from taps.plots import layers as layer_plots
 from taps.plots import predictions as prediction_plots
 from taps.plots import style
+from taps.plots.style import BORDER
 
 
 def rows(units: int, every: int) -> list[dict]:
@@ -33,7 +34,7 @@ def test_layers_names_shortcuts_and_borders():
     axes = figure.axes[0]
     above = axes.child_axes[0]
     assert [(tick.get_position()[0], tick.get_text()) for tick in above.get_xticklabels()] == [(3, "downsample")]
-    assert sorted(line.get_xdata()[0] for line in axes.lines) == [0.5, 1.5]
+    assert sorted(line.get_xdata()[0] for line in axes.lines if line.get_color() == BORDER) == [0.5, 1.5]
 
 
 def summary(tasks: int) -> dict:

@@ -223,7 +223,9 @@ def test_settled_gates_stand_still(accelerator):
     assert "gate" in model.roles("a")
 
 
-@pytest.mark.parametrize(("text", "expected"), [("600KB", 600_000), ("2 MiB", 2 * 1024**2), ("5%", 42), ("77", 77)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("600KB", 600_000), ("2 MiB", 2 * 1024**2), ("5%", 42), ("77B", 77), ("770", 770)]
+)
 def test_budget_texts(text, expected):
     model = perceptron()
     assert model.base_parameters == 264

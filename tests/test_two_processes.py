@@ -19,6 +19,7 @@ from taps.data.generated.scenes import SceneRecipe, make_scenes
 SCRIPT = """
 import importlib, json, os, sys
 from contextlib import redirect_stdout
+from functools import partial
 
 sys.path.insert(0, ROOT)
 from accelerate.state import PartialState
@@ -30,7 +31,8 @@ import taps.runs.multi_task as multi_task
 import taps.runs.sub_tasks as sub_tasks
 
 rank, models = os.environ["RANK"], []
-accuracy, score, model_of, fix = adaptation.accuracy, multi_task.score, multi_task.MultiTask.model, sparse_delta.fix_support
+accuracy, by_class = adaptation.accuracy, adaptation.accuracy_by_class
+score, model_of, fix = multi_task.score, multi_task.MultiTask.model, sparse_delta.fix_support
 
 
 def note(*values):
@@ -38,11 +40,11 @@ def note(*values):
         file.write(json.dumps(values) + "\\n")
 
 
-def watched_accuracy(model, task, *rest, **options):
+def watched(test, model, task, *rest, **options):
     state = model.task_state(task)
     scores = {name: tensor.tolist() for name, tensor in state.items() if name.endswith("score")}
     note(scores, sum(float(tensor.sum()) for name, tensor in state.items() if name.endswith("delta")))
-    return accuracy(model, task, *rest, **options)
+    return test(model, task, *rest, **options)
 
 
 def watched_model(self, *rest, **options):
@@ -63,7 +65,8 @@ def watched_fix(model, task):
     return count
 
 
-adaptation.accuracy, multi_task.score, multi_task.MultiTask.model = watched_accuracy, watched_score, watched_model
+adaptation.accuracy, adaptation.accuracy_by_class = partial(watched, accuracy), partial(watched, by_class)
+multi_task.score, multi_task.MultiTask.model = watched_score, watched_model
 sparse_delta.fix_support = watched_fix
 sub_tasks.ERRORS = (0.0, 0.1)
 Figure.draw = lambda *rest: None  # pictures stay blank

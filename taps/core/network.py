@@ -276,14 +276,13 @@ class Network(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         like = next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.empty(0))
         new = fn(torch.empty(0, dtype=like.dtype, device=like.device))
-        changes = new.dtype != like.dtype and not self.train_base
+        changes, widened = new.dtype != like.dtype and not self.train_base, new.itemsize > like.itemsize
         known = self.fingerprint() if changes else ""
         super()._apply(fn, *args, **kwargs)
         if (
             changes
         ):  # in another precision it is still the base that tasks were made for, unless rounded and widened again
             self._fingerprint = None  # new tensors may lie where the old ones did
-            widened = new.itemsize > like.itemsize
             self._converted = None if widened and self._is_rounded else (fingerprint(self._weights()), known)
             self._is_rounded = self._is_rounded or not widened
         for place in (*self._units, *self._norms):

@@ -56,6 +56,7 @@ def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list
         tasks = opening.read_data(options.dataset, options)
     prepared = []
     for task in tasks:
+        task = replace(task, known_digest=task.digest())
         if options.skip_bad_images:
             task, bad = without_bad_images(task, options.workers)
             if bad:

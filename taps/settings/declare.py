@@ -253,9 +253,7 @@ class Parser(argparse.ArgumentParser):
             try:
                 values[name] = _as_typed(action, value)
             except (ValueError, argparse.ArgumentTypeError) as error:
-                wanted = {int: f"{value!r} is not a whole number", float: f"{value!r} is not a number"}
-                message = wanted.get(action.type, error)  # type: ignore[call-overload]
-                raise UserError(f"{path}, line {lines[name]}: {name}: {message}") from None
+                raise UserError(f"{path}, line {lines[name]}: {name}: {error}") from None
             action.default, action.required = values[name], False
             if not action.option_strings:
                 action.nargs = "*" if action.nargs == "+" else "?"
@@ -276,12 +274,18 @@ def _as_typed(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} is not true or false")
         return value
-    convert = action.type if callable(action.type) else str
+
+    def convert(one: object) -> Any:
+        try:
+            return action.type(str(one)) if callable(action.type) else str(one)
+        except ValueError:
+            raise ValueError(f"{one!r} is not a {'whole ' if action.type is int else ''}number") from None
+
     if action.nargs is None:
         if isinstance(value, (list, dict, bool)):
             raise ValueError(f"{value!r} is not a single value")
-        return convert(str(value))
-    found = [convert(str(one)) for one in (value if isinstance(value, list) else [value])]
+        return convert(value)
+    found = [convert(one) for one in (value if isinstance(value, list) else [value])]
     if isinstance(action.nargs, int) and len(found) != action.nargs:
         raise ValueError(f"{value!r} are not {action.nargs} values")
     return found

@@ -50,6 +50,7 @@ class TaskData:
         flip: whether a mirrored image still belongs to its class.
         notes: remarks about the data to show to the user, one line each.
         is_listed: whether the images come from a list, so that some may be missing.
+        known_digest: the :meth:`digest` before images were left out.
     """
 
     name: str
@@ -61,10 +62,13 @@ class TaskData:
     flip: bool = True
     notes: tuple[str, ...] = ()
     is_listed: bool = False
+    known_digest: str | None = None
 
     def digest(self) -> str:
-        """Return a hash of the images' names and labels that does not depend on where the data lies."""
-        splits = {name: getattr(self, name) or () for name in ("train", "val", "test")}
+        """Return a hash of the names and labels of the images for training and testing, wherever the data lies."""
+        if self.known_digest is not None:
+            return self.known_digest
+        splits = {"train": sorted((*self.train, *(self.val or ()))), "test": self.test}
         root = os.path.commonpath([path for split in splits.values() for path, _ in split])
         names = {
             name: [(path[len(root) :].replace(os.sep, "/"), label) for path, label in split]
