@@ -397,3 +397,27 @@ def test_interrupted_is_not_swallowed(scenes, monkeypatch, tmp_path):
             {s: own for s, (_, own) in streams.items()}, plan.recipe, Accelerator(cpu=True),
             criterion=benchmark.criteria(), stop=stop,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--tasks", "seg", "norml"),
+            "'norml' is not one of (did you mean normal?) semseg, normals, depth, seg, sn, normal",
+        ),
+        (
+            ("--benchmark", "mimic3", "--tasks", "mortalty"),
+            "'mortalty' is not one of (did you mean mortality?) ihm, decomp",
+        ),
+    ],
+)
+def test_a_wrong_task_is_named_before_data_is_generated(options, message, here, tmp_path):
+    done = here("train_mtl.py", *options, check=2)
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_task_names_are_known():
+    settings = parse_mtl(["--benchmark", "taskonomy", "--tasks", "segment_semantic", "depth_zbuffer", "normal"])
+    assert settings.tasks == ["semseg", "depth", "normals"]

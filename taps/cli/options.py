@@ -15,7 +15,7 @@ from taps.settings.declare import Parser, Settings, build, make_parser, not_one_
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
 from taps.settings.presets import demo, published
-from taps.settings.task_names import aliases
+from taps.settings.task_names import GENERATED, aliases
 
 S = TypeVar("S", bound=Settings)
 A = TypeVar("A", bound=AdaptationSettings)
@@ -220,6 +220,11 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         given["tasks"] = [own_names.get(name, name) for name in given["tasks"]]
     chosen = given.get("tasks") or [*given.get("cat_target", ()), *given.get("num_target", ())]
     generated = not any(given.get(name) for name in ("dataset", "images", "labels"))
+    own = GENERATED.get(benchmark, ())
+    for name in chosen if generated and own else ():  # before minutes go into data
+        if name not in own:
+            published_names = [alias for alias, meant in own_names.items() if meant in own]
+            parser.error(f"argument --tasks: {not_one_of(name, [*own, *published_names])}")
     preset = published(benchmark, len(chosen) or None, method, generated)
     for name in ("task_weights", "positive_weights"):
         if name in given:

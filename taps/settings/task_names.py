@@ -3,12 +3,17 @@
 #: aliases in dense benchmarks
 DENSE = {
     "seg": "semseg", "sn": "normals", "normal": "normals", "keypoint": "keypoints", "edge": "edges", "sal": "saliency",
-    "human_parts": "parts",
+    "human_parts": "parts", "segment_semantic": "semseg", "depth_zbuffer": "depth", "keypoints2d": "keypoints",
+    "edge_texture": "edges",
 }  # fmt: skip
 #: aliases in hospital stays
 STAYS = {
     "mortality": "ihm", "decompensation": "decomp", "length_of_stay": "los", "phenotypes": "pheno", "phenotyping": "pheno",
 }  # fmt: skip
+
+
+#: tasks of the benchmarks that are generated if no data is named
+GENERATED = {"scenes": ("semseg", "normals", "depth"), "mimic3": ("ihm", "decomp", "los", "pheno")}
 
 
 def aliases(benchmark: str) -> dict[str, str]:
