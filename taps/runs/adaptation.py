@@ -406,7 +406,7 @@ class Experiment:
         if not self.options.keep_checkpoint and self.folder.state_path.parent.is_dir():
             shutil.rmtree(self.folder.state_path.parent)
         self.accelerator.print(
-            f"\n{run_folder.table(summary)}\npictures: {', '.join(map(str, pictures))}\n"
+            f"\n{run_folder.table(summary, in_bytes=self.compact)}\npictures: {', '.join(map(str, pictures))}\n"
             f"your own images: taps predict {self.folder.path} IMAGE…"
         )
 

@@ -72,7 +72,11 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
             name: {**descriptions[name], "accounting": accounting.accounting(model, name), "accuracy": accuracies[name]}
             for name in names
         }
-        say(run_folder.table({"method": options.method, **run_folder.summarise(tested)}))
+        say(
+            run_folder.table(
+                {"method": options.method, **run_folder.summarise(tested)}, in_bytes=options.budget is not None
+            )
+        )
         if given.export:
             export(model, names, Path(given.export), options, given.onnx, say)
     accelerator.end_training()

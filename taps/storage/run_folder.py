@@ -302,20 +302,23 @@ def read_tasks(path: Path) -> dict[str, dict]:
     return {name: library.descriptions[name] for name in names}
 
 
-def table(summary: dict) -> str:
-    """Return the summary as text: one row per task, then the mean and the total size."""
+def table(summary: dict, in_bytes: bool = False) -> str:
+    """Return the summary as text: one row per task, then the mean and the total size.
+
+    With ``in_bytes``, for runs with a budget, sizes are bytes alone: weights of few bits are not comparable by their number.
+    """
     width = max(len("task"), *(len(name) for name in summary["tasks"]))
-    lines = [f"{'task':{width}}  accuracy %  tuned layers %  parameters       bytes"]
+    parameters = "" if in_bytes else "  parameters"
+    lines = [f"{'task':{width}}  accuracy %  tuned layers %{parameters}       bytes"]
     for name, row in summary["tasks"].items():
+        count = "" if in_bytes else f"  {row['parameters']:10,}"
         lines.append(
-            f"{name:{width}}  {row['accuracy']:10.2f}  {100 * row['tuned_layers']:14.1f}  "
-            f"{row['parameters']:10,}  {row['bytes']:10,}"
+            f"{name:{width}}  {row['accuracy']:10.2f}  {100 * row['tuned_layers']:14.1f}{count}  {row['bytes']:10,}"
         )
     tuned = [row["tuned_layers"] for row in summary["tasks"].values()]
     lines.append(f"{'mean':{width}}  {summary['mean_accuracy']:10.2f}  {100 * sum(tuned) / len(tuned):14.1f}")
-    lines.append(
-        f"parameters × base: {summary['parameters_x_base']:.3f} "
-        f"({summary['parameters_x_base_with_heads']:.3f} with heads), bytes × base: {summary['bytes_x_base']:.3f}, {len(tuned)} "
-        f"{'task' if len(tuned) == 1 else 'tasks'}, method {summary['method']}"
-    )
+    heads = f"({summary['parameters_x_base_with_heads']:.3f} with heads)"
+    size = "" if in_bytes else f"parameters × base: {summary['parameters_x_base']:.3f} {heads}, "
+    count = f"{len(tuned)} {'task' if len(tuned) == 1 else 'tasks'}"
+    lines.append(f"{size}bytes × base: {summary['bytes_x_base']:.3f}, {count}, method {summary['method']}")
     return "\n".join(lines)
