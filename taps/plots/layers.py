@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from taps.core.accounting import is_tuned
@@ -81,7 +82,8 @@ def _map_of_layers(tasks: Mapping[str, list[dict]], captions: Mapping[str, str] 
     for start in starts[1:]:
         axes.axvline(start - 0.5, color=BORDER, linewidth=1.0)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(starts) > 6 else {}
+    is_close = any(second - first < 4 for first, second in pairwise(middles))  # the names would overlap
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_close or len(starts) > 6 else {}
     axes.set_xticks(middles, [stages[start] for start in starts], fontsize=8, **turned)
     axes.set_xlabel(f"layers in network order, {len(units)} in all")
     bare(axes)
