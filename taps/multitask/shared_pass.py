@@ -31,6 +31,7 @@ class SharedPass:
         self.is_inside = False
         self._keys: dict[tuple[int, str], Hashable | None] = {}
         self._of_places: dict[tuple[int, str], Hashable | None] = {}
+        self._of_modules: dict[tuple[int, str], Hashable | None] = {}
 
     def key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
         """Return a key for what a module computes for a task; ``None`` if its parts must be looked up one by one."""
@@ -41,12 +42,19 @@ class SharedPass:
 
     def _find_key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
         places = view.places(module)
-        key = self._sharing_key(places, task)
+        key = self._sharing_key(module, places, task)
         if key is None or len(places) == 1 or (not places and view.is_common(module)):
             return key
-        return key if places and all(self._sharing_key(places, other) == key for other in self.tasks) else None
+        same = places and all(self._sharing_key(module, places, other) == key for other in self.tasks)
+        return key if same else None
 
-    def _sharing_key(self, places: Sequence[Place], task: str) -> Hashable | None:
+    def _sharing_key(self, module: nn.Module, places: Sequence[Place], task: str) -> Hashable | None:
+        known = (id(module), task)
+        if known not in self._of_modules:
+            self._of_modules[known] = self._combined_key(places, task)
+        return self._of_modules[known]
+
+    def _combined_key(self, places: Sequence[Place], task: str) -> Hashable | None:
         found = []
         for place in places:
             known = (id(place), task)
