@@ -55,7 +55,7 @@ from taps.data.generated.demo import make_demo, read_demo  # noqa: E402
 from taps.errors import UserError  # noqa: E402
 from taps.methods import taps_budget  # noqa: E402
 from taps.methods.taps_budget import min_bytes, parse_budget  # noqa: E402
-from taps.metrics.accuracy import accuracy  # noqa: E402
+from taps.metrics.accuracy import accuracy_by_class  # noqa: E402
 from taps.networks.preprocessing import Preprocessing, of_network  # noqa: E402
 from taps.storage import files  # noqa: E402
 from taps.training.loop import run_phases  # noqa: E402
@@ -331,7 +331,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             run_phases(model, name, loader, sampler, recipe, accelerator)
         trained = time.perf_counter()
         with evaluating(model):
-            score = accuracy(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
+            found = accuracy_by_class(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
+            score = found.accuracy
             evaluated = time.perf_counter()
             answers[task.name] = (model, name, model(probe, name), tests, len(task.classes))
         if own is None:
@@ -352,7 +353,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
                 if moved:  # report the accuracy after all tasks are trained
                     of = result["tasks"][task]
                     of["when_trained"] = of["accuracy"]
-                    of["accuracy"] = accuracy(model, name, accelerator.prepare(tests), accelerator, classes)
+                    again = accuracy_by_class(model, name, accelerator.prepare(tests), accelerator, classes)
+                    of["accuracy"] = again.accuracy
             result["drift"] = max(result["drift"], moved)
     return result
 

@@ -19,7 +19,7 @@ import taps
 from taps.core.accounting import accounting
 from taps.data.classification.images import TaskData, make_loader, split_validation
 from taps.data.generated.demo import DOMAINS, make_demo, read_demo
-from taps.metrics.accuracy import accuracy
+from taps.metrics.accuracy import accuracy_by_class
 from taps.networks.preprocessing import Preprocessing, of_network
 from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
@@ -38,7 +38,8 @@ def run(task: TaskData, lam: float, seed: int, accelerator: Accelerator) -> tupl
     recipe = Recipe(epochs=6, warmup_epochs=0.5, settle_epochs=4.5, lr=0.03, lam=lam, seed=seed)
     run_phases(model, task.name, loader, sampler, recipe, accelerator)
     share = accounting(model, task.name)["tuned_layers"]
-    return share, accuracy(model, task.name, accelerator.prepare(validation), accelerator, len(task.classes))
+    found = accuracy_by_class(model, task.name, accelerator.prepare(validation), accelerator, len(task.classes))
+    return share, found.accuracy
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, SMALL, trained_arguments
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from taps.storage.run_folder import read_run
@@ -201,8 +202,29 @@ def test_one_onnx_program_for_all_tasks(finished, here, tmp_path):
         torch.testing.assert_close(torch.from_numpy(single[0]), expected, rtol=1e-4, atol=1e-4)
     again = here("evaluate.py", "results/run", "--no_test", "--export", tmp_path / "out", cwd=folder, check=2)
     assert "exists; export to another folder" in again.stderr
+    labels = json.loads((tmp_path / "out/labels.json").read_text())
+    assert labels["paint"]["classes"] == ["class0", "class1", "class2"]
+    assert labels["paint"]["preprocessing"]["input_size"] == 32
+    assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == labels
+    with safe_open(tmp_path / "out/paint.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["labels"]) == labels["paint"]
     alone = here("evaluate.py", "results/run", "--onnx", cwd=folder, check=2)
     assert "give --export DIR too" in alone.stderr
+
+
+def test_a_folder_of_classes_that_has_grown_is_named(tree, here, tmp_path):
+    shutil.copytree(tree / "paint/train", tmp_path / "paint")
+    here("train_sequential.py", "--dataset", "paint", *SMALL, "--epochs", 1, "--experiment_name", "run")
+    assert "warning" not in here("evaluate.py", "results/run").stdout
+    shutil.copy(tmp_path / "paint/class0/0.png", tmp_path / "paint/class0/new.png")
+    assert "the images of paint are not those of the run" in here("evaluate.py", "results/run").stdout
+
+
+def test_a_size_is_added_alone_to_earlier_ones(tree, here, tmp_path):
+    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 2, "--experiment_name", "sizes")
+    here(*line, "--budget", "40%", "50%")
+    table = here(*line, "--budget", "60%", "--resume").stdout
+    assert [row.split()[0] for row in table.splitlines() if row[:2] in ("40", "50", "60")] == ["40%", "50%", "60%"]
 
 
 def test_export_does_without_one_program_where_the_network_cannot_be_followed(finished, here, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def test_the_commands_take_all_of_them_and_test_every_class(tree, here, tmp_path
         ("train_sequential.py", ("--track", "wndb"), "unknown tracker 'wndb'; did you mean 'wandb'"),
         ("train_joint.py", ("--mixup", "1"), "--mixup and --cutmix blend images of one task"),
         ("train_sequential.py", ("--experiment_name", "../x"), "--experiment_name ../x is not a folder inside results"),
-        ("train_sequential.py", ("--experiment_name", "/tmp/x"), "is not a folder inside results"),
+        ("train_sequential.py", ("--experiment_name", "/elsewhere"), "is not a folder inside results"),
         ("train_sequential.py", ("--budget", "10%", "--patience", "2"), "--patience is not used with a budget"),
         ("train_sequential.py", ("--lr_warmup_epochs", "1"), "--lr_warmup_epochs 1 leaves none of 1 epochs"),
         ("train_sequential.py", ("--budget", "10"), "write 10% for that part of the base, or 10B"),

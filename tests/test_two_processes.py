@@ -19,7 +19,6 @@ from taps.data.generated.scenes import SceneRecipe, make_scenes
 SCRIPT = """
 import importlib, json, os, sys
 from contextlib import redirect_stdout
-from functools import partial
 
 sys.path.insert(0, ROOT)
 from accelerate.state import PartialState
@@ -31,7 +30,7 @@ import taps.runs.multi_task as multi_task
 import taps.runs.sub_tasks as sub_tasks
 
 rank, models = os.environ["RANK"], []
-accuracy, by_class = adaptation.accuracy, adaptation.accuracy_by_class
+by_class = adaptation.accuracy_by_class
 score, model_of, fix = multi_task.score, multi_task.MultiTask.model, sparse_delta.fix_support
 
 
@@ -40,11 +39,11 @@ def note(*values):
         file.write(json.dumps(values) + "\\n")
 
 
-def watched(test, model, task, *rest, **options):
+def watched(model, task, *rest, **options):
     state = model.task_state(task)
     scores = {name: tensor.tolist() for name, tensor in state.items() if name.endswith("score")}
     note(scores, sum(float(tensor.sum()) for name, tensor in state.items() if name.endswith("delta")))
-    return test(model, task, *rest, **options)
+    return by_class(model, task, *rest, **options)
 
 
 def watched_model(self, *rest, **options):
@@ -65,7 +64,7 @@ def watched_fix(model, task):
     return count
 
 
-adaptation.accuracy, adaptation.accuracy_by_class = partial(watched, accuracy), partial(watched, by_class)
+adaptation.accuracy_by_class = watched
 multi_task.score, multi_task.MultiTask.model = watched_score, watched_model
 sparse_delta.fix_support = watched_fix
 sub_tasks.ERRORS = (0.0, 0.1)

@@ -15,7 +15,7 @@ from taps.data import opening
 from taps.data.classification.images import ImageSet, TaskData, split_validation
 from taps.data.classification.mixed_batches import make_task_loader
 from taps.errors import UserError
-from taps.metrics.accuracy import accuracy
+from taps.metrics.accuracy import accuracy_by_class
 from taps.metrics.relative_gain import Metrics
 from taps.settings.multi_task import MultiTaskSettings
 from taps.task_model import TaskModel
@@ -90,8 +90,8 @@ class ClassBenchmark(Benchmark):
             size += len(samples) % size == 1
             loader = accelerator.prepare_data_loader(DataLoader(samples, size, num_workers=self.options.workers))
             with torch.no_grad():
-                value = accuracy(model, task, loader, accelerator, len(whole.classes), limit, split)
-            found[task] = {"accuracy": value}
+                result = accuracy_by_class(model, task, loader, accelerator, len(whole.classes), limit, split)
+            found[task] = {"accuracy": result.accuracy}
         return found
 
     def example(self, split: str = "test", count: int | None = None) -> Tensor:

@@ -39,24 +39,6 @@ class Tested:
         return {"accuracy": self.accuracy, "top5": self.top5, "per_class": per_class, "confusion": self.confusion}
 
 
-def accuracy(
-    model: TaskModel,
-    task: str,
-    loader: DataLoader,
-    accelerator: Accelerator,
-    num_classes: int,
-    limit_batches: int | None = None,
-    title: str = "",
-) -> float:
-    """Top-1 accuracy in percent over the images of a prepared loader, each counted once, in the model's current mode."""
-    from torchmetrics.classification import MulticlassAccuracy  # slow to import
-
-    metric = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)
-    for output, labels in _outputs(model, task, loader, accelerator, limit_batches, title):
-        metric.update(output.argmax(1), labels)
-    return 100.0 * float(metric.compute())
-
-
 def accuracy_by_class(
     model: TaskModel,
     task: str,
@@ -66,7 +48,8 @@ def accuracy_by_class(
     limit_batches: int | None = None,
     title: str = "",
 ) -> Tested:
-    """Accuracy, top-5 accuracy and confusion matrix, in one pass over the images as :func:`accuracy` makes it."""
+    """Accuracy, top-5 accuracy and confusion matrix over the images of a prepared loader, each counted once, in the model's current
+    mode."""
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
     top1 = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)

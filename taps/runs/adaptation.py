@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from taps.core.execution import evaluating
 from taps.data import opening
@@ -26,7 +25,7 @@ from taps.data.classification.images import (
 from taps.data.classification.mixed_batches import make_task_loader
 from taps.errors import UserError
 from taps.methods.taps_budget import check_size, parse_budget
-from taps.metrics.accuracy import accuracy, accuracy_by_class
+from taps.metrics.accuracy import Tested, accuracy_by_class
 from taps.metrics.losses import CrossEntropy, balanced_weights
 from taps.networks.preprocessing import Preprocessing
 from taps.plots import layers as layer_plots
@@ -92,17 +91,21 @@ def check_budget(options: AdaptationSettings, model: TaskModel, tasks: Sequence[
         model.remove_task(task.name)
 
 
-def prepared_loader(
+def measure(
+    model: TaskModel,
     task: TaskData,
     samples: Sequence[Sample],
     prepare: Preprocessing,
     accelerator: Accelerator,
     options: AdaptationSettings,
-) -> DataLoader:
-    """Return a loader of the samples in evaluation, with the options ``batch_size`` and ``workers``."""
-    transform = prepare.transform(False, task.stretch)
+    title: str,
+) -> Tested:
+    """Test a task on ``samples``, with the options ``batch_size``, ``workers`` and ``limit_batches``."""
+    transform, classes = prepare.transform(False, task.stretch), len(task.classes)
     loader, _ = make_loader(samples, transform, options.batch_size, train=False, workers=options.workers)
-    return accelerator.prepare_data_loader(loader)
+    loader = accelerator.prepare_data_loader(loader)
+    with evaluating(model):
+        return accuracy_by_class(model, task.name, loader, accelerator, classes, options.limit_batches, title)
 
 
 def _digests(tasks: Sequence[TaskData]) -> dict[str, str]:
@@ -348,10 +351,7 @@ class Experiment:
     def _test(self, model: TaskModel, tasks: list[TaskData]) -> None:
         """Score the best epoch on the test splits and record the accuracies in the task files."""
         for task in tasks:
-            loader = prepared_loader(task, task.test, self.prepare, self.accelerator, self.options)
-            classes, limit = len(task.classes), self.options.limit_batches
-            with evaluating(model):
-                result = accuracy_by_class(model, task.name, loader, self.accelerator, classes, limit, "test")
+            result = self._measure(model, task, task.test, "test")
             path, side = self.folder.task_path(task.name), self.prepare.input_size
             answer = certificate.probe(
                 model, task.name, (2, 3, side, side)
@@ -368,11 +368,10 @@ class Experiment:
 
     def _score(self, model: TaskModel, task: TaskData) -> float:
         """Return the accuracy in percent on the validation split; without one the test split is used."""
-        samples = task.val if task.val is not None else task.test
-        loader = prepared_loader(task, samples, self.prepare, self.accelerator, self.options)
-        limit, classes = self.options.limit_batches, len(task.classes)
-        with evaluating(model):
-            return accuracy(model, task.name, loader, self.accelerator, classes, limit, "validation")
+        return self._measure(model, task, task.test if task.val is None else task.val, "validation").accuracy
+
+    def _measure(self, model: TaskModel, task: TaskData, samples: Sequence[Sample], title: str) -> Tested:
+        return measure(model, task, samples, self.prepare, self.accelerator, self.options, title)
 
     def _write_tensorboard(self, row: Mapping, suffix: str) -> None:
         """Write the published tags; with several tasks in one run, each tag gets the task's name as a suffix."""

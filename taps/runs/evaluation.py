@@ -16,10 +16,9 @@ from taps.core import accounting
 from taps.data import opening
 from taps.data.classification.images import TaskData, without_bad_images
 from taps.errors import UserError, unknown
-from taps.metrics.accuracy import accuracy
 from taps.networks.preprocessing import Preprocessing
 from taps.runs import setup
-from taps.runs.adaptation import prepared_loader
+from taps.runs.adaptation import measure
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings
 from taps.storage import certificate, files, run_folder
 from taps.task_model import TaskModel
@@ -127,11 +126,7 @@ def test(
         workers=options.workers if given.workers is None else given.workers,
         limit_batches=given.limit_batches,
     )
-    loader = prepared_loader(task, task.test, prepare, accelerator, how)
-    title, classes = f"testing {task.name}", len(task.classes)
-    return accuracy(
-        model, task.name, loader, accelerator, classes, how.limit_batches, title
-    )  # the model is in evaluation mode
+    return measure(model, task, task.test, prepare, accelerator, how, f"testing {task.name}").accuracy
 
 
 def export(model: TaskModel, names: list[str], target: Path, options: AdaptationSettings, onnx: bool, say) -> None:

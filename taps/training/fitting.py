@@ -207,7 +207,7 @@ def _plain(recipe: Recipe) -> dict:
 
 def _description(model, task, given, train, outputs, classes, preprocessing) -> dict:
     """Return what ``task.json`` will say about the task's classes and images."""
-    about: dict = {"metric": "accuracy" if train.has_classes() else None}
+    about: dict = {"metric": "accuracy" if train.has_classes else None}
     names = classes if classes is not None else getattr(getattr(given, "dataset", None), "classes", None)
     if names is not None and len(names) == outputs:
         about["classes"] = [str(name) for name in names]
@@ -218,7 +218,7 @@ def _description(model, task, given, train, outputs, classes, preprocessing) -> 
     elif preprocessing is not None:
         about["preprocessing"] = dict(preprocessing)
     elif model.about(task).get("preprocessing") is None:
-        shape = train.input_shape()
+        shape = train.input_shape
         if len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]:
             about["preprocessing"] = model.default_preprocessing(shape[3]).describe()
     return about
@@ -248,6 +248,10 @@ class UserLoader:
 
     Random draws of the loader follow the seed and the epoch, so that a run can continue in the middle of an epoch. This covers
     torch's generator, which ``DataLoader`` and torchvision's transforms use.
+
+    Attributes:
+        input_shape: shape of the first batch's inputs.
+        has_classes: whether the labels are class indices.
 
     Args:
         batches: yields pairs (inputs, labels).
@@ -292,6 +296,8 @@ class UserLoader:
         self.seed, self.device = seed, accelerator.device
         self.default_criterion, self.has_norms = default_criterion, has_norms
         self.epoch = 0
+        first, labels = next(iter(self))
+        self.input_shape, self.has_classes = tuple(first.shape), labels.dim() == 1 and not labels.is_floating_point()
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
@@ -339,12 +345,3 @@ class UserLoader:
                     f"range 0..{self.classes - 1}"
                 )
         return x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-
-    def has_classes(self) -> bool:
-        """Return whether the labels are class indices."""
-        labels = next(iter(self))[1]
-        return labels.dim() == 1 and not labels.is_floating_point()
-
-    def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of the first batch's inputs."""
-        return tuple(next(iter(self))[0].shape)
