@@ -20,6 +20,7 @@ from taps.methods.registry import METHODS
 from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
 from taps.networks import backbones, preprocessing
+from taps.networks.classifier import attach_head, without_classifier
 from taps.storage import hub, run_folder, task_file
 from taps.storage.files import write_tensors
 from taps.storage.library import Library, TaskCache
@@ -77,7 +78,7 @@ def adapt(
     trains = row.trains_base if train_base is None else train_base
     if not isinstance(net, (str, nn.Module)):
         raise UserError(f"the network is a {type(net).__name__}; give a module or the name of a timm model")
-    net = backbones.create_backbone(net) if isinstance(net, str) else backbones.without_classifier(net)
+    net = backbones.create_backbone(net) if isinstance(net, str) else without_classifier(net)
     return TaskModel(net, row, norm, layers, {**row.options, **options}, trains)
 
 
@@ -574,7 +575,7 @@ class TaskModel(Network):
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)
         plain.__dict__.pop("taps_origin", None)
-        return backbones.attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
+        return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
 
     def extra_repr(self) -> str:
         return f"method={self.method.name!r}, norm={self.norm!r}, units={len(self.units)}, tasks={self.tasks}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -195,7 +196,7 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
         experiment_name=name,
         resize=settings.resize or round(settings.input_size * 8 / 7),
         dataset=settings.dataset and [os.path.abspath(path) for path in settings.dataset],
-        model_path=settings.model_path and os.path.abspath(settings.model_path),
+        model_path=settings.model_path and _absolute(settings.model_path),
     )
 
 
@@ -241,12 +242,17 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         changes["channels"] = None
     for name in ("model_path", "policy", "images", "labels", "normalizer"):
         if getattr(settings, name):
-            changes[name] = os.path.abspath(getattr(settings, name))
+            changes[name] = _absolute(getattr(settings, name))
     if settings.dataset:
         changes["dataset"] = [os.path.abspath(path) for path in settings.dataset]
     if settings.single_task not in (None, "measure", "none"):
         changes["single_task"] = os.path.abspath(settings.single_task)
     return replace(settings, **changes)
+
+
+def _absolute(path: str) -> str:
+    """An absolute path, or the address of a file on the hub or the web as it is."""
+    return path if re.match(r"hf-hub:|\w+://", path) else os.path.abspath(path)
 
 
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:

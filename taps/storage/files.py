@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
@@ -93,36 +92,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a complete safetensors file: {_line(error)}") from None
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a flat state dict from ``.safetensors``, or from a ``.pth``/``.pt``/``.bin`` that holds only plain tensors.
-
-    A checkpoint that contains it (``state_dict``, ``model``, ``model_state``, a ``module.`` prefix) is unwrapped.
-
-    Raises:
-        UserError: if the file is missing, damaged, or can only be read by unpickling.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a file of plain tensors, and nothing else is unpickled ({_line(error)}); "
-            "save it again with torch.save(model.state_dict(), …) or as .safetensors"
-        ) from None
-    for key in ("state_dict", "model_state", "model", "model_ema"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} does not hold a state dict (names with tensors)")
-    if all(name.startswith("module.") for name in loaded):
-        loaded = {name[len("module.") :]: value for name, value in loaded.items()}
-    return dict(loaded)
 
 
 def _line(error: Exception) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+
+import torch
+from timm.models import PretrainedCfg
 
 from taps.core.accounting import is_tuned
 from taps.errors import UserError
@@ -67,6 +73,60 @@ def download(repository: str) -> Path:
             raise UserError(f"{PREFIX}{name} is neither cached nor can it be downloaded: {reason}") from None
 
 
+def is_address(path: str | Path) -> bool:
+    """Return whether this names a file on the hub or the web."""
+    return str(path).startswith((PREFIX, "https://", "http://", "file://"))
+
+
+def local_file(path: str | Path) -> Path:
+    """Return the path of a file that may be on the hub (``hf-hub:user/repository/file``) or the web; it is downloaded once.
+
+    Raises:
+        UserError: if it is neither here nor can be downloaded.
+    """
+    address = str(path)
+    if not is_address(path):
+        return Path(path)
+    if not address.startswith(PREFIX):
+        name = f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{PurePosixPath(urlparse(address).path).name}"
+        target = Path(torch.hub.get_dir()) / "checkpoints" / name
+        try:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(address, str(target), progress=sys.stderr.isatty())
+        except Exception as error:  # no such host, no such page, a full disk
+            raise UserError(f"{address} cannot be downloaded: {_line(error)}") from None
+        return target
+    from huggingface_hub import constants, hf_hub_download
+
+    repository, _, file = address.removeprefix(PREFIX).partition("/")[2].partition("/")
+    user = address.removeprefix(PREFIX).partition("/")[0]
+    name, _, revision = f"{user}/{repository}".partition("@")
+    if not _NAME.fullmatch(name) or not file:
+        raise UserError(f"{address!r} is not hf-hub:user/repository/file")
+    with cache_if_unreachable():
+        try:
+            return Path(hf_hub_download(name, file, revision=revision or None, endpoint=constants.ENDPOINT))
+        except Exception as error:  # the client, the network and a damaged cache raise almost anything
+            reason = "the hub does not answer" if constants.HF_HUB_OFFLINE else _line(error)
+            raise UserError(f"{address} is neither cached nor can it be downloaded: {reason}") from None
+
+
+def config_of(name: str) -> PretrainedCfg:
+    """Return timm's description of the model in a repository of the hub.
+
+    Raises:
+        UserError: if it is neither cached nor can be downloaded.
+    """
+    from timm.models import load_model_config_from_hf
+
+    with cache_if_unreachable():
+        try:
+            return PretrainedCfg(**load_model_config_from_hf(name.removeprefix(PREFIX))[0])
+        except Exception as error:  # as above
+            raise UserError(f"{name} is neither cached nor can it be downloaded: {_line(error)}") from None
+
+
 def upload(folder: Path, repository: str, private: bool = False, message: str | None = None) -> str:
     """Upload a task's files and its model card, and return the repository's address.
 
@@ -101,7 +161,7 @@ def model_card(description: dict, repository: str) -> str:
     base, account, classes = description["base"], description["accounting"], description.get("classes") or []
     accuracy, images = description.get("accuracy"), (description.get("provenance") or {}).get("images", {})
     tuned = [row["name"] for row in description["units"] if is_tuned(row)]
-    architecture = base.get("model", base["name"])
+    architecture = str(base.get("model", base["name"])).removeprefix(PREFIX)
     rows = {
         "base": f"`{architecture}`, fingerprint `{base['fingerprint'][:16]}`",
         "method": f"`{description['method']}`, norms `{description['norm']}`",
@@ -112,7 +172,9 @@ def model_card(description: dict, repository: str) -> str:
         "tuned layers": f"{account['tuned_units']} of {account['units']}",
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    base_model = f"base_model: timm/{architecture}\n" if "model" in base else ""
+    base_model = (
+        f"base_model: {architecture if '/' in architecture else f'timm/{architecture}'}\n" if "model" in base else ""
+    )
     return f"""---
 library_name: taps
 pipeline_tag: image-classification
