@@ -32,7 +32,7 @@ def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> 
         hint: a further sentence.
     """
     names = [str(candidate) for candidate in allowed]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.51)
     message = f"unknown {kind} {str(name)!r}"
     if near:
         message += f"; did you mean {' or '.join(repr(candidate) for candidate in near)}?"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import evaluating, first_input
+from taps.core.execution import computed_tensors, evaluating, first_input
 from taps.core.find import find_everything
 from taps.core.network import Network, inner_first
 from taps.errors import UserError, unknown
@@ -570,7 +570,7 @@ class TaskModel(Network):
             return self._merged(task)
 
     def _merged(self, task: str) -> nn.Module:
-        memo: dict[int, object] = {}
+        memo = computed_tensors(self.backbone)
         for module in inner_first((*self.units, *self.task_norms)):
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)

@@ -23,6 +23,22 @@ def test_the_settings_of_a_run_repeat_it(finished, here, tmp_path):
     assert first.items() <= json.loads((run / "settings.json").read_text()).items()
 
 
+def test_the_published_program_is_one_switch():
+    """What it does otherwise, except for what is set."""
+    settings = parse_sequential(
+        ["--published", "--dataset", ".", "--model_type", "resnet50", "--cropped", "--lam", "0.1"]
+    )
+    assert (settings.model_type, settings.resize, settings.val_fraction) == ("resnet50.tv_in1k", 224, 0)
+    assert (settings.accumulate, settings.gradients, settings.warmup_epochs, settings.lam) == (8, "sum", 3, 0.1)
+    joint = parse_joint(["--published", "--dataset", ".", "--variant", "lite", "--accumulate", "2", "--resize", "256"])
+    assert (joint.model_type, joint.shared_optimizer, joint.optimizer) == ("resnet34.tv_in1k", "nag", "sgd")
+    assert (joint.accumulate, joint.resize) == (2, 256)
+    for arguments in (["--no-pretrained"], ["--model_path", "w.pth"], ["--model_type", "vit_tiny_patch16_224"]):
+        assert ".tv_in1k" not in parse_sequential(["--published", "--dataset", ".", *arguments]).model_type
+    plain = parse_sequential(["--dataset", "."])
+    assert (plain.model_type, plain.resize, plain.accumulate, plain.gradients) == ("resnet34", 256, 1, "mean")
+
+
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_command_line_wins_and_says_so(program, tmp_path):
     file = tmp_path / "own.yaml"

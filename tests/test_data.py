@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as some_settings
+from hypothesis import strategies as some
 from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.functional import InterpolationMode
 
 from taps.data.checks import check
 from taps.data.classification import domainnet
@@ -21,7 +26,7 @@ from taps.data.classification.images import (
     without_bad_images,
 )
 from taps.data.generated.demo import DOMAINS, make_demo, read_demo
-from taps.networks.preprocessing import Preprocessing
+from taps.networks.preprocessing import Preprocessing, stored_transform
 
 LISTS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "domainnet_txt"
 needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the official DomainNet lists are not here")
@@ -459,3 +464,83 @@ def test_demo_data(demo):
     make_demo(demo)
     assert (demo / "digits").stat().st_mtime_ns == stamp, "it is written once"
     assert [task.name for task in find_tasks([demo])] == sorted(DOMAINS), "an ordinary image-folder tree"
+
+
+@pytest.mark.parametrize(
+    ("background", "expected"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ("red", (255, 0, 0))]
+)
+def test_the_ground_under_transparent_pixels(background, expected):
+    prepare = Preprocessing(4, 4, mean=(0.0,) * 3, std=(1.0,) * 3, background=background)
+    for again in (prepare.transform(False), prepare.transform(True), stored_transform(prepare.describe())):
+        pixel = again(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))[:, 1, 1]
+        torch.testing.assert_close(pixel, torch.tensor(expected) / 255)
+    assert stored_transform({k: v for k, v in prepare.describe().items() if k not in ("background", "published")})
+    with pytest.raises(ValueError, match="background 'whit' is no colour; examples are white, grey and #ff8000"):
+        Preprocessing(background="whit").transform(False)
+
+
+def test_published_reading_only_converts_the_mode(tmp_path):
+    prepare = Preprocessing(4, 4, mean=(0.0,) * 3, std=(1.0,) * 3, published=True)
+    read = stored_transform(prepare.describe(stretch=True))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    half = Image.new("RGB", (4, 4))
+    half.paste((255, 255, 255), (0, 0, 2, 4))
+    half.save(tmp_path / "turned.png", exif=exif)
+    assert read_image(str(tmp_path / "turned.png"), read)[0, 0, 0] == 1
+    Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(str(tmp_path / "deep.png"), read).min() == 1
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(str(tmp_path / "clear.png"), read)[:, 0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (3, 100), (61, 3)])
+def test_a_strip_is_cropped_before_it_is_enlarged(size):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    prepare = Preprocessing(16, 18, interpolation="bicubic")
+    plain = v2.Compose([v2.Resize(18, InterpolationMode.BICUBIC), v2.CenterCrop(16), v2.PILToTensor()])(noise)
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (prepare.mean, prepare.std))
+    found = prepare.transform(False)(noise) * std + mean
+    shift = min(float((found - plain.roll(by, dim) / 255).abs().mean()) for by in (-1, 0, 1) for dim in (1, 2))
+    assert shift < 0.02
+
+
+@some_settings(max_examples=150, deadline=None, derandomize=True)
+@given(some.data())
+def test_images_of_every_mode_size_and_turn_are_read_right(tmp_path_factory, data):
+    """Against values computed from the pixels that were stored."""
+    mode = data.draw(some.sampled_from(("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "YCbCr")))
+    suffixes = {
+        "1": ("png", "tiff", "bmp", "gif"), "L": ("png", "tiff", "bmp", "gif", "pgm", "webp"), "P": ("png", "tiff", "bmp", "gif"),
+        "RGB": ("png", "tiff", "bmp", "ppm", "webp", "tga"), "RGBA": ("png", "tiff", "webp", "tga"), "LA": ("png", "tiff", "tga"),
+        "CMYK": ("tiff",), "I;16": ("png", "tiff"), "YCbCr": ("tiff",),
+    }  # fmt: skip
+    suffix = data.draw(some.sampled_from(suffixes[mode]))
+    width, height = data.draw(some.integers(1, 9)), data.draw(some.integers(1, 9))
+    generator = np.random.default_rng(data.draw(some.integers(0, 99)))
+    if mode == "I;16":
+        values = generator.integers(0, 65536, (height, width), dtype=np.uint16)
+        image, expected = Image.fromarray(values), np.stack([np.round(values / 257)] * 3, axis=-1)
+    else:
+        colours = Image.fromarray(generator.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
+        image = colours.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else colours.convert(mode)
+        if mode in ("RGBA", "LA"):
+            alpha = np.asarray(image)[..., -1:] / 255.0
+            opaque = np.asarray(image.convert("RGBA"))[..., :3]
+            expected = opaque * alpha + 255 * (1 - alpha)
+        else:
+            expected = np.asarray(image.convert("RGB"), dtype=float)
+    path, options = tmp_path_factory.getbasetemp() / f"any.{suffix}", {"lossless": True} if suffix == "webp" else {}
+    turn = data.draw(some.integers(1, 8)) if suffix in ("png", "webp") else 1
+    if turn != 1:
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        options["exif"] = exif
+    image.save(path, **options)
+    turned = {
+        1: expected, 2: expected[:, ::-1], 3: expected[::-1, ::-1], 4: expected[::-1], 5: expected.transpose(1, 0, 2),
+        6: np.rot90(expected, -1), 7: np.rot90(expected, 2).transpose(1, 0, 2), 8: np.rot90(expected),
+    }  # fmt: skip
+    found = np.asarray(read_image(str(path)), dtype=float)
+    assert found.shape == turned[turn].shape
+    assert np.abs(found - turned[turn]).max() <= 1.5

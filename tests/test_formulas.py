@@ -57,6 +57,15 @@ def test_penalty_is_the_mean_over_the_real_number_of_layers():
         torch.testing.assert_close(float(unit.gates["a"].score.grad), float(score.sign()) / 20)
 
 
+def test_the_published_penalty_has_52_layers_in_every_network():
+    models = [taps.adapt(nn.Linear(3, 4), penalty_divisor=divisor) for divisor in (None, 52)]
+    for model in models:
+        model.add_task("a", num_classes=2)
+    assert models[1].penalty("a") * 52 == models[0].penalty("a") == torch.tensor(0.15)
+    with pytest.raises(ValueError, match="penalty_divisor has to be above 0, not 0"):
+        taps.adapt(nn.Linear(3, 4), penalty_divisor=0)
+
+
 class PlainResNet(nn.Module):
     """A short residual network, used by both the library and the reference."""
 

@@ -167,6 +167,7 @@ def edit(path: Path, base: dict | None = None, **entries) -> None:
     description = json.loads((path / "task.json").read_text())
     description["base"].update(base or {})
     description.update(entries)
+    description.pop("checksums")  # as in a file of an earlier version
     (path / "task.json").write_text(json.dumps(description))
 
 

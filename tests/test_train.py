@@ -86,6 +86,24 @@ def test_accumulation_is_the_large_batch(accelerator):
     assert not same(small, other, atol=1e-4)
 
 
+def test_summed_gradients_are_the_mean_s_at_a_rate_that_many_times_larger(accelerator):
+    recipe = {"epochs": 3, "warmup_epochs": 1, "accumulate": 11}
+    summed, _ = run(accelerator, Recipe(gradients="sum", lr=0.01, **recipe), batch_size=2)
+    mean, _ = run(accelerator, Recipe(lr=0.11, **recipe), batch_size=2)
+    assert same(summed, mean, atol=1e-6)
+    assert not same(summed, run(accelerator, Recipe(lr=0.01, **recipe), batch_size=2)[0], atol=1e-4)
+
+
+def test_a_batch_norm_that_sees_one_value_is_one_line(accelerator):
+    net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
+    model = taps.adapt(net)
+    model.add_task("a", num_classes=2)
+    with pytest.raises(
+        taps.UserError, match=r"a batch norm sees one value per channel: batches of 1 .* larger --batch_size"
+    ):
+        run(accelerator, Recipe(epochs=1), model, batch_size=1)
+
+
 def test_it_learns_and_reports(accelerator):
     model, rows = run(accelerator, Recipe(epochs=6, warmup_epochs=2, lr=0.2, lam=0.1))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -15,7 +15,7 @@ from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, Joint
 from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
-from taps.settings.presets import demo, published
+from taps.settings.presets import demo, published, published_taps
 from taps.settings.task_names import GENERATED, aliases
 
 S = TypeVar("S", bound=Settings)
@@ -154,6 +154,17 @@ def _experiment_name(parser: Parser, settings: AdaptationSettings | MultiTaskSet
     return name
 
 
+def _like_published(settings: A) -> A:
+    """The published program's choices that depend on others: torchvision's weights of ResNets, and no margin around the crop."""
+    tagged = f"{settings.model_type}.tv_in1k"
+    known = re.fullmatch(r"resnet(18|34|50|101|152)", settings.model_type) and not settings.model_path
+    return replace(
+        settings,
+        model_type=tagged if known and settings.pretrained else settings.model_type,
+        resize=settings.resize or settings.input_size,
+    )
+
+
 def _has_budget(given: Mapping[str, Any]) -> bool:
     return given.get("budget") is not None or given.get("method") == "taps_budget"
 
@@ -175,7 +186,11 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     elif "epochs" in given:  # phases keep their shares of the demo's epochs
         part = given["epochs"] / preset["epochs"]
         preset = {**preset, **{name: preset[name] * part for name in ("warmup_epochs", "settle_epochs")}}
+    if given.get("published"):
+        preset = {**preset, **published_taps(kind is JointSettings)}
     settings = build(kind, preset, given)
+    if settings.published:
+        settings = _like_published(settings)
     name = _experiment_name(parser, settings)
     if name is None:
         data = "_".join(Path(path).name or Path(path).resolve().name for path in settings.dataset or ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from taps.stop_signals import Interrupted
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command; a user error gives one line and status 2, Ctrl-C status 130, SIGTERM status 143."""
     warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])

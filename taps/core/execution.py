@@ -331,6 +331,16 @@ class Place(nn.Module):
         raise NotImplementedError
 
 
+def computed_tensors(module: nn.Module) -> dict[int, object]:
+    """Return a ``memo`` for ``copy.deepcopy`` with detached copies of the tensors that hooks computed with a graph.
+
+    Pruning and the old forms of weight and spectral normalisation leave such a tensor in their module after each call, and
+    torch refuses to copy it; the next call computes it again.
+    """
+    tensors = (value for inner in module.modules() for value in vars(inner).values() if isinstance(value, Tensor))
+    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+
+
 def plain_state(module: nn.Module, prefix: str = "", parameters_only: bool = False) -> dict[str, Tensor]:
     """Return a wrapped network's base tensors under their original names, and the stand-in parameters of its places."""
     added: dict[str, Tensor] = {}
@@ -352,7 +362,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers:
 
     The copy shares everything else, including later in-place changes. With ``copy_buffers`` the buffers are copied too.
     """
-    module = getattr(type(module), "original", lambda same: same)(module)
+    module = getattr(type(module), "_unseen", lambda same: same)(module)
     plain = object.__new__(type(module))
     plain.__dict__ = dict(module.__dict__)
     plain._parameters = dict(module._parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,11 @@ class Network(nn.Module):
         self, net: nn.Module, method: Method, norm: str, layers: str | None, options: dict, train_base: bool
     ) -> None:
         super().__init__()
+        lazy = [name for name, p in net.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+        if lazy:
+            raise UserError(
+                f"{lazy[0]!r} has no shape yet, since its module is lazy: run one batch through the network before adapting it"
+            )
         found = choose(method.find_units(net, options), layers)
         self.method, self.norm, self.layers, self.options, self.train_base = method, norm, layers, options, train_base
         self.state = State()
@@ -141,8 +147,9 @@ class Network(nn.Module):
         if (num_classes is None) == (head is None):
             raise UserError(f"task {task!r}: give either num_classes or head")
         if head is None:
-            if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
                 raise UserError(f"task {task!r}: num_classes must be a whole number above 0, not {num_classes!r}")
+            num_classes = int(num_classes)  # also NumPy's
             if self.num_features is None:
                 raise UserError(
                     f"task {task!r}: the network returns no features of shape (B, width) for a small batch; wrap it so that it "

@@ -38,7 +38,8 @@ def make_base(options: AdaptationSettings | MultiTaskSettings, path: Path | None
 
 def make_preprocessing(options: AdaptationSettings | MultiTaskSettings, net: torch.nn.Module) -> Preprocessing:
     """Preprocessing with the options' input size and the mean, std and interpolation of the backbone's training."""
-    prepare = Preprocessing(input_size=options.input_size, resize=options.resize, **of_network(net))
+    reading = {name: getattr(options, name) for name in ("background", "published") if hasattr(options, name)}
+    prepare = Preprocessing(input_size=options.input_size, resize=options.resize, **of_network(net), **reading)
     prepare.transform(
         True, policy=getattr(options, "auto_augment", None)
     )  # refuses an unknown policy before anything is written

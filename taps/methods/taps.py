@@ -21,7 +21,7 @@ from taps.core.execution import State
 from taps.core.find import Unit
 from taps.core.gate import Decision, Gate, HardThreshold
 from taps.core.method import SETTLED, Lengths, Method, Model, Phase
-from taps.errors import UserError
+from taps.errors import UserError, check_number
 from taps.methods.registry import register
 
 
@@ -91,12 +91,26 @@ class ThresholdGate(Gate):
         return super().train(mode)
 
 
-def mean_absolute_score(gates: Mapping[str, Sequence[Any]], task: str, **options) -> Tensor:
-    """Return (1/L) Σ |s_i| over the task's L units (TAPS §3), where L is the actual number of units of the network."""
-    return torch.stack([gate.score for gate in gates[task]]).abs().mean()
+def mean_absolute_score(
+    gates: Mapping[str, Sequence[Any]], task: str, penalty_divisor: float | None = None, **options
+) -> Tensor:
+    """Return (1/L) Σ |s_i| over the task's units (TAPS §3).
+
+    Args:
+        gates: every task's gates.
+        task: the task.
+        penalty_divisor: L, above 0; ``None`` for the number of units, the published program has 52 for every network.
+        **options: not used.
+
+    Raises:
+        UserError: for a divisor that is no number above 0.
+    """
+    check_number("penalty_divisor", penalty_divisor, with_low=False)
+    scores = torch.stack([gate.score for gate in gates[task]]).abs()
+    return scores.mean() if penalty_divisor is None else scores.sum() / penalty_divisor
 
 
-def threshold_gate(unit: Unit, **options) -> Gate:
+def threshold_gate(unit: Unit, penalty_divisor: float | None = None, **options) -> Gate:
     """Return the TAPS gate of a unit; options as in :class:`taps.methods.taps.ThresholdGate`."""
     return ThresholdGate(**options)
 
@@ -132,6 +146,6 @@ register(
         gate=threshold_gate,
         penalty=mean_absolute_score,
         phases=warmup_penalty_settle,
-        options=OPTIONS,
+        options={**OPTIONS, "penalty_divisor": None},
     ),
 )

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import OneTask, Place, State, evaluating, first_input, without_reentrant_warning
+from taps.core.execution import (
+    OneTask,
+    Place,
+    State,
+    computed_tensors,
+    evaluating,
+    first_input,
+    without_reentrant_warning,
+)
 from taps.core.network import Network, inner_first
 from taps.multitask.trees import flatten, map_tensors, run_head, tensors
 
@@ -223,7 +231,7 @@ class _Remembering:
     def inplace(self, value: bool) -> None:
         self.__dict__["inplace"] = value
 
-    def original(self) -> nn.Module:
+    def _unseen(self) -> nn.Module:  # no plain name, which a parameter of the module might have
         """Return the module itself."""
         return self if _view_of(self) is None else self._module  # type: ignore[attr-defined,return-value]
 
@@ -380,7 +388,7 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
         module: [inner for inner in module.modules() if isinstance(inner, Place)] for module in _outside(model.backbone)
     }
     copies: dict[tuple, nn.Module] = {}  # copies of modules, by their behaviour
-    tensors_of: dict[int, object] = {}  # copies of tensors that belong to no place
+    tensors_of = computed_tensors(model.backbone)  # copies of tensors that belong to no place
     networks = {}
     for task in tasks:
         keys: dict[Place, Hashable] = {}

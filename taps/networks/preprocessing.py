@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from timm.data import auto_augment
 from torch import nn
 from torchvision.transforms import v2
@@ -29,6 +29,7 @@ class Preprocessing:
         resize: length of the shorter side in pixels before the centre crop in evaluation.
         mean, std: per RGB channel in 0..1, as in the backbone's training.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
+        background, published: how images are read, see :class:`ToRGB`.
     """
 
     input_size: int = 224
@@ -36,6 +37,8 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+    background: str = "white"
+    published: bool = False
 
     def transform(
         self, train: bool, stretch: bool = False, flip: bool = True, policy: str | None = None, erasing: float = 0.0
@@ -47,7 +50,7 @@ class Preprocessing:
         erasing.
 
         Raises:
-            UserError: for an unknown policy.
+            UserError: for an unknown policy or colour.
         """
         mode = InterpolationMode(self.interpolation)
         size = (self.input_size, self.input_size)
@@ -56,13 +59,15 @@ class Preprocessing:
         elif train:
             geometry = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True)]
         else:
-            geometry = [v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
+            geometry = [without_far_ends, v2.Resize(self.resize, mode, antialias=True), v2.CenterCrop(size)]
         mirror = [v2.RandomHorizontalFlip()] if train and flip else []
         normalize = v2.Normalize(list(self.mean), list(self.std))
         change = [AutoAugment(policy, self)] if train and policy else []
         erase = [v2.RandomErasing(erasing)] if train and erasing else []
         to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-        return v2.Compose([to_rgb, *geometry, *mirror, *change, *to_tensor, normalize, *erase])
+        return v2.Compose(
+            [ToRGB(self.background, self.published), *geometry, *mirror, *change, *to_tensor, normalize, *erase]
+        )
 
     def describe(self, stretch: bool = False) -> dict:
         """Return the values that :func:`stored_transform` needs, as ``task.json`` holds them."""
@@ -112,6 +117,8 @@ def stored_transform(stored: Mapping) -> v2.Compose:
             mean=tuple(map(float, stored["mean"])),
             std=tuple(map(float, stored["std"])),
             interpolation=str(stored["interpolation"]),
+            background=str(stored.get("background", "white")),
+            published=bool(stored.get("published", False)),
         )
         if len(prepare.mean) != 3 or len(prepare.std) != 3 or prepare.input_size < 1 or prepare.resize < 1:
             raise ValueError("sizes are above 0, and mean and std have three values")
@@ -126,24 +133,54 @@ def of_network(net: nn.Module) -> dict:
     return {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "interpolation": config["interpolation"]}
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as upright RGB: turned as its EXIF entry says, 16 bits scaled to 8, transparent pixels on white.
+class ToRGB:
+    """Conversion of images of any mode to RGB: turned as the EXIF entry says, 16 bits scaled to 8, transparent pixels on a ground.
+
+    Args:
+        background: the ground's colour, a name or ``#rrggbb``.
+        published: only convert the mode, as the published programs do: sideways photographs stay so, 16-bit pixels above 255
+            are white, and transparent pixels have the colour that they hide.
 
     Raises:
-        UserError: for floating-point and 32-bit pixels, whose range is unknown.
+        UserError: for an unknown colour; in a call, for floating-point and 32-bit pixels, whose range is unknown.
     """
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
+
+    def __init__(self, background: str = "white", published: bool = False) -> None:
+        try:
+            self.ground = (*ImageColor.getrgb(background)[:3], 255)
+        except ValueError:
+            raise UserError(f"background {background!r} is no colour; examples are white, grey and #ff8000") from None
+        self.published = published
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self.published:
+            return image.convert("RGB")
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            values = np.asarray(image).astype(np.uint32)
+            return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        if image.mode[0] in "IF":
+            raise UserError(
+                f"pixels of mode {image.mode} have no range that says what is white; save them with 8 or 16 bits"
+            )
+        if "A" in image.getbands() or "a" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, self.ground), image).convert("RGB")
+        return image.convert("RGB")
+
+
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """Cut a strip that is more than 20 times as long as it is wide to 8 times around its centre.
+
+    Resized whole, a strip of 1 by 4000 pixels would fill a gigabyte; the centre crop shows none of what is cut off.
+    """
+    width, height = image.size
+    short, long = sorted(image.size)
+    if long <= 20 * short:
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode[0] in "IF":
-        raise UserError(
-            f"pixels of mode {image.mode} have no range that says what is white; save them with 8 or 16 bits"
-        )
-    if "A" in image.getbands() or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return image.convert("RGB")
+    across, down = (min(side, 8 * short + (side - 8 * short) % 2) for side in image.size)  # the same centre
+    left, top = (width - across) // 2, (height - down) // 2
+    return image.crop((left, top, left + across, top + down))

@@ -27,7 +27,7 @@ from taps.errors import UserError
 from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.accuracy import Tested, accuracy_by_class
 from taps.metrics.losses import CrossEntropy, balanced_weights
-from taps.networks.preprocessing import Preprocessing
+from taps.networks.preprocessing import Preprocessing, ToRGB
 from taps.plots import layers as layer_plots
 from taps.plots import style
 from taps.plots.confusion import MOST_CLASSES, confusion
@@ -57,7 +57,7 @@ def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list
     for task in tasks:
         task = replace(task, known_digest=task.digest())
         if options.skip_bad_images:
-            task, bad = without_bad_images(task, options.workers)
+            task, bad = without_bad_images(task, options.workers, ToRGB(options.background, options.published))
             if bad:
                 accelerator.print(f"{task.name}: {len(bad)} unreadable images are left out, e.g. {bad[0]}")
         elif task.is_listed:
@@ -163,7 +163,7 @@ class Experiment:
         settings = {**as_dict(options), "tasks": [task.name for task in tasks], "data": _digests(tasks)}
         if accelerator.is_main_process:
             folder = run_folder.RunFolder.open(
-                path, settings, options.resume, options.overwrite, stages, as_yaml(options)
+                path, settings, options.resume, options.overwrite, stages, as_yaml(options), as_dict(type(options)())
             )
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
@@ -180,6 +180,7 @@ class Experiment:
             for tracker in accelerator.trackers:
                 tracker.finish()
             accelerator.trackers = []
+            folder.release()
 
     @property
     def compact(self) -> bool:
@@ -227,7 +228,7 @@ class Experiment:
             torch.manual_seed(self.options.seed)  # the initial head does not depend on the tasks before
             model.add_task(task.name, num_classes=len(task.classes))
             if heads is not None:
-                stored = read_tensors(heads / task.name / "task.safetensors")
+                stored = task_file.read_stored(heads / task.name)[1]
                 head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
                 model.heads[task.name].load_state_dict(head)
             size = min(self.options.batch_size, len(task.train))
@@ -309,7 +310,7 @@ class Experiment:
             return errors, sum(accuracies.values()) / len(accuracies)
 
         names = [task.name for task in tasks]
-        fork = self.fork and self.fork / f"{names[0] if len(names) == 1 else 'together'}.safetensors"
+        fork = self.fork and self.fork / f"{self.tasks.index(tasks[0]) if len(names) == 1 else 'together'}.safetensors"
         recipe, streams = recipe_of(self.options), {"train": (loader, sampler)}
         criteria = {task.name: self._criterion(task) for task in tasks}
         Stage(

@@ -72,12 +72,13 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
                 "choose another --experiment_name"
             )
         settings = {name: value for name, value in as_dict(options).items() if name != "budget"}
-        run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
+        opened = run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
     accelerator.wait_for_everyone()
     yield path / "opened"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(path / "opened")
+        opened.release()
         _show(path, accelerator)
 
 

@@ -86,12 +86,15 @@ class MultiTask:
         run = cls(options, benchmark, accelerator, run_folder.RunFolder(path), stop)
         run.check()
         if accelerator.is_main_process:
-            run_folder.RunFolder.open(
+            run.folder = run_folder.RunFolder.open(
                 path, settings, options.resume or later, options.overwrite, repeatable=as_yaml(options)
             )
         accelerator.wait_for_everyone()
-        with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
-            yield run
+        try:
+            with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
+                yield run
+        finally:
+            run.folder.release()
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -96,10 +96,9 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, list[Tensor] | str]:
         try:
-            image = read_image(self.paths[index])
+            return index, read_image(self.paths[index], lambda image: [one(image) for one in self.transforms])
         except UserError as error:
             return index, str(error)
-        return index, [transform(image) for transform in self.transforms]
 
 
 def classify(

@@ -79,7 +79,8 @@ def _with_method(settings: AdaptationSettings) -> AdaptationSettings:
 
 def _adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> TaskModel:
     """Return the network with its units and norms added."""
-    model = adapt(net, settings.method, norm=settings.norm, layers=settings.layers, train_base=train_base)
+    options = {"penalty_divisor": 52} if settings.published and settings.method == "taps" else {}
+    model = adapt(net, settings.method, norm=settings.norm, layers=settings.layers, train_base=train_base, **options)
     if settings.checkpoint_activations:
         model.checkpoint_activations()
     return model
@@ -120,6 +121,8 @@ def _lite(settings: JointSettings, accelerator: Accelerator, tasks: list[TaskDat
             method="hard_sharing",
             norm="frozen",
             epochs=settings.shared_epochs,
+            optimizer=settings.shared_optimizer or settings.optimizer,
+            accumulate=1 if settings.published else settings.accumulate,
             budget=None,
             layers=None,
             mixup=0.0,

@@ -19,6 +19,7 @@ class Data(Settings):
     cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped*", bool)
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
     resize: int | None = setting(None, "shorter side of evaluation images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size, 256 for 224")
+    background: str = setting("white", "colour under transparent pixels: a name or #rrggbb", metavar="COLOUR")
     no_flip: bool = setting(False, "do not mirror training images", bool)
     val_fraction: float = setting(0.1, "fraction of train used to select the best epoch if there is no val/ folder; 0 selects on the test split, as published", float, low=0, high=0.9, metavar="F")
     test_fraction: float = setting(0.2, "fraction of each class to test on if the data has no test images", float, low=0, above=True, high=0.9, metavar="F")
@@ -64,7 +65,8 @@ class Optimization(Settings):
 
     title: ClassVar[str] = "training"
     epochs: int = setting(30, "passes over the training images", int, low=1, metavar="N")
-    accumulate: int = setting(1, "batches per optimiser step, whose gradients are averaged", int, low=1, metavar="N")
+    accumulate: int = setting(1, "batches per optimiser step", int, low=1, metavar="N")
+    gradients: str = setting("mean", "of the batches of a step: their mean, or their sum", choices=("mean", "sum"))
     optimizer: str = setting("sgd", "nag is sgd with Nesterov momentum", choices=OPTIMIZERS)
     lr: float = setting(0.01, "learning rate of the first epoch, which then follows a cosine", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
@@ -120,6 +122,7 @@ class Output(Settings):
     experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", shown="named after the data, model and method")
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
     overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
+    published: bool = setting(False, "whatever the published program of TAPS does otherwise, unless set here: torchvision's first ImageNet weights for ResNets, no margin around the test crop, gradients summed over eight batches, three epochs without λ, which is divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a ground under transparent pixels", bool)
     track: list[str] | None = setting(None, "also log to these trackers, e.g. wandb or mlflow", nargs="+", metavar="NAME", shown="TensorBoard's files only")
     keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run, which holds the optimiser's state", bool)
 
@@ -148,6 +151,7 @@ class JointSettings(AdaptationSettings):
     sampling: str = setting("equal", "images per task in a batch: equal numbers, in proportion to the tasks' sizes, or to their 1/T-th power (temperature); an epoch always has as many images as all tasks together", choices=IMAGE_SAMPLINGS)
     sampling_temperature: float = setting(2.0, "T for --sampling temperature: 1 is proportional, large values approach equal", float, low=0, above=True, metavar="T")
     base_lr: float | None = setting(None, "learning rate of the shared base", float, low=0, above=True, metavar="X", shown="that of --lr divided by the square root of the number of tasks")
+    shared_optimizer: str | None = setting(None, "optimiser of the shared network in the lite variant", choices=OPTIMIZERS, shown="as --optimizer")
     shared_epochs: int | None = setting(None, "epochs for the shared network in the lite variant", int, low=1, metavar="N", shown="as --epochs")
 
 

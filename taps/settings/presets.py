@@ -41,6 +41,12 @@ def published(benchmark: str, tasks: int | None, method: str, generated: bool = 
     return values
 
 
+def published_taps(joint: bool) -> dict[str, Any]:
+    """Return the settings in which the published program of TAPS differs from the defaults."""
+    values = _read("taps")
+    return {**values["settings"], **(values["joint"] if joint else {})}
+
+
 def demo(budget: bool = False) -> dict[str, Any]:
     """Return the settings of the demo, with a budget or without."""
     values = _read("demo")

@@ -7,6 +7,7 @@ transforms follow from the seed and the epoch (:mod:`taps.data.classification.im
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from taps.core.network import Network
+from taps.core.network import Network, fingerprint
 from taps.errors import UserError
 from taps.storage.encoding import EncodedDelta
 from taps.storage.files import write_tensors
@@ -71,7 +72,13 @@ def save(
             if task in unit.deltas and unit.deltas[task].encodings
         },
     }
-    write_tensors(path, tensors, {"record": json.dumps(record)})
+    text = json.dumps(record)
+    write_tensors(path, tensors, {"record": text, "checksum": _checksum(text, tensors)})
+
+
+def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a checkpoint's counters and tensors."""
+    return hashlib.sha256(f"{record}{fingerprint(tensors)}".encode()).hexdigest()
 
 
 def moving(model: Network, tasks: Sequence[str]) -> dict[str, Tensor]:
@@ -91,12 +98,28 @@ def read_record(path: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
+        with safe_open(path, "pt", device="cpu") as file:
+            metadata = file.metadata()
+            known = metadata.get("checksum")  # not stored before version 0.12
+            if known is not None:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                if known != _checksum(metadata["record"], tensors):
+                    raise UserError(
+                        f"checkpoint {path} is damaged: its checksum is another; start again with --overwrite"
+                    )
+        record = json.loads(metadata["record"])
         if "tasks" not in record:
             raise UserError(f"checkpoint {path} was written by another version; start again with --overwrite")
         return record
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from None
 
 

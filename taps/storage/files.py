@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -33,6 +34,32 @@ def whole(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
 
 
+@contextmanager
+def both(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield temporary paths for two files that belong together, which replace both or, if the ``with`` block fails, none.
+
+    The replacement of ``second`` decides: until then ``first`` waits under the name :func:`waiting`. A reader that finds a
+    waiting file has to check which of the two belongs to ``second``, since a crash may have left it there.
+    """
+    with whole(second) as new_second, whole(waiting(first)) as new_first:
+        yield new_first, new_second
+    os.replace(waiting(first), first)
+
+
+def waiting(path: Path) -> Path:
+    """Return the name of a file that will replace ``path`` once the file that describes it is there."""
+    return path.with_name(f"{path.name}.new")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -41,11 +68,16 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be Unicode
+
+
+def json_text(value: object) -> str:
+    """Return the contents of a JSON file."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> dict:
@@ -66,9 +98,21 @@ def read_json(path: Path) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; tensors are copied to the CPU and made contiguous."""
+    """Write a safetensors file; tensors are copied to the CPU and made contiguous.
+
+    Raises:
+        UserError: if it cannot be written, e.g. because the disk is full.
+    """
     with whole(path) as temporary:
-        save_file(_plain(tensors), temporary, metadata={**_METADATA, **(metadata or {})})
+        put_tensors(temporary, tensors, metadata)
+
+
+def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in place, as :func:`write_tensors` does under a temporary name."""
+    try:
+        save_file(_plain(tensors), path, metadata={**_METADATA, **(metadata or {})})
+    except SafetensorError as error:
+        raise UserError(f"{path.parent} cannot be written to: {_line(error)}") from None
 
 
 def tensors_size(tensors: dict[str, Tensor]) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taps.errors import UserError
-from taps.storage.task_file import read_description
+from taps.storage.task_file import read_description, tensors_path
 
 FILES = ("task.json", "task.safetensors")
 
@@ -45,7 +45,7 @@ class Library:
     def _add(self, folder: Path) -> None:
         try:
             description = read_description(folder)
-            path = folder / "task.safetensors"
+            path = tensors_path(folder, description)
             if not path.is_file():
                 raise UserError(f"{path} does not exist")
             if path.stat().st_size != description["bytes"]:

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,11 @@ from taps.storage import task_file
 from taps.storage.files import read_json, write_json, write_text
 from taps.storage.library import Library
 from taps.version import VERSION
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: options that may differ when a run is continued, because they do not change its result
 FREE_ON_RESUME = (
@@ -66,6 +74,43 @@ class RunFolder:
         self.base_path = path / "base.safetensors"
         self.fingerprints_path = path / "fingerprints.json"
         self.rows: list[dict] = []
+        self._lock: weakref.finalize | None = None
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder until :meth:`release`, or until this process ends.
+
+        Raises:
+            UserError: if another run writes to it.
+        """
+        if fcntl is None:
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"another run is writing to {self.path}; wait for it, or choose another --experiment_name"
+                ) from None
+            return  # a file system without locks
+        self._lock = weakref.finalize(self, os.close, handle)
+
+    def release(self) -> None:
+        """Let other runs write to the folder."""
+        if self._lock is not None:
+            self._lock()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def check_present(self) -> None:
+        """Raise a ``UserError`` if somebody has deleted the folder of a run that has begun."""
+        if self._lock is not None and not (self.path / "settings.json").is_file():
+            raise UserError(f"{self.path} was deleted while the run was writing to it")
 
     @classmethod
     def open(
@@ -76,6 +121,7 @@ class RunFolder:
         overwrite: bool = False,
         stages: Sequence[str] = (),
         repeatable: str | None = None,
+        defaults: Mapping | None = None,
     ) -> RunFolder:
         """Start or continue an experiment; the settings are written before anything else.
 
@@ -85,19 +131,23 @@ class RunFolder:
             resume: continue the run in the folder, with the same settings.
             overwrite: delete the earlier run in the folder.
             repeatable: contents of ``settings.yaml``, which repeats the run when given to ``--config``.
+            defaults: defaults of the options, for a run that was begun before there were some of them.
             stages: subfolders that hold earlier stages of the same run, and are deleted with it.
 
         Raises:
-            UserError: if the folder exists and neither is set, or holds something other than a run, or a run
-                with other settings.
+            UserError: if another run is writing to the folder, or if it exists and neither is set, or holds something other
+                than a run, or a run with other settings.
         """
         folder = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.is_dir() or not path.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            folder.lock()
+        if not path.is_dir() or any(path.iterdir()):
             is_run = (path / "settings.json").is_file()
             if not is_run:
                 raise UserError(f"{path} exists and is not a run of this program; choose another --experiment_name")
             if resume:
-                folder._check_same(settings)
+                folder._check_same(settings, defaults)
                 folder.rows = folder.read_metrics()
                 return folder
             if not overwrite:
@@ -109,7 +159,8 @@ class RunFolder:
             nested = [inner.parent for inner in path.rglob("settings.json") if inner.parent not in (path, *own)]
             if nested:
                 raise UserError(f"{path} also holds the run {nested[0]}; move that away before overwriting")
-            shutil.rmtree(path)
+            for inner in path.iterdir():  # the folder itself is locked
+                shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
         lines = [f"{key}={value}" for key, value in settings.items()]
         write_text(path / "settings.txt", "\n".join(lines) + "\n")
         if repeatable is not None:
@@ -119,7 +170,7 @@ class RunFolder:
         )
         return folder
 
-    def _check_same(self, settings: dict) -> None:
+    def _check_same(self, settings: dict, defaults: Mapping | None = None) -> None:
         stored = read_json(self.path / "settings.json")
         wanted = json.loads(json.dumps(settings))
         known = {*wanted, "versions", "commit", "command"}
@@ -136,10 +187,14 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
                 )
-        other = [key for key in wanted if key not in free and key in stored and wanted[key] != stored[key]]
+        before = {**(defaults or {}), **stored}  # settings that are newer than the run have their defaults
+        other = [key for key in wanted if key not in free and key in before and wanted[key] != before[key]]
         if other:
-            listed = ", ".join(f"{key}={wanted[key]} (was {stored.get(key)})" for key in other)
-            raise UserError(f"{self.path} cannot be resumed with other settings: {listed}")
+            listed = ", ".join(f"{key}={wanted[key]} (was {before[key]})" for key in other)
+            raise UserError(
+                f"{self.path} cannot be resumed with other settings: {listed}; leave these as they were, or start again with "
+                "--overwrite or another --experiment_name"
+            )
 
     def task_path(self, task: str) -> Path:
         return self.path / task
@@ -164,6 +219,7 @@ class RunFolder:
         self.rows = [row for row in self.rows if row["task"] != task or row["epoch"] <= epochs]
 
     def add_metrics(self, rows: Iterable[dict]) -> None:
+        self.check_present()
         self.rows.extend(rows)
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 

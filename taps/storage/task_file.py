@@ -17,6 +17,7 @@ Few large tensors instead of many small ones keep the header small, so that the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,13 +34,14 @@ from taps.core.norm import TaskNorm, norm_tensors
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.storage.encoding import ENCODINGS, EncodedDelta, encode, encode_as, is_sparse
-from taps.storage.files import read_json, read_tensors, write_json, write_tensors
+from taps.storage.files import both, json_text, put_tensors, read_json, read_tensors, sha256, waiting
 
 FORMAT = 1
+TENSORS = "task.safetensors"
 #: entries of task.json that follow from the model; all others are about the task
 STRUCTURE = (
     "format", "task", "method", "options", "norm", "layers", "base", "head", "bytes", "accounting", "norms", "policy",
-    "units", "delta_bytes", "max_error", "encodings", "compact",
+    "units", "delta_bytes", "max_error", "encodings", "compact", "checksums",
 )  # fmt: skip
 #: returns the method of a name, or ``None``
 FindMethod = Callable[[str], Method | None]
@@ -107,41 +109,61 @@ def save(
             raise UserError(f"task {task!r} is not saved: {name} holds values that are not finite")
     if max_error is not None:
         encodings.update(_encode(tensors, encodings, task, max_error))
-    write_tensors(folder / "task.safetensors", tensors)
     linear = (
         {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None}
         if (type(head) is nn.Linear)
         else None
     )
-    write_json(
-        folder / "task.json",
-        {
-            "format": FORMAT,
-            "task": task,
-            "method": made.method,
-            "options": made.options,
-            "norm": made.norm,
-            "layers": made.layers,
-            "base": {
-                "name": model.base_name,
-                "fingerprint": model.fingerprint(),
-                "parameters": model.base_parameters,
-                **(base or {}),
-            },
-            "head": {"type": type(head).__name__, "linear": linear},
-            "bytes": (folder / "task.safetensors").stat().st_size,
-            "accounting": accounting(model, task),
-            "norms": [norm.name for norm in norms],
-            "policy": model.policies.get(task),
-            "delta_bytes": {unit.name: _delta_bytes(tensors, unit) for unit in units if _delta_bytes(tensors, unit)},
-            "units": [row for row in model.report(task) if row["name"] in made.units],
-            **({"max_error": max_error} if max_error is not None else {}),
-            **({"encodings": encodings} if encodings else {}),
-            **({"compact": True} if compact else {}),
-            **about,
+    description = {
+        "format": FORMAT,
+        "task": task,
+        "method": made.method,
+        "options": made.options,
+        "norm": made.norm,
+        "layers": made.layers,
+        "base": {
+            "name": model.base_name,
+            "fingerprint": model.fingerprint(),
+            "parameters": model.base_parameters,
+            **(base or {}),
         },
-    )
+        "head": {"type": type(head).__name__, "linear": linear},
+        "bytes": 0,
+        "accounting": accounting(model, task),
+        "norms": [norm.name for norm in norms],
+        "policy": model.policies.get(task),
+        "delta_bytes": {unit.name: _delta_bytes(tensors, unit) for unit in units if _delta_bytes(tensors, unit)},
+        "units": [row for row in model.report(task) if row["name"] in made.units],
+        **({"max_error": max_error} if max_error is not None else {}),
+        **({"encodings": encodings} if encodings else {}),
+        **({"compact": True} if compact else {}),
+        **about,
+    }
+    with both(folder / TENSORS, folder / "task.json") as (tensors_file, json_file):
+        put_tensors(tensors_file, tensors)
+        description["bytes"] = tensors_file.stat().st_size
+        description["checksums"] = {"tensors": sha256(tensors_file), "description": _checksum(description)}
+        json_file.write_text(json_text(description), encoding="utf-8", errors="backslashreplace")
     return folder
+
+
+def _checksum(description: Mapping[str, object]) -> str:
+    """Return the SHA-256 of the entries on which outputs depend; names of classes and the like may be edited by hand."""
+    known = {
+        key: description[key] for key in (*STRUCTURE, "preprocessing") if key in description and key != "checksums"
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_path(folder: Path, description: Mapping) -> Path:
+    """Return the file with a task's tensors: the one that belongs to its description, should a crash have left two."""
+    path = folder / TENSORS
+    left = waiting(path)
+    try:
+        known = (description.get("checksums") or {}).get("tensors")
+        return left if known is not None and left.is_file() and sha256(left) == known else path
+    except FileNotFoundError:  # another process has just finished saving
+        return path
 
 
 def _delta_bytes(tensors: dict[str, Tensor], unit: GatedUnit) -> int:
@@ -283,6 +305,7 @@ _OPTIONAL = {
     "preprocessing": dict,
     "delta_bytes": dict,
     "provenance": dict,
+    "checksums": {"tensors": str, "description": str},
 }
 
 
@@ -301,17 +324,49 @@ def _check_entry(value: object, kind, key: str, path: Path) -> None:
         raise UserError(f"{path} is damaged: {key} is {str(value)[:40]!r}")
 
 
+def read_stored(folder: Path) -> tuple[dict, dict[str, Tensor], Path]:
+    """Return a task's description, its tensors and the file that holds them, all of one save.
+
+    Raises:
+        UserError: if either is missing or cannot be read, or they do not belong together.
+    """
+    for attempt in range(3):
+        description = read_description(folder)
+        try:
+            path = tensors_path(folder, description)
+            tensors = read_tensors(path)
+            size = path.stat().st_size
+            if size != description["bytes"]:
+                raise UserError(
+                    f"{path} has {size} bytes, task.json says {description['bytes']}: the two do not belong together"
+                )
+            if attempt == 2 or read_description(folder) == description:  # else it was replaced meanwhile
+                return description, tensors, path
+        except (UserError, FileNotFoundError):
+            if attempt == 2 or read_description(folder) == description:
+                raise
+    raise UserError(f"{folder} is replaced all the time")
+
+
+def _check_sums(description: Mapping, path: Path) -> None:
+    """Raise a ``UserError`` if the tensors in ``path`` or the entries of ``task.json`` are not those that were saved.
+
+    Comes after the checks that can say what is wrong. Files of versions before 0.12 have no checksums.
+    """
+    known = description.get("checksums") or {}
+    if known and known["tensors"] != sha256(path):
+        raise UserError(f"{path} is damaged: its checksum is not the one in task.json")
+    if known and known["description"] != _checksum(description):
+        raise UserError(
+            f"{path.parent / 'task.json'} is damaged, or an entry that decides outputs was edited; save the task again"
+        )
+
+
 def load(model: Network, folder: Path, task: str, head: nn.Module | None, trainable: bool, find: FindMethod) -> dict:
     """Read one task and return its description; see :meth:`taps.task_model.TaskModel.load_task`."""
-    description = read_description(folder)
-    path = folder / "task.safetensors"
     model.check_new_task(task)
+    description, tensors, path = read_stored(folder)
     check_fits(model, description, folder / "task.json", None if trainable else find)
-    tensors = read_tensors(path)
-    if path.stat().st_size != description["bytes"]:
-        raise UserError(
-            f"{path} has {path.stat().st_size} bytes, task.json says {description['bytes']}: the two do not belong together"
-        )
     encodings = description.get("encodings", {})
     for key, name in encodings.items():
         if name not in ENCODINGS or key not in tensors or tensors[key].dtype != torch.uint8:
@@ -334,6 +389,7 @@ def load(model: Network, folder: Path, task: str, head: nn.Module | None, traina
         head = nn.Linear(linear["in_features"], linear["out_features"], linear["bias"])
     try:
         _fill(model, task, head, description, tensors, path, trainable, find(description["method"]) or model.method)
+        _check_sums(description, path)
     except UserError:
         model.forget(task)
         raise

@@ -156,9 +156,11 @@ def fit(
         raise UserError(
             f"{folder} exists: give resume=True to continue that run, overwrite=True to replace it, or another folder"
         )
-    with nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
-        settings = {"task": task, "program": "taps.fit", "method": model.method.name, **_plain(plan)}
-        run = _open(Path(place), settings, resume, overwrite)
+    settings = {"task": task, "program": "taps.fit", "method": model.method.name, **_plain(plan)}
+    with (
+        nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place,
+        _open(Path(place), settings, resume, overwrite) as run,
+    ):
         model.describe_task(task, **about)
 
         def validate() -> tuple[dict[str, dict], float]:

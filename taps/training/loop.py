@@ -395,13 +395,14 @@ class _Run:
         # DistributedDataParallel cannot follow penalties on tasks that take no part in the forward pass.
         by_hand = (shared or not phase.together) and self.accelerator.num_processes > 1
         forward = self.model if by_hand else self.forward
+        scale = len(window) if self.recipe.gradients == "sum" else 1
         total = 0.0
         for index, (x, call, labels) in enumerate(map(self._mixed, parts)):
             last = index == len(parts) - 1
             with nullcontext() if last or by_hand else self.accelerator.no_sync(self.parallel):
                 watched = nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x)
                 with self.accelerator.autocast() if by_hand or phase.extra_loss else nullcontext(), watched as extra:
-                    output = forward(x, **call)
+                    output = self._forward(forward, x, call)
                 loss = torch.zeros((), device=x.device) if extra is None else extra.value()
                 for task, own, targets in _by_task(output, call, labels):
                     loss = loss + self._task_loss(task, own, targets, weight) * (
@@ -410,7 +411,7 @@ class _Run:
                 total += loss.item()
                 if not math.isfinite(total):
                     return total
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss if scale == 1 else scale * loss)
         self.progress.batch += len(window)
         if by_hand:
             self._average_gradients(optimizer)
@@ -420,6 +421,17 @@ class _Run:
         optimizer.step()
         optimizer.zero_grad()
         return total
+
+    def _forward(self, forward: Callable, x: Tensor, call: dict):
+        try:
+            return forward(x, **call)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch norm sees one value per channel: batches of {len(x)} with inputs of {tuple(x.shape[2:])} are too small; "
+                "give a larger --batch_size or --input_size"
+            ) from None
 
     def _mixed(self, part: tuple) -> tuple:
         """Blend the images of a forward pass by mixup or CutMix, drawn at random if both are used."""

@@ -153,7 +153,7 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
         )
     task = TaskData(
         name=task_name(path.name),
-        classes=tuple(classes),
+        classes=tuple(name.encode(errors="surrogateescape").decode(errors="replace") for name in classes),
         **{"test": (), **samples},
         stretch="cropped" in path.name.lower() if reading.cropped is None else reading.cropped,
         notes=tuple(notes),

@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from taps.data.seeded import mix_seed, planned_loader
 from taps.errors import UserError
-from taps.networks.preprocessing import to_rgb
+from taps.networks.preprocessing import ToRGB
 
 #: file name endings of images
 EXTENSIONS = (
@@ -35,6 +37,7 @@ EXTENSIONS = (
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 
 Sample = tuple[str, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,25 @@ class TaskData:
         return hashlib.sha256(json.dumps([self.classes, names]).encode()).hexdigest()
 
 
-def read_image(path: str) -> Image.Image:
-    """An image as RGB.
+def read_image(path: str, convert: Callable[[Image.Image], T] = ToRGB()) -> T:  # noqa: B008 (has no state)
+    """An image as RGB, or as ``convert`` makes it.
 
     Raises:
-        UserError: with the path, if the file is missing, truncated or not an image.
+        UserError: with the path, if the file is missing, truncated, not an image, or one that ``convert`` refuses.
     """
+    is_loaded = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not concern the pixels
             with Image.open(path) as image:
                 image.load()
-                return to_rgb(image)
+                is_loaded = True
+                return convert(image)
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        if is_loaded and not isinstance(error, UserError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image of a known format"
@@ -110,11 +117,10 @@ class ImageSet(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         path, label = self.samples[index]
-        image = read_image(path)
         with torch.random.fork_rng(devices=[]):
             # only the CPU's generator: torch.manual_seed would also reset the accelerator's
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            return self.transform(image), label
+            return read_image(path, self.transform), label
 
 
 class EpochSampler(Sampler):
@@ -198,8 +204,12 @@ def split_validation(task: TaskData, fraction: float, seed: int) -> TaskData:
     return replace(task, train=train, val=tuple(sample for sample in task.train if sample in chosen))
 
 
-def without_bad_images(task: TaskData, workers: int = 8) -> tuple[TaskData, list[str]]:
-    """Decode every image once and leave out those that cannot be read.
+def without_bad_images(
+    task: TaskData,
+    workers: int = 8,
+    convert: Callable[[Image.Image], Image.Image] = ToRGB(),  # noqa: B008 (has no state)
+) -> tuple[TaskData, list[str]]:
+    """Decode every image once and leave out those that cannot be read, or that ``convert`` refuses.
 
     Returns:
         The task, and the paths that were left out.
@@ -210,7 +220,7 @@ def without_bad_images(task: TaskData, workers: int = 8) -> tuple[TaskData, list
     splits = {name: getattr(task, name) for name in ("train", "val", "test") if getattr(task, name) is not None}
     samples = [sample for split in splits.values() for sample in split]
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-        checks = pool.map(_is_readable, [path for path, _ in samples])
+        checks = pool.map(partial(_is_readable, convert), [path for path, _ in samples])
         try:
             readable = list(tqdm(checks, total=len(samples), desc=f"checking {task.name}", disable=None, leave=False))
         except BaseException:
@@ -224,9 +234,9 @@ def without_bad_images(task: TaskData, workers: int = 8) -> tuple[TaskData, list
     return replace(task, **kept), sorted(bad)
 
 
-def _is_readable(path: str) -> bool:
+def _is_readable(convert: Callable[[Image.Image], Image.Image], path: str) -> bool:
     try:
-        read_image(path)
+        read_image(path, convert)
     except UserError:
         return False
     return True
