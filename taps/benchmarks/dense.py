@@ -72,6 +72,7 @@ class DenseBenchmark(SharedBenchmark):
             options.channels,
             self.data.crop_size,
             options.patch_size,
+            bool(options.deeplab),
         )
 
     def head(self, task: str, features: int) -> nn.Module:

@@ -135,7 +135,7 @@ class DepthMetrics(_Sums):
     """``abs_error``, ``rel_error`` = mean |p − g| / g and ``rmse``, and ``delta_1`` to ``delta_3``, the percentages of pixels with
     max(p/g, g/p) < 1.25^k; predictions that are not positive count as wrong.
 
-    Published: negative predictions count as right, and the errors are means of the batches' means.
+    Published: negative predictions count as right, and the errors are means of the batches' means, weighted by their images.
     """
 
     def __init__(self, published: bool = False) -> None:
@@ -151,7 +151,7 @@ class DepthMetrics(_Sums):
         within = [((ratio < 1.25**power) & good).sum() for power in (1, 2, 3)]
         self._add("sums", len(p), error.sum(), (error / g).sum(), (error**2).sum(), *within)
         if len(p):
-            self._add("batches", 1, error.mean(), (error / g).mean())
+            self._add("batches", len(target), error.mean() * len(target), (error / g).mean() * len(target))
 
     def compute(self) -> dict[str, float]:
         count, error, relative, squares, *within = self.sums.tolist()
@@ -167,7 +167,8 @@ class DepthMetrics(_Sums):
 
 
 class MapMetrics(_Sums):
-    """``error``: the mean absolute error of a map of keypoints or edges. Published: the mean of the batches' means."""
+    """``error``: the mean absolute error of a map of keypoints or edges. Published: the mean of the batches' means, weighted by
+    their images."""
 
     def __init__(self, published: bool = False) -> None:
         super().__init__(published, sums=4)
@@ -176,7 +177,7 @@ class MapMetrics(_Sums):
         """``prediction`` and ``target`` (B, 1, H, W)."""
         error = (prediction.double() - target.double())[target.isfinite()].abs()
         if len(error):
-            self._add("sums", len(error), error.sum(), 1, error.mean())
+            self._add("sums", len(error), error.sum(), len(target), error.mean() * len(target))
 
     def compute(self) -> dict[str, float]:
         count, error, batches, means = self.sums.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import timm
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from taps.errors import UserError
@@ -29,6 +30,28 @@ class TokenMap(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
+def as_deeplab(net: ResNet, is_random: bool) -> ResNet:
+    """Change a dilated ResNet of timm's into the Deeplab-ResNet of AdaShare (§4 and its program), in place.
+
+    The pooling of the stem rounds up (29 × 29 features instead of 28 × 28 at 224 pixels), and the first block of a dilated stage
+    has the stage's dilation in all of its 3 × 3 convolutions. From random weights, convolutions start with N(0, 0.01), and the
+    last norm of a block with weight 1, not 0.
+    """
+    if isinstance(net.maxpool, nn.MaxPool2d):
+        net.maxpool.ceil_mode = True
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        wide = [module for module in stage.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+        dilation = max((convolution.dilation for convolution in wide), default=(1, 1))
+        for convolution in wide:
+            convolution.dilation = convolution.padding = dilation
+    for module in net.modules() if is_random else ():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    return net
+
+
 def create_dense_backbone(
     name: str,
     pretrained: bool = False,
@@ -37,6 +60,7 @@ def create_dense_backbone(
     channels: Sequence[int] | None = None,
     image_size: Sequence[int] | None = None,
     patch_size: int | None = None,
+    deeplab: bool = True,
 ) -> nn.Module:
     """Create a timm network from images (B, 3, H, W) to features (B, C, h, w); ``.num_features`` is C.
 
@@ -47,6 +71,7 @@ def create_dense_backbone(
         channels: channels of a ResNet's four stages, for small networks without pretrained weights.
         image_size: (H, W) of a transformer's position embeddings.
         patch_size: patch size of a transformer in pixels; ``None``: its own.
+        deeplab: build a dilated ResNet as AdaShare's program does, see :func:`as_deeplab`; otherwise as timm does.
 
     Raises:
         UserError: for an unknown name, or a network that does not support the output stride or the channels.
@@ -64,7 +89,9 @@ def create_dense_backbone(
     options = {"channels": tuple(channels)} if channels else {}
     stride = {"output_stride": output_stride} if output_stride != 32 else {}
     try:
-        return create_backbone(name, pretrained, path, global_pool="", **stride, **options)
+        net = create_backbone(name, pretrained, path, global_pool="", **stride, **options)
+        dilated = deeplab and output_stride < 32 and isinstance(net, ResNet)
+        return as_deeplab(net, is_random=path is None and not pretrained) if dilated else net
     except (TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         wanted = f"output stride {output_stride}" + (

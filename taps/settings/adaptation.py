@@ -53,7 +53,7 @@ class Schedule(Settings):
     """The phases of training, and the penalty or budget that keeps tasks small."""
 
     title: ClassVar[str] = "method"
-    lam: float = setting(1.0, "weight of the sparsity penalty; with larger values fewer layers are tuned", float, low=0, metavar="λ")
+    lam: float = setting(1.0, "weight of the sparsity penalty, a mean over layers; with larger values fewer layers are tuned. The published program divides by 52 instead of the number of layers L, so that its λ is 52/L times as large: 1.44 for ResNet-34, 0.98 for ResNet-50", float, low=0, metavar="λ")
     warmup_epochs: float = setting(2.0, "initial epochs without the penalty; may be fractional", float, low=0, metavar="N")
     settle_epochs: float = setting(0.0, "last epochs, in which gates are fixed and nothing is penalised, so that tuned layers can adjust", float, low=0, metavar="N")
     budget: list[str] | str | None = setting(None, "instead of --lam, --warmup_epochs and --settle_epochs: the size of a task file (5% of the base, 600KB, 2MB). All layers are trained for a third of the epochs; then layers and bits per weight are chosen to keep as much as possible of what was learned, and the other layers return to the base. With several sizes there is one run per size, all starting from one open phase", nargs="+", metavar="SIZE", shown="none; taps_budget: 10%")

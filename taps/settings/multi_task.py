@@ -59,6 +59,7 @@ class BenchmarkNetwork(Settings):
     pretrained: bool | None = setting(None, "start from timm's ImageNet weights rather than random ones", bool, negatable=True)
     checkpoint_activations: bool = setting(False, "recompute activations in the backward pass instead of keeping them: less memory, more time", bool)
     output_stride: int | None = setting(None, "dense benchmarks: output stride of the features", int, choices=(8, 16, 32))
+    deeplab: bool | None = setting(None, "dense benchmarks: a ResNet is dilated as in the published programs, whose stem rounds up and whose first dilated blocks are dilated throughout; --no-deeplab: as timm does it", bool, negatable=True)
     channels: list[int] | None = setting(None, "channels of a ResNet's four stages, for small networks", int, low=1, nargs=4, metavar="N")
     patch_size: int | None = setting(None, "dense benchmarks: patch size of a vision transformer", int, low=1, metavar="PIXELS")
     head_width: int | None = setting(None, "channels inside a dense head", int, low=1, metavar="N")
@@ -92,7 +93,7 @@ class BenchmarkMethod(Settings):
     skip: str | None = setting(None, "automtl: parts that a task may skip: single layers that something cheaper can replace (published), or whole residual blocks; auto: blocks if the network has any", choices=SKIPS)
     target_rates: list[float] | None = setting(None, "dynashare: target share of samples that run each block; a single value applies to the second half", float, low=0, high=1, nargs="+", metavar="T")
     target_weight: float | None = setting(None, "dynashare: weight of the target-rate loss", float, low=0, metavar="X")
-    target_loss: str = setting("gated", "dynashare: mean over gated blocks, or over all blocks as in the published program (code)", choices=TARGET_LOSSES)
+    target_loss: str | None = setting(None, "dynashare: mean over gated blocks, or over all blocks as in the published program (code)", choices=TARGET_LOSSES)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class PolicyTraining(Settings):
     """Training of weights and policies; also the options of :class:`taps.PolicyTrainer`."""
 
     title: ClassVar[str] = "training"
+    step_per_task: bool | None = setting(None, "one optimiser step for each task in turn, instead of one for the sum of all losses", bool, negatable=True)
     batch_size: int | None = setting(None, "samples per step on each process; for domainnet, images of each task", int, low=1, metavar="N")
     weight_iterations: int | None = setting(None, "weight steps per cycle", int, low=1, metavar="N", shown="one pass")
     policy_iterations: int | None = setting(None, "policy steps per cycle", int, low=1, metavar="N", shown="one pass")
@@ -131,6 +133,7 @@ class PolicyTraining(Settings):
     base_lr: float | None = setting(None, "learning rate of the shared network", float, low=0, above=True, metavar="X", aliases=("--backbone_lr",))
     score_lr: float | None = setting(None, "learning rate of gates that are trained with the weights", float, low=0, above=True, metavar="X", shown="as --lr")
     decay: str | None = setting(None, "how learning rates fall", choices=DECAYS)
+    warmup_decay: str | None = setting(None, "how learning rates fall before policies are learned", choices=DECAYS, shown="as --decay")
     decay_iterations: int | str | None = setting(None, "steps between two reductions with --decay step", "steps", low=1, metavar="N")
     decay_rate: float | None = setting(None, "factor of each reduction", float, low=0, high=1, above=True, metavar="X")
     betas: list[float] | None = setting(None, "β₁ and β₂ of adam and adamw", float, low=0, high=0.999999, nargs=2, metavar="X")
@@ -139,6 +142,7 @@ class PolicyTraining(Settings):
     weights_optimizer: str | None = setting(None, "optimiser of the weight steps in policy learning", choices=OPTIMIZERS)
     weights_lr: float | None = setting(None, "learning rate of --weights_optimizer", float, low=0, above=True, metavar="X", shown="--lr and --base_lr")
     policy_lr: float | None = setting(None, "learning rate of the policy steps (adam)", float, low=0, above=True, metavar="X")
+    policy_decay_iterations: int | None = setting(None, "steps of policy learning after which --policy_lr falls to a tenth", int, low=1, metavar="N", shown="never")
     policy_wd: float | None = setting(None, "weight decay of the policy steps", float, low=0, metavar="X")
     limit_batches: int | None = setting(None, "use only N batches per epoch of the loop and N per evaluation, for trial runs", int, low=1, metavar="N")
 

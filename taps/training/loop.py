@@ -393,13 +393,17 @@ class _Run:
         parts = [part for batch in window for part in self._parts(batch, phase)]
         optimizer = self.optimizers[phase.optimizer]
         # DistributedDataParallel cannot follow penalties on tasks that take no part in the forward pass.
-        by_hand = (shared or not phase.together) and self.accelerator.num_processes > 1
+        by_hand = (shared or not phase.together or self.recipe.step_per_task) and self.accelerator.num_processes > 1
         forward = self.model if by_hand else self.forward
         scale = len(window) if self.recipe.gradients == "sum" else 1
         total = 0.0
         for index, (x, call, labels) in enumerate(map(self._mixed, parts)):
             last = index == len(parts) - 1
-            with nullcontext() if last or by_hand else self.accelerator.no_sync(self.parallel):
+            with (
+                nullcontext()
+                if last or by_hand or self.recipe.step_per_task
+                else self.accelerator.no_sync(self.parallel)
+            ):
                 watched = nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x)
                 with self.accelerator.autocast() if by_hand or phase.extra_loss else nullcontext(), watched as extra:
                     output = self._forward(forward, x, call)
@@ -412,7 +416,13 @@ class _Run:
                 if not math.isfinite(total):
                     return total
                 self.accelerator.backward(loss if scale == 1 else scale * loss)
+            if last or self.recipe.step_per_task:
+                self._apply_gradients(optimizer, by_hand)
         self.progress.batch += len(window)
+        return total
+
+    def _apply_gradients(self, optimizer: torch.optim.Optimizer, by_hand: bool) -> None:
+        """Take a step; ``by_hand``: average the gradients over the processes first."""
         if by_hand:
             self._average_gradients(optimizer)
         if self.recipe.clip_grad is not None:
@@ -420,7 +430,6 @@ class _Run:
             self.accelerator.clip_grad_norm_(learned, self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        return total
 
     def _forward(self, forward: Callable, x: Tensor, call: dict):
         try:
@@ -453,12 +462,12 @@ class _Run:
         x, labels, *which = batch
         if isinstance(labels, Mapping):
             labels = {task: labels[task] for task in self.tasks}
-            if phase.together and len(self.tasks) > 1:
+            if phase.together and len(self.tasks) > 1 and not self.recipe.step_per_task:
                 return [(x, {"tasks": self.tasks}, labels)]
             return [(x, {"task": task}, labels[task]) for task in self.tasks]
         if not which:
             return [(x, {"task": self.tasks[0]}, labels)]
-        if self.recipe.mixed and phase.together:
+        if self.recipe.mixed and phase.together and not self.recipe.step_per_task:
             return [(x, {"task": [self.tasks[index] for index in which[0].tolist()]}, labels)]
         present = sorted(set(which[0].tolist()))
         return [(x[which[0] == index], {"task": self.tasks[index]}, labels[which[0] == index]) for index in present]

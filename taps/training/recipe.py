@@ -33,6 +33,7 @@ class Recipe(Optimization, Schedule):
         decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"step"``, by the factor ``decay_rate`` every
             ``decay_epochs``; or ``"constant"``.
         compile: run training steps through ``torch.compile``; validation is short and not compiled.
+        step_per_task: take an optimiser step after each task's loss, instead of one after the sum of all.
         mixed: run a batch of several tasks in one forward pass; otherwise task by task, which needs only the memory of one.
         task_weights: factors on the tasks' losses; 1 for tasks that are not named.
         plan: the phases; ``None`` for those of the model's method.
@@ -56,6 +57,7 @@ class Recipe(Optimization, Schedule):
     decay_epochs: float = setting(1.0, "", float, low=0, above=True)
     decay_rate: float = setting(0.5, "", float, low=0, above=True)
     compile: bool = False
+    step_per_task: bool = False
     mixed: bool = True
     task_weights: Mapping[str, float] = setting({}, "", "weights")
     plan: tuple[Phase, ...] | None = None

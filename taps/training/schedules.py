@@ -65,6 +65,7 @@ def _recipe(options: MultiTaskSettings, steps: int, seed: int, **changes) -> Rec
         seed=seed,
         limit_batches=options.limit_batches,
         task_weights=weights,
+        step_per_task=bool(options.step_per_task),
         **changes,
     )
 
@@ -110,6 +111,7 @@ def pretrain_plan(options: MultiTaskSettings) -> Plan:
     """Return the plan of warm-up alone."""
     phase, steps = warm_up(options)
     recipe = _recipe(options, steps, options.seed, epochs=int(phase.epochs), plan=(phase,))
+    recipe = replace(recipe, decay=options.warmup_decay or options.decay)
     return Plan((phase,), {"train": steps}, recipe)
 
 
@@ -164,7 +166,7 @@ def policy_plan(options: MultiTaskSettings, sizes: dict[str, int], units: int) -
         )  # fmt: skip
     steps = batches.get("train", 1)
     main = _recipe(options, steps, options.seed)
-    alternating = {"decay": "constant", "task_weights": main.task_weights, "betas": main.betas}
+    alternating = {"decay": "constant", "task_weights": main.task_weights}
     others = {
         "weights": Recipe(
             optimizer=options.weights_optimizer,
@@ -173,15 +175,25 @@ def policy_plan(options: MultiTaskSettings, sizes: dict[str, int], units: int) -
             norm_lr=options.weights_lr or options.base_lr,
             momentum=options.momentum,
             wd=options.wd,
+            betas=main.betas,
             **alternating,
         ),
-        "policy": Recipe(optimizer="adam", lr=options.policy_lr, gate_weight_decay=options.policy_wd, **alternating),
+        "policy": _policy_recipe(options, each, alternating),
     }
     total = epochs + 2 * cycles
     recipe = _recipe(
         options, steps, options.seed, epochs=total, plan=tuple(phases), others=others, save_epochs=max(every, 1)
     )
-    return Plan(tuple(phases), batches, recipe)
+    return Plan(tuple(phases), batches, replace(recipe, decay=options.warmup_decay or options.decay))
+
+
+def _policy_recipe(options: MultiTaskSettings, cycle: int, alternating: dict) -> Recipe:
+    """Return the recipe of policy steps: Adam with its default betas, as in the published programs."""
+    values = {**alternating, "optimizer": "adam", "lr": options.policy_lr, "gate_weight_decay": options.policy_wd}
+    if options.policy_decay_iterations:
+        cycles = max(options.policy_decay_iterations / cycle, 1)
+        values.update(decay="step", decay_epochs=cycles, decay_rate=0.1)
+    return Recipe(**values)
 
 
 def delta_plan(options: MultiTaskSettings, seed: int) -> Plan:

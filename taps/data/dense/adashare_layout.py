@@ -193,6 +193,7 @@ TASKONOMY = Layout(
         "edges": _scaled(0.08),
     },
     crop=224,
+    zoom=(0.5, 1.5),
     size=(256, 256),
     masks={"normals": ("depth", lambda array: array < 64500)},
 )  # fmt: skip
