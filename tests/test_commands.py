@@ -469,6 +469,11 @@ def test_verify_says_whether_anything_has_moved(finished, here, tmp_path):
     (folder / "paint/task.json").write_text(json.dumps({**description, "bytes": path.stat().st_size}))
     done = here("evaluate.py", folder, "--verify", cwd=tmp_path, check=1)
     assert "ink-2: answers bit for bit" in done.stdout
+    assert re.search(r"paint: not loaded: .*task.safetensors is damaged: its checksum is not the one in", done.stdout)
+    (folder / "paint/task.json").write_text(
+        json.dumps({**description, "checksums": None, "bytes": path.stat().st_size})
+    )
+    done = here("evaluate.py", folder, "--verify", cwd=tmp_path, check=1)  # a task of an earlier version
     assert re.search(r"paint: its answers differ, by [\d.e-]+ in the first \d+ numbers", done.stdout)
     fingerprints = json.loads((folder / "fingerprints.json").read_text())
     moved = sorted(fingerprints)[3]
