@@ -21,7 +21,14 @@ _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
 
 def options_page() -> str:
     """Return the page of all options of all programs, from their declarations."""
-    from taps.cli.options import evaluate_parser, joint_parser, mtl_parser, predict_parser, sequential_parser
+    from taps.cli.options import (
+        evaluate_parser,
+        import_parser,
+        joint_parser,
+        mtl_parser,
+        predict_parser,
+        sequential_parser,
+    )
 
     programs = {
         "`taps train`, `train_sequential.py`": sequential_parser(),
@@ -29,6 +36,7 @@ def options_page() -> str:
         "`taps mtl`, `train_mtl.py`": mtl_parser(),
         "`taps evaluate`, `evaluate.py`": evaluate_parser(),
         "`taps predict`": predict_parser(),
+        "`taps import`": import_parser(),
     }
     lines = [
         "# Options",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
 from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
+from taps.settings.importing import ImportSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
 from taps.settings.presets import demo, published, published_taps
@@ -89,6 +90,29 @@ def parse_predict(arguments: Sequence[str]) -> PredictSettings:
     if settings.json and settings.csv:
         parser.error("--json and --csv exclude each other")
     return settings
+
+
+def import_parser() -> Parser:
+    """Return the parser of ``taps import``."""
+    return make_parser(
+        ImportSettings,
+        "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the published TAPS into tasks of one base.",
+        "Exit status: 0 done; 2 a mistake, or a file that is not what --from says.",
+        positional=("files",),
+    )
+
+
+def parse_import(arguments: Sequence[str]) -> ImportSettings:
+    """Parse the settings of ``taps import``."""
+    parser = import_parser()
+    settings = build(ImportSettings, _given(parser, ImportSettings, arguments))
+    if not settings.files or settings.source is None:
+        parser.error("name files and what they are, e.g. taps import model_best.pth --from taps")
+    for name, what in (("tasks", "names"), ("classes", "files of class names")):
+        given = getattr(settings, name)
+        if given is not None and len(given) != len(settings.files):
+            parser.error(f"--{name} gives {len(given)} {what} for {len(settings.files)} files")
+    return replace(settings, model_path=settings.model_path and _absolute(settings.model_path))
 
 
 def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:

@@ -1,0 +1,178 @@
+"""Import of other programs' checkpoints: fine-tuned networks, LoRA adapters and checkpoints of TAPS become tasks of one base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from taps.core.find import find_layers, is_norm
+from taps.core.network import fingerprint
+from taps.data.classification.folders import task_name
+from taps.errors import UserError
+from taps.networks.backbones import create_backbone, needs_image_size
+from taps.settings.importing import ImportSettings
+from taps.storage.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
+from taps.storage.files import read_tensors, write_tensors
+from taps.storage.state_dict import does_not_fit
+from taps.task_model import TaskModel, adapt
+
+#: names of classifiers besides the one that a timm model declares
+_CLASSIFIERS = ("fc", "head", "classifier", "heads.head")
+#: ResNets by their numbers of blocks and whether these are bottlenecks
+_RESNETS = {
+    ((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101", ((3, 8, 36, 3), True): "resnet152",
+}  # fmt: skip
+
+
+def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
+    """Write a task's folder for each file, and the base if no other program has it.
+
+    Raises:
+        UserError: if a file is not of the kind that was said, does not fit the base, or a task exists.
+    """
+    paths, out = list(map(Path, settings.files)), Path(settings.out)
+    names = settings.tasks or [task_name(path.stem if path.is_file() else path.name) for path in paths]
+    for name in names:
+        if (out / name).exists() and not settings.overwrite:
+            raise UserError(f"{out / name} exists; replace it with --overwrite, or choose another --out or --tasks")
+    classes = [_lines(Path(file)) for file in settings.classes or ()]
+    base_file = out / "base.safetensors"
+    net, found = _read(settings, paths, base_file if base_file.is_file() else None)
+    written = settings.source == "taps" or settings.model_path is not None
+    for index, (path, name) in enumerate(zip(paths, names, strict=True)):
+        changes = found[index]
+        if not changes.head:
+            raise UserError(f"{path} has no classifier, which a task needs; its tensors are those of the network alone")
+        loose = _loose(net, changes)
+        model = adapt(copy.deepcopy(net), "finetune" if loose else "taps", norm="task").eval()
+        add_changes(model, name, changes, path)
+        outputs = len(changes.head["weight"])
+        if classes and len(classes[index]) != outputs:
+            raise UserError(f"{settings.classes[index]} names {len(classes[index])} classes, {path} has {outputs}")
+        prepare = replace(
+            model.default_preprocessing(settings.input_size), **({"resize": settings.resize} if settings.resize else {})
+        )
+        about = {"preprocessing": prepare.describe(), "provenance": {"imported": path.name, "from": settings.source}}
+        if classes:
+            about["classes"] = classes[index]
+        if written and not base_file.exists():
+            write_tensors(base_file, model.base_state())
+        elif base_file.exists() and fingerprint(read_tensors(base_file)) != fingerprint(model.base_state()):
+            raise UserError(f"{base_file} is another base; choose another --out")
+        model.save_task(name, out / name, about, settings.max_error)
+        tuned = sum(bool(unit.gates[name].decide().uses_delta) for unit in model.units)
+        size = (out / name / "task.safetensors").stat().st_size
+        share = 100 * size / (4 * model.base_parameters)
+        layers = f"{tuned} of {len(model.units)} layers tuned"
+        say(f"{name}: {outputs} classes, {layers}, {size:,} bytes, {share:.1f} % of the base")
+    say(f"your own images: taps predict {out} IMAGE…")
+
+
+def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> tuple[nn.Module, list[Changes]]:
+    """Return the base, for TAPS that of an ``earlier`` import if there was one, and each file's changes of it."""
+    if settings.source == "taps":
+        read = [taps_checkpoint(path) for path in paths]
+        base, _ = read[0]
+        name = settings.model_type or _resnet_of(base, paths[0])
+        weights = settings.model_path or earlier
+        net = create_backbone(name, pretrained=False, path=weights)
+        shared = {f"{layer}.weight" for layer in read[0][1].scores}
+        if weights is None:
+            _load(net, base, paths[0])
+        held = net.state_dict()
+        for (own, _), path in zip(read, paths, strict=True):
+            other = [key for key in shared if key not in held or not torch.equal(own[key], held[key])]
+            if other:
+                raise UserError(
+                    f"{path} has another base: {len(other)} of {len(shared)} frozen weights differ, e.g. {other[0]}"
+                )
+        net.taps_origin.update(weights="file", file="base.safetensors")  # type: ignore[union-attr, operator]
+        return net, [changes for _, changes in read]
+    if settings.model_type is None:
+        raise UserError(f"--from {settings.source} needs --model_type, the timm model that was tuned")
+    size = {"img_size": settings.input_size} if needs_image_size(settings.model_type, settings.input_size) else {}
+    net = create_backbone(settings.model_type, path=settings.model_path, **size)
+    base = net.state_dict()
+    norms = [name for name, module in net.named_modules() if is_norm(module)]
+    declared = (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifiers = tuple(dict.fromkeys([*([declared] if isinstance(declared, str) else declared), *_CLASSIFIERS]))
+    read_one = peft_changes if settings.source == "peft" else state_dict_changes
+    return net, [read_one(path, base, norms, classifiers) for path in paths]
+
+
+def _load(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    held = net.state_dict()
+    missing = [key for key in held if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in state if key not in held or state[key].shape != held[key].shape]
+    if missing or wrong:
+        raise does_not_fit(path, type(net).__name__, {"missing": missing, "unexpected or of another shape": wrong})
+    net.load_state_dict(state, strict=False)
+
+
+def _resnet_of(state: Mapping[str, Tensor], path: Path) -> str:
+    """The name of the ResNet with these tensors."""
+    blocks = tuple(
+        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4)
+    )
+    name = _RESNETS.get((blocks, "layer1.0.conv3.weight" in state))
+    if name is None or not timm.is_model(name):
+        raise UserError(f"{path} holds none of the ResNets that TAPS was published with; give --model_type")
+    return name
+
+
+def _loose(net: nn.Module, changes: Changes) -> bool:
+    """Whether anything besides layers and norms has changed, e.g. position embeddings."""
+    layers = {f"{layer.name}.{name}" for layer in find_layers(net) for name in layer.parameter_names}
+    return any(key not in layers for key in changes.deltas)
+
+
+def add_changes(model: TaskModel, task: str, changes: Changes, path: Path) -> None:
+    """Add a task with the given deltas, norms and head; gates are open where deltas differ from zero, or as the file says.
+
+    Raises:
+        UserError: for a tensor that the model has no place for.
+    """
+    head, deltas, values = changes.head, dict(changes.deltas), dict(changes.values)
+    linear = nn.Linear(head["weight"].shape[1], len(head["weight"]), bias="bias" in head)
+    if linear.in_features != model.num_features:
+        raise UserError(
+            f"{path}: the classifier takes {linear.in_features} features, the network gives {model.num_features}"
+        )
+    linear.load_state_dict(head)
+    model.add_task(task, head=linear)
+    with torch.no_grad():
+        for unit in model.units:
+            own = {
+                name: deltas.pop(f"{unit.name}.{name}" if unit.name else name, None) for name in unit.parameter_names
+            }
+            for name, delta in own.items():
+                if delta is not None:
+                    unit.deltas[task][name].copy_(delta)
+            if model.method.name == "taps":
+                if unit.name in changes.scores:
+                    unit.gates[task].score.fill_(changes.scores[unit.name])
+                else:
+                    unit.gates[task].set(any(delta is not None and bool(delta.any()) for delta in own.values()))
+        for norm in model.task_norms:
+            for name, tensor in norm.norms[task].state_dict(keep_vars=True).items():
+                value = values.pop(f"{norm.name}.{name}", None)
+                if value is not None:
+                    tensor.copy_(value)
+    left = [*deltas, *(key for key in values if not key.endswith("num_batches_tracked"))]
+    if left:
+        model.remove_task(task)
+        raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {left[0]}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a list of classes: {error}") from None

@@ -1,0 +1,30 @@
+"""Settings of ``taps import``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from taps.settings.declare import Settings, setting
+
+#: kinds of files that become tasks
+SOURCES = ("taps", "state_dict", "peft")
+
+
+@dataclass(frozen=True)
+class ImportSettings(Settings):
+    """Settings of ``taps import``."""
+
+    title: ClassVar[str] = "import"
+    files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task", nargs="+", metavar="FILE")
+    config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
+    source: str | None = setting(None, "taps: model_best.pth of the published program; state_dict: a fully fine-tuned network; peft: LoRA adapters", choices=SOURCES, aliases=("--from",))
+    model_type: str | None = setting(None, "the timm model that was tuned", metavar="NAME", shown="for taps, the ResNet in the file")
+    model_path: str | None = setting(None, "weights of that model before it was tuned", metavar="FILE", shown="those of timm; for taps, those in the file")
+    tasks: list[str] | None = setting(None, "names of the tasks", nargs="+", metavar="NAME", shown="named after the files")
+    out: str = setting("results/imported", "folder of the tasks' folders", metavar="DIR")
+    classes: list[str] | None = setting(None, "a text file with one class name per line, for each task", nargs="+", metavar="FILE", shown="the classes have no names")
+    input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
+    resize: int | None = setting(None, "shorter side of images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size")
+    max_error: float | None = setting(None, "store deltas in the fewest bytes whose relative error is at most this, e.g. 0.1", float, low=0, high=0.999, metavar="X", shown="exactly")
+    overwrite: bool = setting(False, "replace earlier tasks of these names", bool, repeats=False)
