@@ -2,23 +2,28 @@
 
 import importlib.util
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import taps
-from taps.cli.options import parse_mtl
+from taps.cli.options import parse_mtl, parse_sequential
 from taps.core.gate import ConstantGate
 from taps.data.multi_label import Task
 from taps.metrics.dense import make_metric
 from taps.networks.dense_backbones import create_dense_backbone
 from taps.networks.heads import ASPP
+from taps.settings.declare import as_dict
 from taps.settings.presets import published
+from taps.settings.task_names import file_names
 from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
 from taps.training.schedules import policy_plan, weights_plan
@@ -206,3 +211,205 @@ def test_normals_weigh_as_much_as_published():
     assert all(3.9 < ratio < 4.1 for ratio in ratios)
     for tasks in (2, 3):
         assert published("nyuv2", tasks, "adashare")["task_weights"]["normals"] == 20 / 4
+
+
+def nyu_file(**changes) -> dict:
+    """The entries of AdaShare's settings file for two tasks of NYUv2."""
+    train = {
+        "batch_size": 16, "total_iters": 20000, "warm_up_iters": 4000, "lr": 0.001, "policy_lr": 0.01, "backbone_lr": 0.001,
+        "reg_w": 0.05, "reg_w_hamming": 0.05, "print_freq": 100, "val_freq": 400, "decay_lr_freq": 4000, "decay_lr_rate": 0.5,
+        "decay_temp_freq": 100, "init_temp": 5, "decay_temp": 0.965, "resume": False, "hard_sampling": False,
+    }  # fmt: skip
+    return {
+        "exp_name": "nyu_v2_2task", "seed": [88, 45], "backbone": "ResNet18", "tasks": ["seg", "sn"], "lambdas": [1, 20],
+        "tasks_num_class": [40, 3], "policy_model": "task-specific", "paths": {"log_dir": "../experiments/logs/"},
+        "dataload": {"dataset": "NYU_v2", "dataroot": "/data/nyu_v2", "crop_h": 321, "crop_w": 321}, "policy": True,
+        "init_neg_logits": None, "is_sparse": True, "is_sharing": True, "is_curriculum": True, "curriculum_speed": 3,
+        "retrain_from_pl": False, "train": train, "test": {"which_iter": "best"}, **changes,
+    }  # fmt: skip
+
+
+def other_file(**changes) -> dict:
+    """The entries of a file that differs from NYUv2's in ``changes``; those of ``train`` and ``dataload`` are merged."""
+    values = nyu_file(**changes)
+    for part in ("train", "dataload"):
+        values[part] = {**nyu_file()[part], **changes.get(part, {})}
+    return values
+
+
+CITYSCAPES = other_file(
+    exp_name="cityscapes_2task", backbone="ResNet34", tasks=["seg", "depth"], tasks_num_class=[19, 1],
+    dataload={"dataset": "CityScapes", "dataroot": "/data/cityscapes", "small_res": False, "crop_h": 224, "crop_w": 224},
+    train={"lr": 0.0001, "reg_w": 0.01, "reg_w_hamming": 0.1},
+)  # fmt: skip
+TASKONOMY = other_file(
+    exp_name="taskonomy_5task", backbone="ResNet34", tasks=["seg", "sn", "depth", "keypoint", "edge"], lambdas=[1, 3, 2, 7, 7],
+    tasks_num_class=[17, 3, 1, 1, 1], curriculum_speed=1,
+    dataload={"dataset": "Taskonomy", "dataroot": "/data/taskonomy", "crop_h": 224, "crop_w": 224},
+    train={
+        "total_iters": 100000, "warm_up_iters": 20000, "retrain_total_iters": 30000, "lr": 0.0001, "backbone_lr": 0.0001,
+        "reg_w": 0.001, "reg_w_hamming": 0.005, "val_freq": 1000, "decay_lr_freq": 12000, "decay_lr_rate": 0.3,
+        "weight_iter_alternate": 400, "alpha_iter_alternate": 100,
+    },
+)  # fmt: skip
+NYU_AIG = other_file(
+    exp_subname="a", coef=1, target_rates=[1, 1, 1, 1, 0.55, 0.55, 0.55, 0.55], retrain_from_pl=True,
+    train={
+        "total_iters": 50000, "warm_up_iters": 10000, "targetrate_w": 25, "decay_lr_freq": 10000, "init_temp": 1, "decay_temp": 1,
+    },
+)  # fmt: skip
+_MIMIC = {
+    "batch_size": 256, "prop": 1.0, "seqlen": 170, "reg_w": 0.001, "val_freq": 10, "cw_pheno": 5.0, "cw_ihm": 5.0,
+}  # fmt: skip
+MIMIC = {
+    "backbone": "ResNet18", "tasks": ["pheno", "los", "decomp", "ihm"], "tasks_num_class": [25, 10, 1, 1],
+    "dataload": {"dataset": "mimic", "dataroot": "/data/mimic"}, "alpha": 1e-5, "task_balance_method": "None",
+}  # fmt: skip
+MIMIC_AIG = nyu_file(
+    **MIMIC, lambdas=[1, 2, 2, 1], target_rates=[1, 1, 1, 1, 1, 1, 0.9, 1], policy_model="AIG",
+    train={
+        **nyu_file()["train"], **_MIMIC, "total_iters": 1000, "warm_up_iters": 500, "targetrate_w": 25, "decay_lr_freq": 250,
+        "cw_decomp": 500.0, "cw_los": [2.0] * 10,
+    },
+)  # fmt: skip
+MIMIC_DYNAMIC = nyu_file(
+    **MIMIC, lambdas=[1, 1, 1, 1], policy_model="Dynamic",
+    train={**nyu_file()["train"], **_MIMIC, "total_iters": 150, "warm_up_iters": 50, "decay_lr_freq": 50, "cw_decomp": 25.0},
+)  # fmt: skip
+
+
+def abcd_file() -> dict:
+    return {
+        "exp_name": "ABCD", "backbone": "ResNet50", "lambdas": [1, 20], "policy_model": "task-specific", "curriculum_speed": 3,
+        "dataload": {"dataset": "ABCD", "img_dataroot": "/data/abcd", "label_dataroot": "/data/abcd.csv"},
+        "task": {"cat_target": None}, "train": {"total_iters": 150, "warm_up_iters": 50, "lr": 0.001, "backbone_lr": 0.001},
+    }  # fmt: skip
+
+
+FILES = {
+    "nyu_v2_2task": nyu_file(),
+    "nyu_v2_2task_aig": NYU_AIG,
+    "cityscapes_2task": CITYSCAPES,
+    "taskonomy_5task": TASKONOMY,
+    "mimic_iii_4tasks": MIMIC_DYNAMIC,
+    "mimic_iii_4tasks_aig": MIMIC_AIG,
+    "ABCD": abcd_file(),
+}
+
+
+@pytest.fixture
+def in_their_place(tmp_path, monkeypatch):
+    """Published settings files where the published commands expect them."""
+    monkeypatch.chdir(tmp_path)
+    for name, values in FILES.items():
+        path = tmp_path / f"yamls/adashare/{name}.yml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def commands() -> list[tuple[str, str]]:
+    page = (Path(__file__).resolve().parent.parent / "docs/published.md").read_text()
+    return re.findall(r"^\| `(python3? [^`]+)` \| `(python [^`]+)` \|$", page, re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:the command line wins over")
+@pytest.mark.parametrize(("theirs", "ours"), commands())
+def test_every_published_command_runs_as_typed(in_their_place, theirs, ours):
+    program, *arguments = shlex.split(ours)[1:]
+    read = {"train_sequential.py": parse_sequential, "train_mtl.py": parse_mtl}[program](arguments)
+    typed = shlex.split(theirs)[2:]
+    as_typed = (parse_sequential if program == "train_sequential.py" else parse_mtl)(typed)
+    assert replace(as_typed, **({"phases": read.phases} if program == "train_mtl.py" else {})) == read
+    if program == "train_sequential.py":
+        assert read.experiment_name == typed[typed.index("--experiment_name") + 1].removeprefix("./results/")
+    if "--exp_name" in typed:
+        assert read.experiment_name == "test"
+    if "--exp_ids" in typed:
+        assert read.exp_ids == [int(typed[typed.index("--exp_ids") + 1])]
+    if "--gpus" in typed:
+        assert len(read.gpus) == len(re.search(r"--gpus((?: \d)+)", theirs)[1].split())
+
+
+def test_there_are_commands_of_every_program():
+    assert len(commands()) == 13
+    assert {shlex.split(theirs)[1] for theirs, _ in commands()} == {
+        "train_sequential.py", "train.py", "re-train.py", "test.py", "train_policy_learning.py",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["train.py --gpus 0", "test.py --gpus 0 --exp_ids 2"])
+def test_commands_for_dynamic_convolutions_are_refused(in_their_place, command):
+    arguments = ["--config", "yamls/adashare/mimic_iii_4tasks.yml", *command.split()[1:]]
+    message = "Dynamic in .*4tasks.yml: dynamic convolutions are not built in; choose task-specific or AIG"
+    with pytest.raises(taps.UserError, match=message):
+        parse_mtl(arguments)
+
+
+def same_settings(one, other, but: tuple[str, ...]) -> dict:
+    left, right = ({k: v for k, v in as_dict(own).items() if k not in but} for own in (one, other))
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "differences"),
+    [
+        ("nyu_v2_2task", "--benchmark nyuv2 --tasks seg sn --dataset /data/nyu_v2", {}),
+        ("cityscapes_2task", "--benchmark cityscapes --tasks seg depth --dataset /data/cityscapes", {}),
+        ("taskonomy_5task", "--benchmark taskonomy --tasks seg sn depth keypoint edge --dataset /data/taskonomy", {}),
+        (
+            "nyu_v2_2task_aig",  # the file of retraining, beside which the preset has that of policy learning
+            "--benchmark nyuv2 --tasks seg sn --dataset /data/nyu_v2 --method dynashare",
+            {
+                "iterations": (50000, 20000), "warmup_iterations": (10000, 4000), "init_temperature": (1.0, 5.0),
+                "temperature_decay": (1.0, 0.965), "target_rates": ([1.0] * 4 + [0.55] * 4, [0.55]),
+            },
+        ),
+        (
+            "mimic_iii_4tasks_aig",
+            "--benchmark mimic3 --tasks pheno los decomp ihm --dataset /data/mimic --method dynashare",
+            {"eval_iterations": (10, 50)},
+        ),
+    ],
+)  # fmt: skip
+def test_published_files_are_the_presets(in_their_place, name, arguments, differences):
+    """What AdaShare's and DynaShare's files say is what the presets say."""
+    read = parse_mtl(["--config", f"yamls/adashare/{name}.yml"])
+    assert same_settings(read, parse_mtl(arguments.split()), ("config", "experiment_name")) == differences
+
+
+def test_lengths_of_the_fork_for_abcd_stay_the_presets(in_their_place):
+    read = parse_mtl(["--config", "yamls/adashare/ABCD.yml", "--cat_target", "race.ethnicity", "--num_target", "age"])
+    assert (read.benchmark, read.images, read.labels) == ("volumes", "/data/abcd", "/data/abcd.csv")
+    assert (read.iterations, read.curriculum_speed, read.model_type) == ("69e", 3, "resnet50")
+
+
+def test_unknown_entries_of_published_files_are_named(in_their_place):
+    path = in_their_place / "own.yml"
+    path.write_text(yaml.safe_dump(nyu_file(train={"regw": 0.5, "lr": 0.5})))
+    with pytest.raises(
+        taps.UserError, match=r"unknown entry of own.yml 'train.regw'; did you mean 'train.reg_w'.*--ignore_unknown"
+    ):
+        parse_mtl(["--config", "own.yml"])
+    assert parse_mtl(["--config", "own.yml", "--ignore_unknown"]).lr == 0.5
+    path.write_text(yaml.safe_dump(nyu_file(policy_model="AIGDynamic")))
+    with pytest.raises(taps.UserError, match=r"unknown policy_model in own.yml 'AIGDynamic'.*AIG"):
+        parse_mtl(["--config", "own.yml"])
+    path.write_text("lr: 0.1\nsurprise: 3\n")
+    with pytest.raises(taps.UserError, match=r"unknown setting in own.yml, line 2: 'surprise'"):
+        parse_sequential(["--config", "own.yml"])
+    assert parse_sequential(["--config", "own.yml", "--ignore_unknown"]).lr == 0.1
+
+
+def test_the_published_benchmarks_are_one_switch():
+    read = settings("--benchmark", "mimic3", "--dataset", ".", "--published", "--method", "dynashare")
+    assert (read.metrics, read.val_fraction, read.norm, read.causal) == ("published", 0.0, "frozen", False)
+    read = settings(
+        "--benchmark", "nyuv2", "--dataset", ".", "--published", "--method", "automtl", "--val_fraction", "0.1"
+    )
+    assert (read.metrics, read.val_fraction, read.norm, read.policy_scale) == ("published", 0.1, "task", 6.0)
+
+
+def test_names_of_columns_become_names_of_files():
+    names = ["race.ethnicity", "race ethnicity", "BMI (kg/m²)", "age", "..."]
+    assert list(file_names(names).values()) == ["race_ethnicity", "race_ethnicity_2", "BMI_kg_m", "age", "target"]

@@ -16,8 +16,9 @@ from taps.settings.declare import Parser, Settings, build, make_parser, not_one_
 from taps.settings.importing import ImportSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
-from taps.settings.presets import demo, published, published_taps
-from taps.settings.task_names import GENERATED, aliases
+from taps.settings.presets import as_published, demo, published, published_taps
+from taps.settings.published_files import is_published, translate
+from taps.settings.task_names import GENERATED, aliases, file_names
 
 S = TypeVar("S", bound=Settings)
 A = TypeVar("A", bound=AdaptationSettings)
@@ -134,11 +135,17 @@ def _given(
     if "config" not in given:
         return given
     path = Path(given["config"])
-    stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings))
+    convert = _from_published if kind is MultiTaskSettings else None
+    ignore = bool(given.get("ignore_unknown"))
+    stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, convert)
     beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
     if beaten:
         warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
     return {**stored, **given}
+
+
+def _from_published(values: Mapping[str, Any], path: Path, ignore_unknown: bool) -> dict[str, Any] | None:
+    return translate(values, path, ignore_unknown) if is_published(values) else None
 
 
 def parse_sequential(arguments: Sequence[str]) -> SequentialSettings:
@@ -255,10 +262,11 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
-    own_names = aliases(benchmark)
+    targets = [*given.get("cat_target", ()), *given.get("num_target", ())]
+    own_names = {**aliases(benchmark), **file_names(targets)}
     if "tasks" in given:
         given["tasks"] = [own_names.get(name, name) for name in given["tasks"]]
-    chosen = given.get("tasks") or [*given.get("cat_target", ()), *given.get("num_target", ())]
+    chosen = given.get("tasks") or targets
     generated = not any(given.get(name) for name in ("dataset", "images", "labels"))
     own = GENERATED.get(benchmark, ())
     for name in chosen if generated and own else ():  # before minutes go into data
@@ -266,6 +274,8 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
             published_names = [alias for alias, meant in own_names.items() if meant in own]
             parser.error(f"argument --tasks: {not_one_of(name, [*own, *published_names])}")
     preset = published(benchmark, len(chosen) or None, method, generated)
+    if given.get("published"):
+        preset = {**preset, **as_published(benchmark, method)}
     for name in ("task_weights", "positive_weights"):
         if name in given:
             own = {own_names.get(task, task): weight for task, weight in given[name].items()}

@@ -51,6 +51,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     sys.exit(status)
 
 
+def choose_gpus(numbers: Sequence[int] | None) -> bool:
+    """Let this process see only these GPUs, and return whether they are several. To be called before torch is imported."""
+    if numbers:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, numbers)))
+    return numbers is not None and len(numbers) > 1
+
+
 def launch_on_every_gpu(command: str, arguments: Sequence[str]) -> None:
     """Start ``taps command`` again as one process per GPU, unless a launcher has done so or there is at most one."""
     import torch

@@ -45,6 +45,7 @@ class MethodChoice(Settings):
     title: ClassVar[str] = "method"
     method: str | None = setting(None, "", metavar="NAME", shown="taps, with --budget taps_budget")
     norm: str | None = setting(None, "norm layers: each task's own everywhere (task), its own only after tuned layers (follow), or the base's (frozen)", choices=NORMS, shown="task, with --budget follow")
+    published: bool = setting(False, "whatever the published program of TAPS does otherwise, unless set here: torchvision's first ImageNet weights for ResNets, no margin around the test crop, gradients summed over eight batches, three epochs without λ, which is divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a ground under transparent pixels", bool)
     layers: str | None = setting(None, "only layers whose name matches can be tuned, e.g. 'layer[34]'", metavar="REGEX")
 
 
@@ -108,6 +109,7 @@ class Machine(Settings):
 
     title: ClassVar[str] = "machine"
     device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
+    gpus: list[int] | None = setting(None, "numbers of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="all that CUDA_VISIBLE_DEVICES names")
     multi_gpu: bool = setting(False, "run one process on every visible GPU (DistributedDataParallel); accelerate launch and torchrun work too", bool)
     amp: str = setting("none", "mixed precision", choices=("none", "bf16", "fp16"))
 
@@ -118,11 +120,11 @@ class Output(Settings):
 
     title: ClassVar[str] = "output"
     config: str | None = setting(None, "a YAML file of settings, such as settings.yaml of an earlier run; the command line takes precedence", metavar="FILE", repeats=False)
+    ignore_unknown: bool = setting(False, "go on if the --config file has entries that nobody knows", bool, repeats=False)
     result_path: str = setting("results", "folder of the experiment folders; with several machines, a folder that all of them share", metavar="DIR")
-    experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", shown="named after the data, model and method")
+    experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", aliases=("--exp_name",), shown="named after the data, model and method")
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
     overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
-    published: bool = setting(False, "whatever the published program of TAPS does otherwise, unless set here: torchvision's first ImageNet weights for ResNets, no margin around the test crop, gradients summed over eight batches, three epochs without λ, which is divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a ground under transparent pixels", bool)
     track: list[str] | None = setting(None, "also log to these trackers, e.g. wandb or mlflow", nargs="+", metavar="NAME", shown="TensorBoard's files only")
     keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run, which holds the optimiser's state", bool)
 

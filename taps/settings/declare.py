@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -414,6 +414,8 @@ def read_config(
     ignored: Sequence[str] = (),
     rest: dict[str, Any] | None = None,
     others: Sequence[type[Settings]] = (),
+    ignore_unknown: bool = False,
+    convert: Callable[[Mapping[str, Any], Path, bool], dict[str, Any] | None] | None = None,
 ) -> dict[str, Any]:
     """Read the settings in a YAML or JSON file.
 
@@ -423,21 +425,24 @@ def read_config(
         ignored: entries that are not settings but may be present.
         rest: receives the settings in the file that only ``others`` declare; ``None`` refuses them.
         others: settings classes of other programs.
+        ignore_unknown: leave out entries that nobody knows, instead of refusing them.
+        convert: returns the settings that the contents of another program's file stand for, or ``None`` for a file of this one.
 
     Raises:
         UserError: if the file cannot be read, names an unknown setting, or holds a value that is not allowed; with the line.
     """
     values, lines = _read_yaml(path)
     known, found = declarations(kind), {}
-    for name, value in values.items():
+    converted = None if convert is None else convert(values, path, ignore_unknown)
+    for name, value in (values if converted is None else converted).items():
         if name in known:
             try:
                 if known[name].repeats:
                     found[name] = check(name, value, known[name])
             except ValueError as error:
-                raise UserError(f"{path}, line {lines[name]}: {name}: {error}") from None
+                raise UserError(f"{path}, line {lines.get(name, 1)}: {name}: {error}") from None
         elif rest is not None and any(name in declarations(other) for other in others):
             rest[name] = value
-        elif name not in ignored:
+        elif name not in ignored and not ignore_unknown:
             raise unknown(f"setting in {path}, line {lines.get(name, 1)}:", name, known)
     return found

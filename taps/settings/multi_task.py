@@ -118,7 +118,7 @@ class PolicyTraining(Settings):
 
     title: ClassVar[str] = "training"
     step_per_task: bool | None = setting(None, "one optimiser step for each task in turn, instead of one for the sum of all losses", bool, negatable=True)
-    batch_size: int | None = setting(None, "samples per step on each process; for domainnet, images of each task", int, low=1, metavar="N")
+    batch_size: int | None = setting(None, "samples per step on each process; for domainnet, images of each task", int, low=1, metavar="N", aliases=("--train_batch_size",))
     weight_iterations: int | None = setting(None, "weight steps per cycle", int, low=1, metavar="N", shown="one pass")
     policy_iterations: int | None = setting(None, "policy steps per cycle", int, low=1, metavar="N", shown="one pass")
     eval_iterations: int | str | None = setting(None, "approximate steps between validations", "steps", low=1, metavar="N")
@@ -138,7 +138,7 @@ class PolicyTraining(Settings):
     decay_rate: float | None = setting(None, "factor of each reduction", float, low=0, high=1, above=True, metavar="X")
     betas: list[float] | None = setting(None, "β₁ and β₂ of adam and adamw", float, low=0, high=0.999999, nargs=2, metavar="X")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
-    wd: float | None = setting(None, "weight decay", float, low=0, metavar="X")
+    wd: float | None = setting(None, "weight decay", float, low=0, metavar="X", aliases=("--weight_decay",))
     weights_optimizer: str | None = setting(None, "optimiser of the weight steps in policy learning", choices=OPTIMIZERS)
     weights_lr: float | None = setting(None, "learning rate of --weights_optimizer", float, low=0, above=True, metavar="X", shown="--lr and --base_lr")
     policy_lr: float | None = setting(None, "learning rate of the policy steps (adam)", float, low=0, above=True, metavar="X")
@@ -163,6 +163,7 @@ class Report(Settings):
     """Metrics and the reference of Δ_T."""
 
     title: ClassVar[str] = "report"
+    published: bool = setting(False, "whatever the published programs do otherwise, unless set here: their metrics, the best epoch chosen on test samples, norms that all tasks share (AutoMTL: none), for mimic3 a network that sees later hours, for automtl a --policy_scale of 6", bool)
     metrics: str = setting("exact", "exact metrics, or the arithmetic of the published programs for comparison with their tables", choices=("exact", "published"))
     single_task: str | None = setting(None, "reference of Δ_T: the folder or summary.json of a single-task run, 'measure' to train one network per task first, or 'none'", metavar="PATH")
 

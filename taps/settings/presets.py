@@ -41,6 +41,12 @@ def published(benchmark: str, tasks: int | None, method: str, generated: bool = 
     return values
 
 
+def as_published(benchmark: str, method: str) -> dict[str, Any]:
+    """Return what ``--published`` changes in :func:`published` settings, whose defaults are better in these points."""
+    own = _read("common")["as_published"]
+    return {**own["settings"], **own["benchmarks"].get(benchmark, {}), **own["methods"].get(method, {})}
+
+
 def published_taps(joint: bool) -> dict[str, Any]:
     """Return the settings in which the published program of TAPS differs from the defaults."""
     values = _read("taps")

@@ -32,9 +32,8 @@ except ImportError:  # Windows
 
 #: options that may differ when a run is continued, because they do not change its result
 FREE_ON_RESUME = (
-    "resume", "overwrite", "workers", "device", "multi_gpu", "compile", "result_path", "experiment_name", "phases", "exp_ids",
-    "config", "single_task", "policy", "sample",
-    "keep_checkpoint", "track",
+    "resume", "overwrite", "workers", "device", "multi_gpu", "gpus", "compile", "result_path", "experiment_name", "phases",
+    "exp_ids", "config", "ignore_unknown", "single_task", "policy", "sample", "keep_checkpoint", "track",
 )  # fmt: skip
 
 

@@ -11,10 +11,9 @@ are those of the training subjects. ``taps data subjects`` divides subjects into
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from taps.data.multi_label import IGNORE_INDEX, SPLITS, Cache, SharedData, Task
 from taps.data.records.subjects import LeftOut, Table, join_groups, list_path, listed, read_lists, read_table
 from taps.errors import UserError
+from taps.settings.task_names import file_names
 
 _CACHE_BYTES = 1 << 30
 
@@ -227,7 +227,8 @@ def open_volumes(
     Args:
         images: folder of volumes and lists.
         labels: the CSV table.
-        cat_target, num_target: columns with categories and with numbers; the tasks, in this order.
+        cat_target, num_target: columns with categories and with numbers; the tasks, in this order. Their names are free text;
+            tasks have names fit for files (:func:`taps.settings.task_names.file_names`).
         side: side of the cube that volumes are resized to; ``None``: their own size.
         subject_column: column of the subjects.
         group: columns of groups, as in :func:`taps.data.records.subjects.join_groups`; a group has to be in one list, and stays
@@ -242,9 +243,6 @@ def open_volumes(
     targets = [*cat_target, *num_target]
     if not targets:
         raise UserError("choose the targets with --cat_target, --num_target or both")
-    for name in targets:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(f"target {name!r} of {labels}: rename the column to letters, digits, '_' and '-'")
     if len(set(targets)) != len(targets):
         raise UserError(f"target {Counter(targets).most_common(1)[0][0]!r} is given twice")
     table = read_table(labels, subject_column)
@@ -265,11 +263,14 @@ def open_volumes(
                 del paths[subject]
         if not subjects:
             raise UserError(f"{list_path(images, split)} leaves no subject with a volume and a label")
+    own_names = file_names(targets)
     for name in cat_target:
-        tasks[name], values[name] = _categories(table, name, splits, found)
+        task, values[own_names[name]] = _categories(table, name, splits, found)
+        tasks[own_names[name]] = replace(task, name=own_names[name])
     for name in num_target:
-        tasks[name], values[name] = _scaled(table, name, splits)
-    own = {subject: {name: values[name][subject] for name in targets} for subject in paths}
+        task, values[own_names[name]] = _scaled(table, name, splits)
+        tasks[own_names[name]] = replace(task, name=own_names[name])
+    own = {subject: {name: values[name][subject] for name in tasks} for subject in paths}
     groups = dict(zip(paths, join_groups(table, list(paths), group), strict=True))
     _check_groups(splits, groups, group)
     size, cache = _size(paths, side, mixed), Cache(_CACHE_BYTES // max(workers, 1))
