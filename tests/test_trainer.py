@@ -115,7 +115,7 @@ def test_other_methods_and_samples_of_their_own():
         layers, {"way": nn.Linear(8, 2)}, loaders, {"way": nn.functional.cross_entropy}, method="adashare",
         weight_iterations=1, policy_iterations=1,
     )  # fmt: skip
-    assert len(trainer.parts["weights"]) == 32
+    assert len(trainer.parts["weights"][""]) == 32
     trainer.pre_train(iterations=2)
     with pytest.warns(UserWarning, match="nearly uniform"):
         policy = trainer.learn_policy(iterations=8)
@@ -166,3 +166,108 @@ def test_a_policy_for_another_network_is_refused(learned):
         trainer.post_train(other, iterations=1)
     with pytest.raises(ValueError, match="unknown start 'scrach'"):
         trainer.post_train(policy, iterations=1, start="scrach")
+
+
+class OneTask(Dataset):
+    """Samples of one task as AutoMTL's data sets give them."""
+
+    def __init__(self, size: int, task: str, masked: bool) -> None:
+        self.samples, self.task, self.masked = Stripes(size), task, masked
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        image, labels = self.samples[index]
+        sample = {"input": image, "label": labels[self.task]}
+        return {**sample, "mask": torch.tensor(index % 3 > 0)} if self.masked else sample
+
+
+class Criterion:
+    def __call__(self, prediction, label, mask=None):
+        loss = nn.functional.cross_entropy(prediction, label, reduction="none")
+        return loss.mean() if mask is None else (loss * mask).sum() / mask.sum().clamp(min=1)
+
+
+class Metric:
+    """Accumulates over batches until its numbers are asked for."""
+
+    def __init__(self) -> None:
+        self.right, self.count = 0, 0
+
+    def __call__(self, prediction, label, mask=None):
+        known = torch.ones_like(label, dtype=torch.bool) if mask is None else mask
+        self.right += int((prediction.argmax(1) == label)[known].sum())
+        self.count += int(known.sum())
+
+    def val_metrics(self) -> dict[str, float]:
+        found = {"accuracy": 100 * self.right / self.count}
+        self.right, self.count = 0, 0
+        return found
+
+
+NAMES = {"segment_semantic": ("colour", 3), "depth_zbuffer": ("way", 2)}
+
+
+def by_task(size: int, batch_size: int, lists: bool = False) -> dict:
+    found = {}
+    for name, (task, _) in NAMES.items():
+        own = [
+            DataLoader(OneTask(n, task, name == "depth_zbuffer"), batch_size=batch_size)
+            for n in (size, size, size // 4)
+        ]
+        found[name] = own if lists else own[0]
+    return found
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_loaders_of_their_own_with_masks_and_accumulating_metrics(lists):
+    """Dictionaries by task of loaders, criteria and metrics, under the published names of tasks."""
+    torch.manual_seed(0)
+    trainer = taps.PolicyTrainer(
+        backbone(),
+        nn.ModuleDict({name: nn.Linear(24, classes) for name, (_, classes) in NAMES.items()}),
+        {"train": by_task(128, 16, lists), "val": by_task(40, 20)},
+        {name: Criterion() for name in NAMES},
+        {name: Metric() for name in NAMES},
+        step_per_task=True, eval_iterations=20, weight_iterations=6, policy_iterations=3,
+    )  # fmt: skip
+    assert len(trainer.parts["policy"]["segment_semantic"]) == (
+        32 if lists else round(128 * trainer.options.policy_fraction)
+    )
+    trainer.pre_train(iterations=40)
+    policy = trainer.learn_policy(iterations=90)
+    network = trainer.post_train(policy, iterations=40)
+    found = trainer.evaluate(network)
+    assert all(row["accuracy"] > 90 for row in found.values())
+    x = torch.stack([OneTask(40, "way", True)[index]["input"] for index in range(40)])
+    samples = [OneTask(40, "way", True)[index] for index in range(40)]
+    known = torch.stack([sample["mask"] for sample in samples])
+    labels = torch.stack([sample["label"] for sample in samples])
+    with torch.no_grad():
+        right = (network(x, task="depth_zbuffer").argmax(1) == labels)[known].float().mean()
+    assert found["depth_zbuffer"]["accuracy"] == pytest.approx(100 * float(right))
+    assert set(trainer.validate()) == set(NAMES)
+
+
+def test_loaders_by_task_are_checked():
+    heads = {name: nn.Linear(24, classes) for name, (_, classes) in NAMES.items()}
+    losses = dict.fromkeys(NAMES, Criterion())
+    good = {"train": by_task(32, 8), "val": by_task(16, 8)}
+    wrong = [DataLoader([torch.zeros(3)] * 32, batch_size=8)] * 2
+    for loaders, message in (
+        (
+            {**good, "val": {"depth_zbuffer": good["val"]["depth_zbuffer"]}},
+            r"loaders\['val'\] lacks a loader for each of segment",
+        ),
+        (
+            {**good, "train": dict(zip(NAMES, wrong, strict=True))},
+            "the loader of 'segment_semantic' gives a Tensor; it has to",
+        ),
+        (
+            {**good, "train": {name: [one] * 2 for name, one in good["train"].items()}},
+            "are 2; give one, or for train all",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            taps.PolicyTrainer(backbone(), heads, loaders, losses)

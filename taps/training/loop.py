@@ -388,12 +388,18 @@ class _Run:
     def _step(self, window: list, phase: Phase) -> float:
         """Take one optimiser step over a window of batches and return its loss, penalty included."""
         weight = self.recipe.lam * phase.penalty
-        shared = isinstance(window[0][1], Mapping)  # all tasks see all images
-        images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
+        separate = isinstance(window[0], Mapping)  # each task has a batch of its own
+        shared = not separate and isinstance(window[0][1], Mapping)  # all tasks see all images
+        if separate:
+            images = sum(len(batch[task][0]) for batch in window for task in self.tasks)
+        else:
+            images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
         parts = [part for batch in window for part in self._parts(batch, phase)]
         optimizer = self.optimizers[phase.optimizer]
         # DistributedDataParallel cannot follow penalties on tasks that take no part in the forward pass.
-        by_hand = (shared or not phase.together or self.recipe.step_per_task) and self.accelerator.num_processes > 1
+        by_hand = (
+            shared or separate or not phase.together or self.recipe.step_per_task
+        ) and self.accelerator.num_processes > 1
         forward = self.model if by_hand else self.forward
         scale = len(window) if self.recipe.gradients == "sum" else 1
         total = 0.0
@@ -459,6 +465,8 @@ class _Run:
 
     def _parts(self, batch, phase: Phase) -> list[tuple[Tensor, dict, Tensor | Mapping[str, Tensor]]]:
         """Split a batch into forward passes: images, the tasks that the model runs on them, and their labels."""
+        if isinstance(batch, Mapping):
+            return [(batch[task][0], {"task": task}, batch[task][1]) for task in self.tasks]
         x, labels, *which = batch
         if isinstance(labels, Mapping):
             labels = {task: labels[task] for task in self.tasks}
@@ -480,7 +488,7 @@ class _Run:
         sums = self.progress.sums.setdefault(task, {"loss": 0.0, "wrong": 0.0, "images": 0.0})
         sums["loss"] += loss.item() * len(labels)
         sums["images"] += len(labels)
-        if self.mix is not None and labels.dim() == 2:
+        if self.mix is not None and isinstance(labels, Tensor) and labels.dim() == 2:
             labels = labels.argmax(1)  # the larger part of a blend
         if is_classification(output, labels):
             sums["wrong"] += float((output.detach().argmax(1) != labels).sum())

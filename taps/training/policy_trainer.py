@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from taps.settings.multi_task import MultiTaskSettings, PolicyTraining
 from taps.settings.presets import published
 from taps.task_model import TaskModel, adapt
 from taps.training.schedules import STEPS, cycle_steps, learns_policy, policy_plan, pretrain_plan, weights_plan
+from taps.training.separate import Masked, Samplers, SeparateLoaders, inputs_and_labels, with_mask
 from taps.training.stage import Stage
 
 #: maps a batch of outputs and labels to a number
@@ -57,8 +58,12 @@ class PolicyTrainer:
         loaders: ``"train"`` and ``"val"``, loaders of (inputs, {task: labels}). Only the data set, batch size and ``collate_fn``
             of training loaders are used; the seed determines the order. With a third loader ``"policy"``, its samples train
             the policy and all of ``train`` trains the weights; without it, a part of ``train`` is set aside for the policy.
-        losses: by task, functions of outputs and labels that return the mean loss.
-        metrics: by task, functions of a batch's outputs and labels that return a number; shown in :attr:`history`.
+            Instead of one loader for all tasks, each entry may be a dict of loaders by task, which yield
+            ``{"input", "label"}``, perhaps with a ``"mask"``, or pairs. A task's training loader may then be a list of three:
+            all samples, those for the weights and those for the policy.
+        losses: by task, functions of outputs and labels, and of the mask if there is one, that return the mean loss.
+        metrics: by task, functions of a batch's outputs and labels (and mask) that return a number, shown in :attr:`history`;
+            or objects with ``val_metrics()``, which returns a dict of numbers over all batches since the last call.
         method: a method that learns policies: ``"automtl"``, ``"adashare"``, ``"dynashare"``, or a registered one.
         seed: seed for everything random.
         **options: options of the method (e.g. ``cost_weight``, ``skip``) or of :func:`taps.core.find` (``norm``), with their own
@@ -84,7 +89,7 @@ class PolicyTrainer:
         self,
         backbone: nn.Module,
         heads: Mapping[str, nn.Module],
-        loaders: Mapping[str, DataLoader],
+        loaders: Mapping[str, DataLoader | Mapping[str, DataLoader | Sequence[DataLoader]]],
         losses: Mapping[str, Measure],
         metrics: Mapping[str, Measure] | None = None,
         method: str = "automtl",
@@ -106,42 +111,74 @@ class PolicyTrainer:
         for name in options:
             if name not in of_training:
                 raise unknown("option", name, [*of_training, *row.options, "norm", "layers"])
-        self.losses, self.metrics = dict(losses), dict(metrics or {})
-        for name, loader in loaders.items():
+        self.losses = {task: with_mask(loss) for task, loss in losses.items()}
+        self.metrics = dict(metrics or {})
+        self.separate = isinstance(loaders["train"], Mapping)
+        by_split = self._by_split(loaders)
+        for name, loader in ((split, one) for split, own in by_split.items() for one in own.values()):
             if loader.batch_size is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
                 raise UserError(f"the loader {name!r} needs a data set with a length and a batch_size")
         for task in options.get("task_weights", {}):
             if task not in self.tasks:
                 raise unknown("task in task_weights", task, self.tasks)
-        loader = loaders["train"]
+        loader = next(iter(by_split["train"].values()))
         given = {"batch_size": loader.batch_size, "task_weights": {}, **options, "method": method, "seed": seed}
         self.options = build(MultiTaskSettings, published("scenes", None, method), given)
         for name in STEPS:
             if isinstance(value := getattr(self.options, name), str):
                 raise UserError(f"{name}: {value!r} are passes; give a number of steps")
-        self.val = loaders["val"]
-        self.parts = {"train": loader.dataset, **self._divide(loaders)}
-        self.collate = loader.collate_fn
+        self.val = by_split["val"] if self.separate else loaders["val"]
+        self.parts = self._divide(by_split)
+        self.collate = {name: own.collate_fn for name, own in by_split["train"].items()}
         self.history: list[dict] = []
         torch.manual_seed(seed)
         self._start = (copy.deepcopy(backbone), {task: copy.deepcopy(head) for task, head in heads.items()}, adapting)
         self.model = self._fresh()
         self._check_batch()
 
-    def _divide(self, loaders: Mapping[str, DataLoader]) -> dict[str, Dataset]:
-        train = loaders["train"].dataset
-        if "policy" in loaders:
-            return {"weights": train, "policy": loaders["policy"].dataset}
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
-        cut = round(self.options.policy_fraction * len(train))
-        if not 0 < cut < len(train):
-            raise UserError(
-                f"policy_fraction {self.options.policy_fraction} of {len(train)} samples leaves a part empty"
-            )
+    def _by_split(self, loaders: Mapping) -> dict[str, dict[str, DataLoader]]:
+        """Return the loaders of each split by task; a loader for all tasks has the name ``""``.
+
+        Raises:
+            UserError: if a task has no loader.
+        """
+        found: dict[str, dict[str, DataLoader]] = {}
+        for split, given in loaders.items():
+            own = given if isinstance(given, Mapping) else {"": given}
+            if isinstance(given, Mapping) != self.separate or (self.separate and not set(self.tasks) <= set(own)):
+                raise UserError(f"loaders[{split!r}] lacks a loader for each of {', '.join(self.tasks)}")
+            for task, one in own.items():
+                if isinstance(one, (list, tuple)):
+                    if split != "train" or len(one) != 3:
+                        raise UserError(
+                            f"the loaders of {task!r} are {len(one)}; give one, or for train all, weights and policy"
+                        )
+                    for part, loader in zip(("train", "weights", "policy"), one, strict=True):
+                        found.setdefault(part, {})[task] = loader
+                else:
+                    found.setdefault(split, {})[task] = one
         return {
-            "weights": torch.utils.data.Subset(train, order[cut:]),
-            "policy": torch.utils.data.Subset(train, order[:cut]),
+            split: {task: own[task] for task in (self.tasks if self.separate else own)} for split, own in found.items()
         }
+
+    def _divide(self, loaders: dict[str, dict[str, DataLoader]]) -> dict[str, dict[str, Dataset]]:
+        """Return the data sets of all training samples and of those for weights and policy."""
+        parts: dict[str, dict[str, Dataset]] = {"train": {}, "weights": {}, "policy": {}}
+        for task, loader in loaders["train"].items():
+            train = parts["train"][task] = loader.dataset
+            if "policy" in loaders:
+                parts["weights"][task] = loaders.get("weights", loaders["train"])[task].dataset
+                parts["policy"][task] = loaders["policy"][task].dataset
+                continue
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
+            cut = round(self.options.policy_fraction * len(train))
+            if not 0 < cut < len(train):
+                raise UserError(
+                    f"policy_fraction {self.options.policy_fraction} of {len(train)} samples leaves a part empty"
+                )
+            parts["weights"][task] = torch.utils.data.Subset(train, order[cut:])
+            parts["policy"][task] = torch.utils.data.Subset(train, order[:cut])
+        return parts
 
     def _fresh(self) -> TaskModel:
         backbone, heads, adapting = copy.deepcopy(self._start)
@@ -151,17 +188,21 @@ class PolicyTrainer:
         return model
 
     def _check_batch(self) -> None:
-        batches = [next(iter(self.val), None), *(self.collate([part[0]]) for part in self.parts.values())]
-        for batch in batches:
+        batches = [(task, self.collate[task]([own[0]])) for part in self.parts.values() for task, own in part.items()]
+        if self.separate:
+            for task, batch in (*batches, *((task, next(iter(loader), None)) for task, loader in self.val.items())):
+                inputs_and_labels(batch, task)
+            return
+        for batch in (next(iter(self.val), None), *(batch for _, batch in batches)):
             labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
             if not isinstance(labels, Mapping) or not set(self.tasks) <= set(labels):
                 raise UserError(
-                    f"loaders have to give (inputs, {{task: labels}}) with labels of {', '.join(self.tasks)}"
+                    f"loaders have to give (inputs, {{task: labels}}) with labels of {', '.join(self.tasks)}, or be given by task"
                 )
 
     @property
     def _sizes(self) -> dict[str, int]:
-        return {name: len(part) for name, part in self.parts.items()}
+        return {name: min(map(len, part.values())) for name, part in self.parts.items()}
 
     def pre_train(self, iterations: int) -> TaskModel:
         """Train the weights, with all choices mixed in equal parts (AutoMTL) or with every block running.
@@ -220,10 +261,18 @@ class PolicyTrainer:
 
     def _fit(self, stage: str, model: TaskModel, plan) -> TaskModel:
         options, streams = self.options, {}
+        accelerator = Accelerator()
         for name, steps in plan.batches.items():
-            sampler = StreamSampler(len(self.parts[name]), options.batch_size, steps, options.seed)
-            samples = DataLoader(_Planned(self.parts[name]), batch_sampler=sampler, collate_fn=self.collate)
-            streams[name] = (samples, sampler)
+            made = {}
+            for task, samples in self.parts[name].items():
+                sampler = StreamSampler(len(samples), options.batch_size, steps, options.seed)
+                loader = DataLoader(_Planned(samples), batch_sampler=sampler, collate_fn=self.collate[task])
+                made[task] = (loader, sampler)
+            if self.separate:
+                own = SeparateLoaders({task: loader for task, (loader, _) in made.items()}, accelerator.device)
+                streams[name] = (own, Samplers([sampler for _, sampler in made.values()]))
+            else:
+                streams[name] = made[""]
 
         def validate() -> tuple[dict[str, dict], float]:
             with evaluating(model), batch_statistics(model, not model.policies), torch.no_grad():
@@ -233,21 +282,47 @@ class PolicyTrainer:
         def report(rows: list[dict], is_best: bool) -> None:
             self.history += [{"stage": stage, **row} for row in rows]
 
-        Stage(model, self.tasks, streams, plan.recipe, self.losses, validate, report).train(Accelerator())
+        Stage(model, self.tasks, streams, plan.recipe, self.losses, validate, report).train(accelerator)
         return model
 
+    def validate(self) -> dict[str, dict]:
+        """Return :meth:`evaluate` of :attr:`model` with hard decisions, as in inference."""
+        with evaluating(self.model):
+            return self.evaluate(self.model)
+
     def evaluate(self, model: TaskModel) -> dict[str, dict]:
-        """Return the mean ``loss`` and ``metric`` of every task on the validation data, in the model's current mode."""
+        """Return the mean ``loss`` and ``metric`` of every task on the validation data, in the model's current mode.
+
+        A metric with ``val_metrics()`` adds the numbers that this returns instead of ``metric``.
+        """
         device = next(model.parameters()).device
         sums: dict[str, dict[str, float]] = {task: {} for task in self.tasks}
-        count = 0
+        counts = dict.fromkeys(self.tasks, 0)
         with torch.no_grad():
-            for x, labels in self.val:
-                outputs = model(x.to(device), tasks=self.tasks)
-                count += len(x)
-                for task in self.tasks:
-                    measures = {"loss": self.losses[task], **({"metric": self.metrics[task]} if self.metrics else {})}
-                    for name, measure in measures.items():
-                        value = float(measure(outputs[task], labels[task].to(device)))
-                        sums[task][name] = sums[task].get(name, 0.0) + value * len(x)
-        return {task: {name: value / count for name, value in own.items()} for task, own in sums.items()}
+            for task, output, labels in self._outputs(model, device):
+                counts[task] += len(output)
+                measures = {
+                    "loss": self.losses[task],
+                    **({"metric": with_mask(self.metrics[task])} if self.metrics else {}),
+                }
+                for name, measure in measures.items():
+                    value = measure(output, labels)
+                    if name == "loss" or not hasattr(self.metrics[task], "val_metrics"):
+                        sums[task][name] = sums[task].get(name, 0.0) + float(value) * len(output)
+        found = {task: {name: value / counts[task] for name, value in own.items()} for task, own in sums.items()}
+        for task, metric in self.metrics.items():
+            if hasattr(metric, "val_metrics"):
+                found[task].update(metric.val_metrics())
+        return found
+
+    def _outputs(self, model: TaskModel, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor | Masked]]:
+        """Yield each task's outputs and labels, batch by batch."""
+        if self.separate:
+            for task, loader in self.val.items():
+                for batch in loader:
+                    x, labels = inputs_and_labels(batch, task)
+                    yield task, model(x.to(device), task=task), labels.to(device)
+            return
+        for x, labels in self.val:
+            outputs = model(x.to(device), tasks=self.tasks)
+            yield from ((task, outputs[task], labels[task].to(device)) for task in self.tasks)
