@@ -103,7 +103,7 @@ def test_every_option_is_read():
 @pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
-    import options
+    from taps.cli import options
 
     names = ("sequential", "joint", "evaluate", "mtl", "predict", "import")
     parsers = [getattr(options, f"{name}_parser")() for name in names]

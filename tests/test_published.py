@@ -20,7 +20,7 @@ from taps.core.gate import ConstantGate
 from taps.data.multi_label import Task
 from taps.metrics.dense import make_metric
 from taps.networks.dense_backbones import create_dense_backbone
-from taps.networks.heads import ASPP
+from taps.networks.heads import ASPP, ConvNeXtHead
 from taps.settings.declare import as_dict
 from taps.settings.presets import published
 from taps.settings.task_names import file_names
@@ -413,3 +413,23 @@ def test_the_published_benchmarks_are_one_switch():
 def test_names_of_columns_become_names_of_files():
     names = ["race.ethnicity", "race ethnicity", "BMI (kg/m²)", "age", "..."]
     assert list(file_names(names).values()) == ["race_ethnicity", "race_ethnicity_2", "BMI_kg_m", "age", "target"]
+
+
+def test_the_head_of_efficient_computation_sharing():
+    """The published head has 2.98 million parameters after ViT-B; its output has four times the features' resolution."""
+    head = ConvNeXtHead(768, 21)
+    assert sum(parameter.numel() for parameter in head.parameters()) == pytest.approx(2.98e6, rel=0.02)
+    x = torch.randn(2, 768, 3, 5)
+    assert head(x).shape == (2, 21, 12, 20)
+    seen = head.unfold(head.project(x))  # each token's channels are 4 × 4 places of width/16 channels
+    token = head.project(x)[0, :, 1, 2].reshape(192, 4, 4)
+    assert torch.equal(seen[0, :, 4:8, 8:12], token)
+    with pytest.raises(taps.UserError, match="--head_width 100 of a convnext head is no multiple of 16"):
+        ConvNeXtHead(8, 2, 100)
+    read = settings("--benchmark", "pascal_context", "--dataset", ".", "--method", "sparse_delta", "--published")
+    assert (read.head, read.head_width, read.decay) == ("convnext", 3072, "poly")
+
+
+def test_polynomial_decay():
+    recipe = Recipe(epochs=10, decay="poly")
+    assert [recipe.learning_rate(epoch) for epoch in (0, 5, 9)] == pytest.approx([1.0, 0.5**0.9, 0.1**0.9])

@@ -20,7 +20,7 @@ from taps.data.generated.scenes import make_scenes
 from taps.errors import UserError
 from taps.metrics.losses import to_size
 from taps.networks.dense_backbones import create_dense_backbone
-from taps.networks.heads import ASPP
+from taps.networks.heads import ASPP, ConvNeXtHead
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.task_names import DENSE
 from taps.task_model import TaskModel
@@ -76,10 +76,10 @@ class DenseBenchmark(SharedBenchmark):
         )
 
     def head(self, task: str, features: int) -> nn.Module:
-        options = self.options
-        return ASPP(
-            features, self.data.tasks[task].channels, options.head_width, options.head_rates, options.head_dropout
-        )
+        options, channels = self.options, self.data.tasks[task].channels
+        if options.head == "convnext":
+            return ConvNeXtHead(features, channels, options.head_width)
+        return ASPP(features, channels, options.head_width, options.head_rates, options.head_dropout)
 
     def match(self, output: Tensor, target: Tensor) -> Tensor:
         mode = self.data.published_resize if self.options.metrics == "published" else "bilinear"

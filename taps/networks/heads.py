@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
+from taps.errors import UserError
 from taps.networks.layers_nd import CONVOLUTIONS, CausalConv1d
 
 
@@ -62,6 +64,38 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+
+class ConvNeXtHead(nn.Module):
+    """The head of efficient computation sharing (ICCV 2023), from MultiMAE (ECCV 2022).
+
+    Each place of the features is projected to ``width`` channels and unfolded to 4 × 4 places of width/16 channels, on which
+    ConvNeXt blocks and a 1×1 convolution follow.
+
+    Args:
+        in_channels: channels of the features.
+        out_channels: channels of the output.
+        width: channels of the projection, a multiple of 16.
+        depth: number of ConvNeXt blocks.
+
+    Shape:
+        (B, in_channels, h, w) to (B, out_channels, 4h, 4w).
+
+    Raises:
+        UserError: if ``width`` is no multiple of 16.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int = 3072, depth: int = 2) -> None:
+        super().__init__()
+        if width % 16:
+            raise UserError(f"--head_width {width} of a convnext head is no multiple of 16")
+        self.project = nn.Conv2d(in_channels, width, 1)
+        self.unfold = nn.PixelShuffle(4)
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(width // 16) for _ in range(depth)))
+        self.answer = nn.Conv2d(width // 16, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.blocks(self.unfold(self.project(x))))
 
 
 class HourHead(nn.Module):

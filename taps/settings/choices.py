@@ -5,7 +5,7 @@ NORMS = ("task", "follow", "frozen")
 #: ``"nag"`` is SGD with Nesterov momentum
 OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
 #: how learning rates fall
-DECAYS = ("cosine", "step", "constant")
+DECAYS = ("cosine", "poly", "step", "constant")
 #: how images are sampled in joint training
 IMAGE_SAMPLINGS = ("equal", "proportional", "temperature")
 BENCHMARKS = (
@@ -21,5 +21,7 @@ TARGET_LOSSES = ("gated", "code")
 COSTS, SKIPS = ("parameters", "macs"), ("layers", "blocks", "auto")
 #: sparse deltas: one gate per weight, or one per row of a matrix
 STRUCTURES = ("weight", "row")
+#: heads of dense benchmarks
+HEADS = ("aspp", "convnext")
 #: temperature of the last cycle if no decay is given: higher leaves gates undecided, lower leaves them without gradients
 LAST_TEMPERATURE = 0.84

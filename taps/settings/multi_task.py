@@ -11,6 +11,7 @@ from taps.settings.choices import (
     COSTS,
     DECAYS,
     GATE_SAMPLINGS,
+    HEADS,
     LAST_TEMPERATURE,
     NORMS,
     OPTIMIZERS,
@@ -62,7 +63,8 @@ class BenchmarkNetwork(Settings):
     deeplab: bool | None = setting(None, "dense benchmarks: a ResNet is dilated as in the published programs, whose stem rounds up and whose first dilated blocks are dilated throughout; --no-deeplab: as timm does it", bool, negatable=True)
     channels: list[int] | None = setting(None, "channels of a ResNet's four stages, for small networks", int, low=1, nargs=4, metavar="N")
     patch_size: int | None = setting(None, "dense benchmarks: patch size of a vision transformer", int, low=1, metavar="PIXELS")
-    head_width: int | None = setting(None, "channels inside a dense head", int, low=1, metavar="N")
+    head: str | None = setting(None, "dense heads: aspp, dilated branches (AdaShare, AutoMTL), or convnext, tokens unfolded to 4 × 4 places each and two ConvNeXt blocks (efficient computation sharing)", choices=HEADS)
+    head_width: int | None = setting(None, "channels inside a dense head; of convnext before tokens are unfolded, a multiple of 16", int, low=1, metavar="N")
     head_rates: list[int] | None = setting(None, "dilations of a dense head's branches", int, low=1, nargs="+", metavar="N")
     head_dropout: float | None = setting(None, "dropout in dense heads", float, low=0, high=1, metavar="P")
 
@@ -144,6 +146,8 @@ class PolicyTraining(Settings):
     policy_lr: float | None = setting(None, "learning rate of the policy steps (adam)", float, low=0, above=True, metavar="X")
     policy_decay_iterations: int | None = setting(None, "steps of policy learning after which --policy_lr falls to a tenth", int, low=1, metavar="N", shown="never")
     policy_wd: float | None = setting(None, "weight decay of the policy steps", float, low=0, metavar="X")
+    layer_decay: float = setting(1.0, "factor on the learning rates of the shared network per layer of distance from the last layer", float, low=0, above=True, high=1, metavar="X")
+    clip_grad: float | None = setting(None, "largest norm of the gradients of a step", float, low=0, above=True, metavar="X", shown="no limit")
     limit_batches: int | None = setting(None, "use only N batches per epoch of the loop and N per evaluation, for trial runs", int, low=1, metavar="N")
 
 

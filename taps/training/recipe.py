@@ -30,8 +30,8 @@ class Recipe(Optimization, Schedule):
         gate_weight_decay: weight decay on gates.
         gate_epsilon: ε of adam and adamw for gates.
         betas: β of adam and adamw.
-        decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"step"``, by the factor ``decay_rate`` every
-            ``decay_epochs``; or ``"constant"``.
+        decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"poly"``, with power 0.9; ``"step"``,
+            by the factor ``decay_rate`` every ``decay_epochs``; or ``"constant"``.
         compile: run training steps through ``torch.compile``; validation is short and not compiled.
         step_per_task: take an optimiser step after each task's loss, instead of one after the sum of all.
         mixed: run a batch of several tasks in one forward pass; otherwise task by task, which needs only the memory of one.
@@ -91,7 +91,8 @@ class Recipe(Optimization, Schedule):
     def learning_rate(self, epoch: int, epochs: int | None = None) -> float:
         """Return the factor on ``lr`` in the 0-based ``epoch`` of ``epochs`` (all of the recipe's, or those of its optimiser).
 
-        ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1. The first
+        ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"poly"``: (1 − epoch/epochs)^0.9;
+        ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1. The first
         ``lr_warmup_epochs`` rise linearly, and the rest are counted from there.
         """
         epochs, rising = epochs or self.epochs, self.lr_warmup_epochs
@@ -100,6 +101,8 @@ class Recipe(Optimization, Schedule):
         epoch, epochs = epoch - rising, max(epochs - rising, 1)
         if self.decay == "constant":
             return 1.0
+        if self.decay == "poly":
+            return (1.0 - epoch / epochs) ** 0.9
         if self.decay == "step":
             return self.decay_rate ** math.floor(epoch / self.decay_epochs + 1e-9)
         return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))

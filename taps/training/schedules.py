@@ -66,6 +66,8 @@ def _recipe(options: MultiTaskSettings, steps: int, seed: int, **changes) -> Rec
         limit_batches=options.limit_batches,
         task_weights=weights,
         step_per_task=bool(options.step_per_task),
+        layer_decay=options.layer_decay,
+        clip_grad=options.clip_grad,
         **changes,
     )
 
