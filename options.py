@@ -2,9 +2,11 @@
 
 from taps.cli.options import (  # noqa: F401
     evaluate_parser,
+    import_parser,
     joint_parser,
     mtl_parser,
     parse_evaluate,
+    parse_import,
     parse_joint,
     parse_mtl,
     parse_predict,

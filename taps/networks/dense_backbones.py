@@ -44,6 +44,7 @@ def as_deeplab(net: ResNet, is_random: bool) -> ResNet:
         dilation = max((convolution.dilation for convolution in wide), default=(1, 1))
         for convolution in wide:
             convolution.dilation = convolution.padding = dilation
+    net.taps_origin = {}  # type: ignore[assignment]  # what it says describes timm's network
     for module in net.modules() if is_random else ():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
