@@ -66,6 +66,8 @@ def test_checkpoints_of_the_published_taps_answer_the_same(here, tmp_path):
     assert "birds: 5 classes, " in done.stdout
     model = taps.load(tmp_path / "results/imported")
     assert model.classes("cars")[3] == "car 3"
+    prepared = model.preprocessing_of("cars")  # as the published program tests
+    assert (prepared["resize"], prepared["interpolation"], prepared["published"]) == (224, "bilinear", True)
     for name, net in nets.items():
         with torch.no_grad():
             assert torch.equal(model(X, task=name), net(X)), name

@@ -16,6 +16,7 @@ from taps.core.network import fingerprint
 from taps.data.classification.folders import task_name
 from taps.errors import UserError
 from taps.networks.backbones import create_backbone, needs_image_size
+from taps.networks.preprocessing import Preprocessing
 from taps.settings.importing import ImportSettings
 from taps.storage.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.storage.files import read_tensors, write_tensors
@@ -45,34 +46,46 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
     classes = [_lines(Path(file)) for file in settings.classes or ()]
     base_file = out / "base.safetensors"
     net, found = _read(settings, paths, base_file if base_file.is_file() else None)
-    written = settings.source == "taps" or settings.model_path is not None
-    for index, (path, name) in enumerate(zip(paths, names, strict=True)):
-        changes = found[index]
+    models: dict[str, TaskModel] = {}
+    made: list[tuple[str, TaskModel, dict]] = []
+    for index, (path, name, changes) in enumerate(zip(paths, names, found, strict=True)):
         if not changes.head:
             raise UserError(f"{path} has no classifier, which a task needs; its tensors are those of the network alone")
-        loose = _loose(net, changes)
-        model = adapt(copy.deepcopy(net), "finetune" if loose else "taps", norm="task").eval()
-        add_changes(model, name, changes, path)
         outputs = len(changes.head["weight"])
         if classes and len(classes[index]) != outputs:
             raise UserError(f"{settings.classes[index]} names {len(classes[index])} classes, {path} has {outputs}")
-        prepare = replace(
-            model.default_preprocessing(settings.input_size), **({"resize": settings.resize} if settings.resize else {})
-        )
-        about = {"preprocessing": prepare.describe(), "provenance": {"imported": path.name, "from": settings.source}}
-        if classes:
-            about["classes"] = classes[index]
-        if written and not base_file.exists():
-            write_tensors(base_file, model.base_state())
-        elif base_file.exists() and fingerprint(read_tensors(base_file)) != fingerprint(model.base_state()):
-            raise UserError(f"{base_file} is another base; choose another --out")
+        method = "finetune" if _loose(net, changes) else "taps"
+        if method not in models:
+            models[method] = adapt(copy.deepcopy(net), method, norm="task").eval()
+        add_changes(models[method], name, changes, path)
+        about = {
+            "preprocessing": _preprocessing(models[method], settings).describe(),
+            "provenance": {"imported": path.name, "from": settings.source},
+            **({"classes": classes[index]} if classes else {}),
+        }
+        made.append((name, models[method], about))
+    base = models[method].base_state()
+    if base_file.exists() and fingerprint(read_tensors(base_file)) != fingerprint(base):
+        raise UserError(f"{base_file} is another base; choose another --out")
+    if settings.source == "taps" or settings.model_path is not None:
+        write_tensors(base_file, base)
+    for name, model, about in made:
         model.save_task(name, out / name, about, settings.max_error)
         tuned = sum(bool(unit.gates[name].decide().uses_delta) for unit in model.units)
         size = (out / name / "task.safetensors").stat().st_size
         share = 100 * size / (4 * model.base_parameters)
-        layers = f"{tuned} of {len(model.units)} layers tuned"
+        outputs, layers = model.heads[name].out_features, f"{tuned} of {len(model.units)} layers tuned"
         say(f"{name}: {outputs} classes, {layers}, {size:,} bytes, {share:.1f} % of the base")
     say(f"your own images: taps predict {out} IMAGE…")
+
+
+def _preprocessing(model: TaskModel, settings: ImportSettings) -> Preprocessing:
+    """Return the preprocessing of test images: for TAPS the published one, else that of the base's weights."""
+    prepare, resize = model.default_preprocessing(settings.input_size), settings.resize
+    if settings.source == "taps":
+        plain = Preprocessing()
+        prepare = replace(plain, input_size=settings.input_size, resize=settings.input_size, published=True)
+    return prepare if resize is None else replace(prepare, resize=resize)
 
 
 def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> tuple[nn.Module, list[Changes]]:

@@ -72,14 +72,13 @@ def listed(names: Iterable[object], count: int = 3) -> str:
     return ", ".join(texts[:count]) + (", …" if len(texts) > count else "") if texts else "none"
 
 
-def does_not_fit(path: str | Path, network: str, differences: Mapping[str, list[str]], hint: str = "") -> UserError:
+def does_not_fit(path: str | Path, network: str, differences: Mapping[str, list[str]]) -> UserError:
     """The error for a file of other weights: the first names in one line, all of them in a file that it names.
 
     Args:
         path: the file of weights.
         network: the network's name.
         differences: names by title, e.g. ``{"missing": […]}``.
-        hint: a remark, put before the names.
     """
     found = {title: names for title, names in differences.items() if names}
     whole = "".join(
@@ -91,8 +90,7 @@ def does_not_fit(path: str | Path, network: str, differences: Mapping[str, list[
         parts = [
             f"{len(names)} {title}" + (f" ({listed(names, count)})" if count else "") for title, names in found.items()
         ]
-        start = f"{Path(path).name} does not fit {network}{f', {hint}' if hint else ''}"
-        message = f"{start}: {'; '.join(parts)}; all names are in {file.name}"
+        message = f"{Path(path).name} does not fit {network}: {'; '.join(parts)}; all names are in {file.name}"
         if len(message) <= _LIMIT:
             break
     return UserError(message)
