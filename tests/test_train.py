@@ -94,6 +94,65 @@ def test_summed_gradients_are_the_mean_s_at_a_rate_that_many_times_larger(accele
     assert not same(summed, run(accelerator, Recipe(lr=0.01, **recipe), batch_size=2)[0], atol=1e-4)
 
 
+def test_the_average_of_weights_is_validated_and_kept(accelerator):
+    """Against the average computed by hand from the weights after each step; gates are not averaged."""
+    recipe = {"epochs": 2, "warmup_epochs": 1, "lr": 0.2, "lam": 1.0}
+    model, decay, kept = perceptron(), 0.8, []
+    average = {name: tensor.clone() for name, tensor in model.task_state("a").items()}
+    steps = []
+    real = torch.optim.SGD.step
+
+    def step(optimizer, *arguments):
+        found = real(optimizer, *arguments)
+        steps.append(None)
+        for name, tensor in model.task_state("a").items():
+            average[name].lerp_(tensor, 0.2) if ".gates." not in name else average[name].copy_(tensor)
+        return found
+
+    def validate():
+        kept.append({name: tensor.clone() for name, tensor in model.task_state("a").items()})
+        for name, tensor in model.task_state("a").items():
+            torch.testing.assert_close(tensor, average[name], atol=1e-6, rtol=1e-5, msg=name)
+        return {"a": {}}, 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        run(accelerator, Recipe(ema_decay=decay, **recipe), model, validate=validate)
+    assert len(kept) == 2
+    assert len(steps) == 12
+    plain, _ = run(accelerator, Recipe(**recipe))
+    assert same(model, plain)  # training itself goes on with the weights
+
+
+def test_the_average_continues_where_it_stopped(accelerator, tmp_path):
+    recipe, found = Recipe(epochs=4, warmup_epochs=1, lr=0.2, ema_decay=0.9), []
+
+    def remember(model):
+        return lambda: (found.append([tensor.clone() for tensor in model.task_state("a").values()]), ({"a": {}}, 0.0))[
+            1
+        ]
+
+    whole = perceptron()
+    run(accelerator, recipe, whole, validate=remember(whole))
+    expected = found[-1]
+    again = perceptron()
+    stopped = []
+
+    def stop():
+        stopped.append(None)
+        if len(stopped) == 2:
+            raise KeyboardInterrupt
+        return {"a": {}}, 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(accelerator, recipe, perceptron(), validate=stop, state_path=tmp_path / "other.safetensors")
+    run(accelerator, recipe, again, validate=remember(again), state_path=tmp_path / "other.safetensors", resume=True)
+    assert all(torch.equal(one, two) for one, two in zip(found[-1], expected, strict=True))
+    model = perceptron("taps_budget", norm="task")
+    with pytest.raises(taps.UserError, match="ema_decay is not for a budget"):
+        run(accelerator, Recipe(epochs=3, ema_decay=0.9, budget=with_room(model, 100)), model)
+
+
 def test_a_batch_norm_that_sees_one_value_is_one_line(accelerator):
     net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
     model = taps.adapt(net)

@@ -207,7 +207,7 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     given.setdefault("method", "taps" if budget is None else "taps_budget")
     if given["method"] not in catalog():
         parser.error(f"argument --method: {not_one_of(given['method'], catalog())}")
-    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr", "patience"):
+    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr", "patience", "ema_decay"):
         if (budget is not None or given["method"] == "taps_budget") and name in given:
             parser.error(f"--{name} is not used with a budget: leave one of them out")
     if given.get("resume") and given.get("overwrite"):

@@ -79,6 +79,7 @@ class Optimization(Settings):
     label_smoothing: float = setting(0.0, "share of the target that is spread over all classes", float, low=0, high=0.99, metavar="X", aliases=("--smoothing",))
     mixup: float = setting(0.0, "α of mixup, which blends pairs of training images; 0 turns it off", float, low=0, metavar="α")
     cutmix: float = setting(0.0, "α of CutMix, which pastes a part of one training image into another; 0 turns it off", float, low=0, metavar="α")
+    ema_decay: float | None = setting(None, "validate and keep an exponential moving average of the weights with this decay per step, e.g. 0.99; gates are not averaged", float, low=0, above=True, high=0.999999, metavar="X", aliases=("--model_ema_decay",), shown="no average")
     patience: int | None = setting(None, "stop a task after N epochs without a better validation result", int, low=1, metavar="N", shown="never")
     eval_epochs: int = setting(1, "validate every N epochs and after the last", int, low=1, metavar="N")
     limit_batches: int | None = setting(None, "use only N batches per epoch and N per evaluation, for trial runs", int, low=1, metavar="N")

@@ -31,6 +31,7 @@ def save(
     optimizers: Mapping[str, torch.optim.Optimizer],
     accelerator: Accelerator,
     progress: dict,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the state of a run after some number of steps. Every process must call this; the main process writes.
 
@@ -41,11 +42,13 @@ def save(
         optimizers: made by :func:`taps.training.recipe.make_optimizer`, by name.
         accelerator: tells processes apart and holds the gradient scaler.
         progress: counters, as JSON.
+        average: average of the weights, by name.
     """
     random_states = gather_object([random_state()])
     if not accelerator.is_main_process:
         return
     tensors = moving(model, tasks)
+    tensors.update((f"average/{name}", tensor) for name, tensor in (average or {}).items())
     numbers: dict[str, object] = {}
     for key, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
@@ -198,6 +201,13 @@ def restore(
         accelerator.scaler.load_state_dict(record["scaler"])
     prefix = f"random/{accelerator.process_index}/"
     return record["progress"], {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+
+def read_average(path: Path) -> dict[str, Tensor]:
+    """Return the average of the weights in a checkpoint."""
+    with safe_open(path, "pt", device="cpu") as file:
+        names = [name for name in file.keys() if name.startswith("average/")]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix("average/"): file.get_tensor(name) for name in names}
 
 
 def random_state() -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -36,6 +36,7 @@ from taps.errors import DivergedError, UserError
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint
 from taps.task_model import TaskModel
+from taps.training.average import WeightAverage
 from taps.training.recipe import Recipe, make_optimizer, phase_at
 
 _LINE_SECONDS = 60.0
@@ -125,7 +126,8 @@ def run_phases(
         is_last = run.progress.epoch + 1 == recipe.epochs
         is_best = validate is None and is_last
         if validate is not None and (is_last or run.validates_now()):
-            found, number = validate()
+            with run.averaged():
+                found, number = validate()
             for row in rows:
                 row.update(found[row["task"]])
             # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
@@ -136,7 +138,8 @@ def run_phases(
                     run.progress.risen = run.progress.epoch + 1
                 run.progress.best = number
         if on_epoch is not None and run.accelerator.is_main_process:
-            on_epoch(rows, is_best)
+            with run.averaged():
+                on_epoch(rows, is_best)
         done = run.progress
         run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, risen=done.risen)
         if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
@@ -204,6 +207,11 @@ class _Run:
         self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.roles = model.roles(*tasks)
         self.mix = mixing(recipe, model, tasks)
+        if recipe.ema_decay is not None and any(callable(phase.competes) for phase in self.phases):
+            raise UserError(
+                "ema_decay is not for a budget, whose rounded weights no average has: leave one of them out"
+            )
+        self.average = None if recipe.ema_decay is None else WeightAverage(model, tasks, recipe.ema_decay)
         self.phase: Phase | None = None
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
@@ -223,6 +231,8 @@ class _Run:
         counters, self.random_state = checkpoint.restore(
             path, self.model, self.tasks, self.optimizers, self.accelerator
         )
+        if self.average is not None:
+            self.average.load(checkpoint.read_average(path))
         if not self.accelerator.is_main_process:  # the first process continues the sums over all processes
             counters.update(sums={})
         counters.pop("phases", None)
@@ -230,6 +240,10 @@ class _Run:
 
     def _schedule(self) -> list[list]:
         return [[phase.name, phase.epochs] for phase in self.phases]
+
+    def averaged(self) -> AbstractContextManager:
+        """Exchange the weights for their average in the ``with`` block, if there is one."""
+        return nullcontext() if self.average is None else self.average.in_use()
 
     def competes(self, phase: Phase) -> bool:
         """Return whether the epochs of a phase compete for the best epoch."""
@@ -243,7 +257,8 @@ class _Run:
         path = path or self.state_path
         if path is not None:
             counters = {**vars(self.progress), "sums": self._sums(), "phases": self._schedule()}
-            checkpoint.save(path, self.model, self.tasks, self.optimizers, self.accelerator, counters)
+            average = None if self.average is None else self.average.values
+            checkpoint.save(path, self.model, self.tasks, self.optimizers, self.accelerator, counters, average)
 
     def check_finite(self, epoch: int) -> None:
         """Raise a ``DivergedError`` before non-finite weights overwrite a good checkpoint."""
@@ -436,6 +451,8 @@ class _Run:
             self.accelerator.clip_grad_norm_(learned, self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
 
     def _forward(self, forward: Callable, x: Tensor, call: dict):
         try:
