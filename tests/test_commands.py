@@ -485,3 +485,45 @@ def test_verify_says_whether_anything_has_moved(finished, here, tmp_path):
     assert (
         "leave out --export" in here("evaluate.py", folder, "--verify", "--export", "x", cwd=tmp_path, check=2).stderr
     )
+
+
+def test_a_finished_run_is_extended_by_more_epochs(finished, tree, here, tmp_path, monkeypatch):
+    from taps.training import loop
+
+    shutil.copytree(finished[0] / "results/run", tmp_path / "results/run")
+    longer = (*trained_arguments(tree, "--resume"), "--epochs", 4)
+    before = json.loads((tmp_path / "results/run/paint/task.json").read_text())
+    real, epochs = loop._Run.train_epoch, []
+
+    def count(run):
+        epochs.append((run.name, run.progress.epoch))
+        if len(epochs) == 4:
+            raise KeyboardInterrupt  # in the second task's last epoch
+        return real(run)
+
+    monkeypatch.setattr(loop._Run, "train_epoch", count)
+    here("train_sequential.py", *longer, check=130)
+    assert epochs == [("ink-2", 2), ("ink-2", 3), ("paint", 2), ("paint", 3)]
+    monkeypatch.setattr(
+        loop._Run, "train_epoch", lambda run: (epochs.append((run.name, run.progress.epoch)), real(run))[1]
+    )
+    here("train_sequential.py", *longer)
+    assert epochs[4:] == [("paint", 3)]
+    rows = [json.loads(line) for line in (tmp_path / "results/run/metrics.jsonl").read_text().splitlines()]
+    assert sorted((row["task"], row["epoch"]) for row in rows) == [
+        (t, e) for t in ("ink-2", "paint") for e in (1, 2, 3, 4)
+    ]
+    after = json.loads((tmp_path / "results/run/paint/task.json").read_text())
+    assert after["val_error"] <= before["val_error"]  # the best of all four
+    assert after["provenance"]["epochs"] == 4
+    assert "epochs: 4" in (tmp_path / "results/run/settings.yaml").read_text()
+    here("train_sequential.py", *longer)
+    assert len(epochs) == 5  # nothing is left to do
+    done = here("train_sequential.py", *trained_arguments(tree, "--resume"), check=2)
+    assert "cannot be resumed with other settings: epochs=2 (was 4)" in done.stderr
+
+
+def test_what_cannot_be_extended_is_one_line(joint, tree, here, tmp_path):
+    shutil.copytree(joint[0] / "results/run", tmp_path / "results/run")
+    done = here("train_joint.py", *trained_arguments(tree, "--resume"), "--epochs", 4, check=2)
+    assert "cannot be extended to 4 epochs: only train_sequential.py extends runs" in done.stderr

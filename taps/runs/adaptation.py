@@ -189,7 +189,7 @@ class Experiment:
 
     @property
     def unfinished(self) -> list[TaskData]:
-        return [task for task in self.tasks if not self.folder.is_finished(task.name)]
+        return [task for task in self.tasks if self.folder.finished_epochs(task.name) < self.options.epochs]
 
     def announce(self, model: TaskModel) -> None:
         """Print the model, the tasks and the data of the run."""
@@ -226,7 +226,11 @@ class Experiment:
         """
         for task in self.unfinished:
             torch.manual_seed(self.options.seed)  # the initial head does not depend on the tasks before
-            model.add_task(task.name, num_classes=len(task.classes))
+            done = self.folder.finished_epochs(task.name)
+            if done:
+                model.load_task(self.folder.task_path(task.name), trainable=True)
+            else:
+                model.add_task(task.name, num_classes=len(task.classes))
             if heads is not None:
                 stored = task_file.read_stored(heads / task.name)[1]
                 head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
@@ -238,7 +242,7 @@ class Experiment:
             kind["processes"] = self.accelerator.num_processes
             loader, sampler = make_loader(task.train, self._training_transform(task), train=True, **kind)
             suffix = f"_{task.name}" if len(self.tasks) > 1 else ""
-            self._fit(model, [task], loader, sampler, suffix)
+            self._fit(model, [task], loader, sampler, suffix, done)
             self.accelerator.wait_for_everyone()
             model.remove_task(task.name)
             model.load_task(self.folder.task_path(task.name))
@@ -280,8 +284,10 @@ class Experiment:
         weights = balanced_weights((label for _, label in task.train), len(task.classes)) if balanced else None
         return CrossEntropy(self.options.label_smoothing, weights)
 
-    def _fit(self, model: TaskModel, tasks: list[TaskData], loader, sampler, suffix: str | None = None) -> None:
-        """Train the given tasks and keep their best epoch in the results folder."""
+    def _fit(
+        self, model: TaskModel, tasks: list[TaskData], loader, sampler, suffix: str | None = None, done: int = 0
+    ) -> None:
+        """Train the given tasks, from their first epoch or the one after ``done``, and keep their best in the results folder."""
 
         def report(rows: list[dict], is_best: bool) -> None:
             for row in rows:
@@ -324,6 +330,8 @@ class Experiment:
             keep=keep,
             folder=self.folder,
             fork=fork,
+            done=done,
+            best=100.0 - error if done and (error := model.about(names[0]).get("val_error")) is not None else None,
         ).train(self.accelerator, self.stop)
 
     def _track(self, rows: list[dict]) -> None:
@@ -339,8 +347,11 @@ class Experiment:
         epoch, images = rows[0]["epoch"], sum(len(task.train) for task in tasks)
         self._spent = (self._spent[0] + sum(row["seconds"] for row in rows), self._spent[1] + images)
         position = max(self.tasks.index(task) for task in tasks)
-        later = sum(len(task.train) for task in self.tasks[position + 1 :] if not self.folder.is_finished(task.name))
-        rest = (self.options.epochs - epoch) * images + self.options.epochs * later
+        later = sum(
+            len(task.train) * max(self.options.epochs - self.folder.finished_epochs(task.name), 0)
+            for task in self.tasks[position + 1 :]
+        )
+        rest = (self.options.epochs - epoch) * images + later
         return rest * self._spent[0] / self._spent[1]
 
     def _provenance(self, task: TaskData) -> dict:
@@ -359,6 +370,7 @@ class Experiment:
             )  # in all processes, since it moves weights in memory
             if self.accelerator.is_main_process:
                 about = {"accuracy": result.accuracy, "top5": result.top5, "probe": answer}
+                about["provenance"] = self._provenance(task)
                 model.save_task(task.name, path, about, compact=self.compact)
                 write_json(path / "test.json", result.describe(task.classes))
                 if len(task.classes) <= MOST_CLASSES:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import shutil
@@ -146,8 +147,10 @@ class RunFolder:
             if not is_run:
                 raise UserError(f"{path} exists and is not a run of this program; choose another --experiment_name")
             if resume:
-                folder._check_same(settings, defaults)
+                longer = folder._check_same(settings, defaults)
                 folder.rows = folder.read_metrics()
+                if longer:
+                    folder._write_settings(settings, repeatable)
                 return folder
             if not overwrite:
                 raise UserError(
@@ -160,16 +163,23 @@ class RunFolder:
                 raise UserError(f"{path} also holds the run {nested[0]}; move that away before overwriting")
             for inner in path.iterdir():  # the folder itself is locked
                 shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
-        lines = [f"{key}={value}" for key, value in settings.items()]
-        write_text(path / "settings.txt", "\n".join(lines) + "\n")
-        if repeatable is not None:
-            write_text(path / "settings.yaml", repeatable)
-        write_json(
-            path / "settings.json", {**settings, "versions": versions(), "commit": commit(), "command": list(sys.argv)}
-        )
+        folder._write_settings(settings, repeatable)
         return folder
 
-    def _check_same(self, settings: dict, defaults: Mapping | None = None) -> None:
+    def _write_settings(self, settings: dict, repeatable: str | None) -> None:
+        lines = [f"{key}={value}" for key, value in settings.items()]
+        write_text(self.path / "settings.txt", "\n".join(lines) + "\n")
+        if repeatable is not None:
+            write_text(self.path / "settings.yaml", repeatable)
+        more = {"versions": versions(), "commit": commit(), "command": list(sys.argv)}
+        write_json(self.path / "settings.json", {**settings, **more})
+
+    def _check_same(self, settings: dict, defaults: Mapping | None = None) -> bool:
+        """Refuse to continue with other settings; return whether the run is to be longer than it was.
+
+        Raises:
+            UserError: naming the settings that differ.
+        """
         stored = read_json(self.path / "settings.json")
         wanted = json.loads(json.dumps(settings))
         known = {*wanted, "versions", "commit", "command"}
@@ -187,6 +197,17 @@ class RunFolder:
                     f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
                 )
         before = {**(defaults or {}), **stored}  # settings that are newer than the run have their defaults
+        longer = wanted.get("epochs", 0) > before.get("epochs", math.inf)
+        if longer and (before.get("budget") is not None or before.get("variant") is not None):
+            raise UserError(
+                f"{self.path} cannot be extended to {wanted['epochs']} epochs: "
+                + (
+                    "a budget divides all epochs into parts"
+                    if before.get("budget")
+                    else "only train_sequential.py extends runs"
+                )
+            )
+        free += ("epochs",) if longer else ()
         other = [key for key in wanted if key not in free and key in before and wanted[key] != before[key]]
         if other:
             listed = ", ".join(f"{key}={wanted[key]} (was {before[key]})" for key in other)
@@ -194,14 +215,19 @@ class RunFolder:
                 f"{self.path} cannot be resumed with other settings: {listed}; leave these as they were, or start again with "
                 "--overwrite or another --experiment_name"
             )
+        return longer
 
     def task_path(self, task: str) -> Path:
         return self.path / task
 
-    def is_finished(self, task: str) -> bool:
-        """Return whether the task is trained and tested."""
+    def finished_epochs(self, task: str) -> int:
+        """Return the number of epochs after which the task was trained and tested; 0 if it was not yet."""
         path = self.task_path(task) / "task.json"
-        return path.is_file() and "accuracy" in read_json(path)
+        description = read_json(path) if path.is_file() else {}
+        if "accuracy" not in description:
+            return 0
+        known = (description.get("provenance") or {}).get("epochs")  # not stored before version 0.11
+        return known or max((row["epoch"] for row in self.rows if row["task"] == task), default=1)
 
     def read_metrics(self) -> list[dict]:
         """Return one dict per epoch and task."""

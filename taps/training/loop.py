@@ -85,6 +85,8 @@ def run_phases(
     resume: bool = False,
     fork: Path | None = None,
     stop: StopSignals | None = None,
+    done: int = 0,
+    best: float | None = None,
 ) -> Progress:
     """Train one task, or several together.
 
@@ -106,6 +108,7 @@ def run_phases(
         resume: continue from ``state_path``.
         fork: a file with the state just before a phase with ``forks``; written if it is missing, else the run starts from it.
         stop: signals that end the run.
+        done: epochs that the model has been trained for, after which training goes on; ``best``: their best number.
 
     Returns:
         The final counters; ``best`` is the best number that ``validate`` returned.
@@ -117,6 +120,7 @@ def run_phases(
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
     run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop, fork)
+    run.progress.epoch, run.progress.best = done, best
     if resume or (fork is not None and fork.is_file()):
         run.resume(state_path if resume else fork)
     while run.progress.epoch < recipe.epochs and not run.has_stalled():

@@ -33,7 +33,7 @@ class Stage:
         report: called after each epoch, in the first process, with one row of numbers per task and whether it is the best so far.
         keep: called after each epoch that is the best so far, to save its result.
         folder: holds the metrics and the checkpoint, from which the stage continues if there is one; ``None``: nothing is kept.
-        fork: as in :func:`taps.training.loop.run_phases`.
+        fork, done, best: as in :func:`taps.training.loop.run_phases`.
     """
 
     model: TaskModel
@@ -46,14 +46,19 @@ class Stage:
     keep: Callable[[list[dict]], None] = lambda rows: None
     folder: RunFolder | None = None
     fork: Path | None = None
+    done: int = 0
+    best: float | None = None
 
     def train(self, accelerator: Accelerator, stop: StopSignals | None = None) -> Progress:
         """Train from the start, or from the folder's checkpoint."""
         tasks, folder = list(self.tasks), self.folder
         record = None if folder is None else checkpoint.read_record(folder.state_path)
-        resume = record is not None and record["tasks"] == tasks
+        resume = record is not None and record["tasks"] == tasks and record["progress"]["epoch"] >= self.done
+        resume = resume and (
+            not self.done or record["progress"]["epoch"] > self.done or record["progress"]["batch"] > 0
+        )
         for task in tasks if folder is not None else ():
-            folder.keep_metrics(task, record["progress"]["epoch"] if resume else 0)
+            folder.keep_metrics(task, record["progress"]["epoch"] if resume else self.done)
         started = time.perf_counter()
 
         def on_epoch(rows: list[dict], is_best: bool) -> None:
@@ -81,4 +86,6 @@ class Stage:
             resume=resume,
             fork=self.fork,
             stop=stop,
+            done=self.done,
+            best=self.best,
         )
