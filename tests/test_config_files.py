@@ -55,7 +55,7 @@ def test_the_command_line_wins_and_says_so(program, tmp_path):
     ("text", "message"),
     [
         ("seed: 1\nlearning_rat: 1\n", "unknown setting in own.yaml, line 2: 'learning_rat'"),
-        ("# a comment\nsed: 1\n", "unknown setting in own.yaml, line 2: 'sed'; did you mean 'seed'?"),
+        ("# a comment\nsed: 1\n", "unknown setting in own.yaml, line 2: 'sed'; did you mean 'seed'"),
         ("seed: 1\nlr: fast\n", "own.yaml, line 2: lr: 'fast' is not a number above 0"),
         ("seed: [1]\n", "own.yaml, line 1: seed: "),
         ("pretrained: perhaps\n", "own.yaml, line 1: pretrained: "),

@@ -505,6 +505,36 @@ def test_a_strip_is_cropped_before_it_is_enlarged(size):
     assert shift < 0.02
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_plain_tiffs_are_turned_upright(mode, orientation, tmp_path):
+    shape = {"RGB": (4, 6, 3), "RGBA": (4, 6, 4)}.get(mode, (4, 6))
+    values = (np.arange(np.prod(shape)) % 250).reshape(shape).astype(np.uint16 if mode == "I;16" else np.uint8)
+    values = values * 257 if mode == "I;16" else values
+    if mode == "RGBA":
+        values[..., 3] = 255
+    image = Image.fromarray(values)
+    image.save(tmp_path / "o.tif", tiffinfo={0x112: orientation})
+    grey = values // 257 if mode == "I;16" else values
+    expected = {3: grey[::-1, ::-1], 6: np.rot90(grey, -1), 8: np.rot90(grey)}[orientation]
+    found = np.asarray(read_image(str(tmp_path / "o.tif")))
+    assert np.array_equal(
+        found if expected.ndim == 3 else found[..., 0], expected[..., :3] if expected.ndim == 3 else expected
+    )
+
+
+def test_grey_of_many_bits_with_a_transparent_value_or_white_as_zero(tmp_path):
+    values = np.array([[0, 257, 65535]], dtype=np.uint16)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "t.png", transparency=0)
+    assert np.asarray(read_image(str(tmp_path / "t.png")))[0, :, 0].tolist() == [255, 1, 255]
+    image.save(tmp_path / "w.tif", tiffinfo={0x106: 0})
+    with Image.open(tmp_path / "w.tif") as stored:
+        inverted = stored.tag_v2[0x106] == 0
+    if inverted:
+        assert np.asarray(read_image(str(tmp_path / "w.tif")))[0, :, 0].tolist() == [255, 254, 0]
+
+
 @some_settings(max_examples=150, deadline=None, derandomize=True)
 @given(some.data())
 def test_images_of_every_mode_size_and_turn_are_read_right(tmp_path_factory, data):

@@ -189,9 +189,12 @@ def test_entries_that_json_cannot_hold_are_refused_before_anything_is_written(tm
     before = {path: path.read_bytes() for path in (tmp_path / "t").iterdir()}
     with torch.no_grad():
         model.heads["sketch"].weight += 1
-    for value in ({1, 2}, object(), np.zeros(3), {"a": b"x"}):
+    numbers = (float("nan"), np.float32("inf"), torch.tensor(torch.nan), [1.0, float("nan")])
+    for value in ({1, 2}, object(), np.zeros(3), {"a": b"x"}, {1: 2, "1": 3}, *numbers):
         with pytest.raises(taps.UserError, match=r"the entry 'x' of task.json holds a \w+, which JSON cannot hold"):
             model.save_task("sketch", tmp_path / "t", {"x": value})
+    with pytest.raises(taps.UserError, match=r"the entry 'classes' of task.json is '5', which no loader accepts"):
+        model.save_task("sketch", tmp_path / "t", {"classes": 5})
     assert {path: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
 
 
@@ -252,6 +255,17 @@ def test_a_run_whose_folder_is_deleted_says_so(tmp_path):
         with pytest.raises(taps.UserError, match="run was deleted while the run was writing to it"):
             run.add_metrics([{"task": "a", "epoch": 2}])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_folder_was_deleted_and_taken_by_another_says_so(tmp_path):
+    with RunFolder.open(tmp_path / "run", {"lr": 0.1}) as run:
+        run.add_metrics([{"task": "a", "epoch": 1}])
+        shutil.rmtree(tmp_path / "run")
+        with RunFolder.open(tmp_path / "run", {"lr": 0.2}) as other:
+            other.add_metrics([{"task": "a", "epoch": 7}])
+            with pytest.raises(taps.UserError, match=r"run was deleted while the run was writing to it"):
+                run.add_metrics([{"task": "a", "epoch": 2}])
+            assert other.read_metrics() == [{"task": "a", "epoch": 7}]
 
 
 def test_a_run_that_began_before_a_setting_existed_has_its_default(tmp_path):

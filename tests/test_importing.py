@@ -137,6 +137,16 @@ def test_a_fine_tuned_network_becomes_a_task(small, here, tmp_path, prefix):
     assert (rounded - part(X)).norm() < 0.2 * part(X).norm()
 
 
+def test_the_same_network_of_several_is_meant_as_for_base_weights(small, here, tmp_path):
+    whole = tuned(small)
+    states = {"model.": small.state_dict(), "ema_model.module.": whole.state_dict()}
+    torch.save(
+        {"state_dict": {p + key: t for p, own in states.items() for key, t in own.items()}}, tmp_path / "ema.pth"
+    )
+    here("taps.cli.import_tasks", "ema.pth", "--from", "state_dict", *ARGUMENTS)
+    torch.testing.assert_close(taps.load(tmp_path / "results/imported")(X, task="ema"), whole(X), atol=1e-5, rtol=1e-5)
+
+
 def test_position_embeddings_and_tokens_may_have_moved(here, tmp_path):
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, depth=2).eval()

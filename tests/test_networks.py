@@ -90,6 +90,29 @@ def test_every_step_works_at_any_moment(kind, method, tmp_path):
         assert (now[0][3].weight == 0).sum() == 288
 
 
+@pytest.mark.parametrize("last", [torch.float64, torch.bfloat16])
+def test_heads_have_the_type_of_the_features_of_a_mixed_network(last, tmp_path):
+    net = plain()
+    net = nn.Sequential(*net[:7], To(last), net[7].to(last))
+    model = taps.adapt(net).eval()
+    model.add_task("sketch", num_classes=3)
+    model.add_task("own", head=nn.Linear(8, 2).to(last))
+    assert model(X, task="sketch").dtype == model(X, task="own").dtype == last
+    model.save_task("sketch", tmp_path / "t")
+    expected = model(X, task="sketch")
+    model.remove_task("sketch")
+    model.load_task(tmp_path / "t")
+    assert torch.equal(model(X, task="sketch"), expected)
+
+
+def test_a_base_that_was_converted_before_says_how_to_convert_it(tmp_path):
+    model = taps.adapt(plain())
+    model.add_task("sketch", num_classes=3)
+    model.save_task("sketch", tmp_path / "t")
+    with pytest.raises(ValueError, match=r"another base.*a base in bfloat16 is known if it is converted after adapt$"):
+        taps.adapt(plain().bfloat16()).load_task(tmp_path / "t")
+
+
 def test_lazy_networks_are_refused_until_they_have_shapes():
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
     with pytest.raises(
@@ -100,7 +123,7 @@ def test_lazy_networks_are_refused_until_they_have_shapes():
     assert taps.adapt(net).num_features == 4
 
 
-@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3), torch.tensor(3).item()])
+@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
 def test_any_whole_number_of_classes(number, tmp_path):
     model = taps.adapt(plain())
     model.add_task("sketch", num_classes=number)
@@ -113,6 +136,8 @@ def test_any_whole_number_of_classes(number, tmp_path):
 
 def test_names_of_classes_are_any_text_and_names_of_tasks_as_long_as_a_file_may_be(tmp_path):
     classes = ["", "a/b", 'quote"', "$x^", "日本", "e\u0301", "line\nbreak", "\udce9"]
+    with pytest.raises(ValueError, match="task name of 256 characters is not allowed: use at most 255 letters"):
+        taps.adapt(plain()).add_task("t" * 256, num_classes=2)
     task = "t" * 255
     model = taps.adapt(plain()).eval()
     model.add_task(task, num_classes=len(classes))

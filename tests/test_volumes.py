@@ -92,6 +92,16 @@ def test_labels_are_those_of_the_table_and_scales_those_of_the_training_subjects
                 )
 
 
+def test_targets_with_any_name_become_tasks_with_names_fit_for_files(tree):
+    rows = [{**row, "race.ethnicity": row["sex"], "age (years)": row["interview_age"]} for row in read_rows(tree)]
+    write_rows(tree, rows)
+    data, plain = opened(tree, ("race.ethnicity",), ("age (years)",)), opened(tree, ("sex",), ("interview_age",))
+    assert list(data.tasks) == [task.name for task in data.tasks.values()] == ["race_ethnicity", "age_years"]
+    for (_, labels), (_, expected) in zip(data.samples("test", False), plain.samples("test", False), strict=True):
+        assert labels["race_ethnicity"] == expected["sex"]
+        assert torch.equal(labels["age_years"].nan_to_num(), expected["interview_age"].nan_to_num())
+
+
 def test_volumes_are_scaled_to_the_unit_range_and_brought_to_a_size(made):
     x, _ = opened(made).samples("train", True)[0]
     raw = np.load(made / "images" / names(made, "train")[0]).astype(np.float64)
@@ -160,7 +170,7 @@ def test_categories_that_no_training_subject_has_are_left_out_and_named(tree):
 
 MISTAKES = {
     "no target": (lambda root: None, {"cat": (), "num": ()}, r"choose the targets with --cat_target, --num_target"),
-    "name": (lambda root: None, {"cat": ("race.eth",)}, r"target 'race.eth' of .*: rename the column to letters"),
+    "name": (lambda root: None, {"cat": ("race.eth",)}, r"unknown column of .*'race.eth'"),
     "families in two lists": (
         lambda root: set_cells(root, "site_id_l", lambda cell: "one", "test"),
         {"group": ["site_id_l"]}, r"are alike in site_id_l: divide the subjects again with --group, or leave --group out",

@@ -159,6 +159,40 @@ def test_torchvision_weights_give_torchvision_features(tmp_path, ours):
     assert same(net, source, (1, *size), 1e-5)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("mobilenetv3_small_100", "mobilenet_v3_small")])
+def test_converted_weights_fit_timm_s_network_as_it_is(tmp_path, ours, theirs):
+    """The other epsilon of torchvision's norms is in the running variances, not in the network."""
+    source = of_torchvision(theirs, 224)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    net, _ = load(ours, tmp_path / "w.pth", ours)
+    model = taps.adapt(net).eval()
+    model.add_task("a", num_classes=4)
+    plain = timm.create_model(ours, num_classes=4).eval()
+    plain.load_state_dict(model.merge("a").state_dict())
+    assert same(plain, model.merge("a"), (1, 3, 224, 224))
+    drop_last_layer(source)
+    plain.reset_classifier(0)
+    assert same(plain, source, (1, 3, 224, 224), 1e-5)
+
+
+def test_what_a_checkpoint_says_it_holds_is_compared(tmp_path):
+    state = timm.create_model("tf_efficientnet_b0", num_classes=0).state_dict()
+    torch.save({"arch": "efficientnet_b0", "state_dict": state}, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=r"w.pth says it holds efficientnet_b0, which pads its images otherwise than tf_effi"
+    ):
+        load("tf_efficientnet_b0", tmp_path / "w.pth", "tf_efficientnet_b0")
+    torch.save({"arch": "resnet50", "state_dict": small().state_dict()}, tmp_path / "w.pth")
+    assert "it says it holds resnet50, and is taken for test_resnet" in load(SMALL, tmp_path / "w.pth")[1]
+    torch.save({"model_ema": small().state_dict(), "model": garbled(small().state_dict())}, tmp_path / "w.pth")
+    assert "w.pth: of model_ema, model, model_ema is taken" in load(SMALL, tmp_path / "w.pth")[1]
+    broken = small().state_dict()
+    broken["conv1.0.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(broken, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"holds values that are not finite in 1 tensors, e.g. conv1.0.weight"):
+        load(SMALL, tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [

@@ -262,7 +262,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
-    targets = [*given.get("cat_target", ()), *given.get("num_target", ())]
+    targets = [*(given.get("cat_target") or ()), *(given.get("num_target") or ())]
     own_names = {**aliases(benchmark), **file_names(targets)}
     if "tasks" in given:
         given["tasks"] = [own_names.get(name, name) for name in given["tasks"]]

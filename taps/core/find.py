@@ -170,8 +170,8 @@ def declared_features(net: nn.Module) -> int | None:
     return None
 
 
-def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> int | None:
-    """Return the width of the features that ``run`` returns for a small batch, or that of the last layer if no batch fits."""
+def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> tuple[int | None, torch.dtype | None]:
+    """Return width and type of the features that ``run`` returns for a small batch, or the last layer's if no batch fits."""
     layers = [found.module for found in find_layers(net)]
     first: nn.Module = layers[0]
     shapes: list[tuple[int, ...]] = [(1, width) for width in (getattr(first, "in_features", None),) if width]
@@ -187,11 +187,11 @@ def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> int | 
         except Exception:  # a network may refuse an input in any way
             continue
         if isinstance(features, Tensor) and features.dim() == 2:
-            return features.shape[1]
+            return features.shape[1], features.dtype
         if not isinstance(features, Tensor):
-            return None
+            return None, None
     for layer in reversed(layers):
         for name in ("out_features", "out_channels", "embed_dim"):
             if isinstance(getattr(layer, name, None), int):
-                return getattr(layer, name)
-    return None
+                return getattr(layer, name), next(layer.parameters()).dtype
+    return None, None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +101,20 @@ class Network(nn.Module):
     def num_features(self) -> int | None:
         """Width of the base's features: what the network declares, else what it returns for a small batch."""
         if self._num_features is None:
-            with evaluating(self):
-                self._num_features = measured_features(self.backbone, lambda x: self.run(None, (x,), {}))
+            self._num_features = self._measured()[0]
         return self._num_features
+
+    def _measured(self) -> tuple[int | None, torch.dtype | None]:
+        with evaluating(self):
+            return measured_features(self.backbone, lambda x: self.run(None, (x,), {}))
+
+    def head_type(self, is_own: bool) -> torch.dtype | None:
+        """The type of a head's parameters: the base's; in a base of several types that of its features, for a head of the
+        user's its own."""
+        types = {parameter.dtype for parameter in self.backbone.parameters() if parameter.is_floating_point()}
+        if len(types) == 1:
+            return types.pop()
+        return self._measured()[1] if types and not is_own else None
 
     @property
     def units(self) -> tuple[GatedUnit, ...]:
@@ -127,8 +138,9 @@ class Network(nn.Module):
 
     def check_new_task(self, task: str) -> None:
         """Raise a ``UserError`` unless a task may be added under this name."""
-        if not isinstance(task, str) or not _TASK_NAME.fullmatch(task):
-            raise UserError(f"task name {task!r} is not allowed: use letters, digits, '_' and '-'")
+        if not isinstance(task, str) or not _TASK_NAME.fullmatch(task) or len(task) > 255:
+            shown = repr(task) if len(str(task)) <= 255 else f"of {len(task)} characters"
+            raise UserError(f"task name {shown} is not allowed: use at most 255 letters, digits, '_' and '-'")
         if task in self.heads:
             raise UserError(f"the model already has a task {task!r}; remove_task it first or choose another name")
 
@@ -146,24 +158,25 @@ class Network(nn.Module):
         self.check_new_task(task)
         if (num_classes is None) == (head is None):
             raise UserError(f"task {task!r}: give either num_classes or head")
+        dtype = self.head_type(is_own=head is not None)
         if head is None:
-            if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
+            number = _whole_number(num_classes)
+            if number is None or number < 1:
                 raise UserError(f"task {task!r}: num_classes must be a whole number above 0, not {num_classes!r}")
-            num_classes = int(num_classes)  # also NumPy's
             if self.num_features is None:
                 raise UserError(
                     f"task {task!r}: the network returns no features of shape (B, width) for a small batch; wrap it so that it "
                     "does, or give head= instead of num_classes"
                 )
             with torch.inference_mode(False):
-                head = nn.Linear(self.num_features, num_classes)
+                head = nn.Linear(self.num_features, number)
         like = next(self.backbone.parameters(), None)
         with torch.inference_mode(False):  # inference tensors cannot be trained
             for unit, gate in zip(self._units, self.make_gates(), strict=True):
                 unit.add_task(task, gate)
             for norm in self._norms:
                 norm.add_task(task)
-            self.heads[task] = head.to(like.device, like.dtype) if like is not None else head
+            self.heads[task] = head.to(like.device, dtype) if like is not None else head
             head.train(self.training)
 
     def make_gates(self, policy: Sequence[float | Sequence[float]] | None = None) -> list[Gate]:
@@ -446,6 +459,14 @@ def _with_buffers(backbone: nn.Module) -> Iterable[nn.Module]:
         yield from () if isinstance(child, TaskNorm) else _with_buffers(child)
     if any(buffer is not None and buffer.is_floating_point() for buffer in backbone._buffers.values()):
         yield backbone
+
+
+def _whole_number(value: Any) -> int | None:
+    """A whole number of Python, NumPy or torch, or ``None`` for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _decision(entry: float | Sequence[float]) -> Decision:

@@ -17,7 +17,8 @@ from torchvision.transforms.functional import InterpolationMode
 
 from taps.errors import UserError
 
-_ORIENTATION = 0x0112  # EXIF
+#: tags of EXIF and TIFF
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,7 @@ class ToRGB:
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            values = np.asarray(image).astype(np.uint32)
-            return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+            return self._scaled(image)
         if image.mode[0] in "IF":
             raise UserError(
                 f"pixels of mode {image.mode} have no range that says what is white; save them with 8 or 16 bits"
@@ -170,6 +170,19 @@ class ToRGB:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, self.ground), image).convert("RGB")
         return image.convert("RGB")
+
+    def _scaled(self, image: Image.Image) -> Image.Image:
+        """Return a grey image of 9 to 16 bits as RGB of 8 bits."""
+        tags = getattr(image, "tag_v2", {})
+        values, largest = np.asarray(image).astype(np.uint32), 2 ** min(tags.get(_BITS, (16,))[0], 16) - 1
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+            values = largest - values.clip(max=largest)
+        grey = ((values * 255 + largest // 2) // largest).clip(max=255).astype(np.uint8)
+        pixels = np.stack([grey] * 3, axis=-1)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            pixels[values == clear] = self.ground[:3]
+        return Image.fromarray(pixels)
 
 
 def without_far_ends(image: Image.Image) -> Image.Image:

@@ -93,10 +93,11 @@ def counterpart(net: nn.Module) -> str | None:
 def from_torchvision(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Weights of a timm network from those of torchvision's network of the same architecture.
 
-    Both architectures then run on the same input. The epsilon of timm's norms is set to torchvision's where it differs.
+    Both architectures then run on the same input. Where the epsilon of batch norms differs, the difference goes into the running
+    variances, which in evaluation mode is the same function.
 
     Args:
-        net: a timm network without classifier; only the epsilon of its norms may change.
+        net: a timm network without classifier.
         state: tensors with torchvision's names.
 
     Returns:
@@ -121,22 +122,26 @@ def from_torchvision(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
                 f"these are the weights of torchvision's {name}, which is not built like {architecture}; use {architecture}_tv"
             )
         return None
-    ours.load_state_dict({ours_name: tensor for ours_name, (_, tensor) in renamed.items()}, strict=False)
     epsilons = {
         place.rpartition(".")[0]: theirs.get_submodule(source.rpartition(".")[0]).eps
         for place, (source, _) in renamed.items()
         if hasattr(theirs.get_submodule(source.rpartition(".")[0]), "eps")
     }
-    _set_epsilons(ours, epsilons)
-    difference = _compare(ours, theirs)
+    tensors = {place: tensor for place, (_, tensor) in renamed.items()}
+    for place, epsilon in epsilons.items():  # √(v + ε) with the other network's ε, so that the weights fit it as it is
+        if f"{place}.running_var" in tensors:
+            tensors[f"{place}.running_var"] += epsilon - ours.get_submodule(place).eps
+    ours.load_state_dict(tensors, strict=False)
+    difference = max(
+        _compare(ours, theirs, own_statistics=False), _compare(_with_epsilons(ours, epsilons), theirs, True)
+    )
     if not difference < _TOLERANCE:
         hint = f"; use {architecture[3:]}" if architecture.startswith("tf_") else ""
         raise UserError(
             f"these are the weights of torchvision's {name}, with which {architecture} computes something else: its outputs differ "
             f"by {difference:.1%}{hint}"
         )
-    _set_epsilons(net, epsilons)
-    return {place: tensor for place, (_, tensor) in renamed.items()}
+    return tensors
 
 
 def _build(name: str, state: Mapping[str, Tensor]) -> nn.Module | None:
@@ -189,30 +194,28 @@ def _renamed(
     }
 
 
-def _set_epsilons(net: nn.Module, epsilons: Mapping[str, float]) -> None:
+def _with_epsilons(net: nn.Module, epsilons: Mapping[str, float]) -> nn.Module:
     for place, value in epsilons.items():
         norm = net.get_submodule(place)
         if isinstance(getattr(norm, "eps", None), float):
             norm.eps = value  # type: ignore[assignment]
+    return net
 
 
 @torch.no_grad()
-def _compare(ours: nn.Module, theirs: nn.Module) -> float:
-    """The largest difference of two networks' outputs for noise, relative to the largest output; changes both.
+def _compare(ours: nn.Module, theirs: nn.Module, own_statistics: bool) -> float:
+    """The largest difference of two networks' outputs for noise, relative to the largest output.
 
-    Batch norms run on their stored statistics, then on those of the batch: whatever the weights are, some signal then
-    reaches the output, so that other padding shows.
+    Batch norms run on their stored statistics or, with ``own_statistics``, on those of the batch, which changes both networks:
+    whatever the weights are, some signal then reaches the output, so that other padding shows.
     """
     channels, height, width = ours.pretrained_cfg["input_size"]  # type: ignore[index]
     x = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
     ours.eval()
-    worst = 0.0
-    for own_statistics in (False, True):
-        for module in (*ours.modules(), *theirs.modules()):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(own_statistics)
-        one, other = ours(x), theirs(x)
-        if one.shape != other.shape:
-            return float("inf")
-        worst = max(worst, float((one - other).abs().max() / other.abs().max().clamp(min=1e-12)))
-    return worst
+    for module in (*ours.modules(), *theirs.modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(own_statistics)
+    one, other = ours(x), theirs(x)
+    if one.shape != other.shape:
+        return float("inf")
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from taps.errors import UserError
 from taps.networks.classifier import AUXILIARY
 from taps.networks.torchvision_weights import counterpart, from_torchvision
-from taps.storage.state_dict import does_not_fit, listed, read_state_dict
+from taps.storage.state_dict import does_not_fit, listed, read_state_dict, said_architecture
 
 State = dict[str, Tensor]
 #: names of classifiers
@@ -21,7 +22,9 @@ _CLASSIFIERS = ("fc", "head", "head_dist", "heads", "classifier", "last_linear",
 #: of several networks in one file, the one that is meant: the query encoder of contrastive training, the averaged teacher
 _PREFERRED = ("encoder_q.", "base_encoder.", "teacher.", "ema.", "ema_model.", "online_encoder.", "backbone.")
 #: buffers that networks compute themselves
-_COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask")
+_COMPUTED = (
+    "num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask", "total_ops", "total_params",
+)  # fmt: skip
 
 
 def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
@@ -47,7 +50,11 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
     """
     wanted = net.state_dict()
     remarks: list[str] = []
-    state = _without_prefix(read_state_dict(path), wanted, Path(path).name)
+    state = without_prefix(read_state_dict(path), wanted, Path(path).name)
+    _check_architecture(_name(net), None if own else said_architecture(path), Path(path).name, remarks)
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{path} holds values that are not finite in {len(broken)} tensors, e.g. {broken[0]}")
     fitted = _fitted(net, state, wanted, remarks)
     if fitted is None:
         state, _ = _without_classifier(_filtered(net, state), wanted)
@@ -64,6 +71,15 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
     net.load_state_dict(fitted, strict=False)
     for remark in remarks if not own else ():
         warnings.warn(f"{Path(path).name}: {remark}", stacklevel=3)
+
+
+def _check_architecture(name: str, said: str | None, file: str, remarks: list[str]) -> None:
+    """Refuse a file that says it holds the twin of the network that was trained in TensorFlow, or the reverse."""
+    if said is None or said == name:
+        return
+    if said.removeprefix("tf_") == name.removeprefix("tf_"):
+        raise UserError(f"{file} says it holds {said}, which pads its images otherwise than {name}; use {said}")
+    remarks.append(f"it says it holds {said}, and is taken for {name}")
 
 
 def _name(net: nn.Module) -> str:
@@ -99,7 +115,7 @@ def _fits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     return needed == given and all(state[key].shape == wanted[key].shape for key in needed)
 
 
-def _without_prefix(state: State, wanted: State, name: str) -> State:
+def without_prefix(state: State, wanted: State, name: str) -> State:
     """The part of a state dict below the prefix that yields the most of the wanted names; else without what all names share.
 
     Raises:

@@ -362,6 +362,7 @@ class Experiment:
 
     def _test(self, model: TaskModel, tasks: list[TaskData]) -> None:
         """Score the best epoch on the test splits and record the accuracies in the task files."""
+        self.folder.check_present()
         for task in tasks:
             result = self._measure(model, task, task.test, "test")
             path, side = self.folder.task_path(task.name), self.prepare.input_size

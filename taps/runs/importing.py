@@ -15,10 +15,10 @@ from taps.core.find import find_layers, is_norm
 from taps.core.network import fingerprint
 from taps.data.classification.folders import task_name
 from taps.errors import UserError
+from taps.networks.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.networks.backbones import create_backbone, needs_image_size
 from taps.networks.preprocessing import Preprocessing
 from taps.settings.importing import ImportSettings
-from taps.storage.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.storage.files import read_tensors, write_tensors
 from taps.storage.state_dict import does_not_fit
 from taps.task_model import TaskModel, adapt
@@ -54,6 +54,10 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
         outputs = len(changes.head["weight"])
         if classes and len(classes[index]) != outputs:
             raise UserError(f"{settings.classes[index]} names {len(classes[index])} classes, {path} has {outputs}")
+        tensors = {**changes.deltas, **changes.values, **changes.head}
+        broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if broken:
+            raise UserError(f"{path} holds values that are not finite in {len(broken)} tensors, e.g. {broken[0]}")
         method = "finetune" if _loose(net, changes) else "taps"
         if method not in models:
             models[method] = adapt(copy.deepcopy(net), method, norm="task").eval()

@@ -75,6 +75,7 @@ class RunFolder:
         self.fingerprints_path = path / "fingerprints.json"
         self.rows: list[dict] = []
         self._lock: weakref.finalize | None = None
+        self._handle = -1
 
     def lock(self) -> None:
         """Keep other runs out of the folder until :meth:`release`, or until this process ends.
@@ -94,7 +95,7 @@ class RunFolder:
                     f"another run is writing to {self.path}; wait for it, or choose another --experiment_name"
                 ) from None
             return  # a file system without locks
-        self._lock = weakref.finalize(self, os.close, handle)
+        self._lock, self._handle = weakref.finalize(self, os.close, handle), handle
 
     def release(self) -> None:
         """Let other runs write to the folder."""
@@ -109,7 +110,15 @@ class RunFolder:
 
     def check_present(self) -> None:
         """Raise a ``UserError`` if somebody has deleted the folder of a run that has begun."""
-        if self._lock is not None and not (self.path / "settings.json").is_file():
+        if self._lock is None or not self._lock.alive:
+            return
+        own = os.fstat(self._handle)
+        try:
+            there = os.stat(self.path)
+            is_own = (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+        except FileNotFoundError:
+            is_own = False
+        if not is_own or not (self.path / "settings.json").is_file():
             raise UserError(f"{self.path} was deleted while the run was writing to it")
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -46,24 +47,39 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not a file of plain tensors, and nothing else is unpickled ({reason[:120]}); "
             "save it again with torch.save(model.state_dict(), …) or as .safetensors"
         ) from None
-    state = _tensors(loaded)
+    state = _tensors(loaded, path.name)
     if not state:
         kind = f"a {type(loaded).__name__}" if not isinstance(loaded, Mapping) else "the keys " + listed(loaded)
         raise UserError(f"{path} does not hold a state dict (names with tensors), but {kind}")
     return state
 
 
-def _tensors(loaded: object, depth: int = 3) -> dict[str, Tensor]:
+def said_architecture(path: str | Path) -> str | None:
+    """Return the name of the architecture that a checkpoint says it holds (``arch``), as timm's programs write it."""
+    if Path(path).suffix == ".safetensors":
+        return None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # read_state_dict says what is wrong
+        return None
+    said = loaded.get("arch") if isinstance(loaded, Mapping) else None
+    return said if isinstance(said, str) else None
+
+
+def _tensors(loaded: object, name: str, depth: int = 3) -> dict[str, Tensor]:
     """The state dict in what a file holds, wherever it lies; empty if there is none."""
     if not isinstance(loaded, Mapping) or depth == 0:
         return {}
-    inner = [loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)]
+    inner = {key: loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)}
     rest = [value for key, value in loaded.items() if key not in _WRAPPERS and isinstance(value, Mapping)]
-    for value in inner:
-        if state := _tensors(value, depth - 1):
-            return state
+    parts = {key: state for key, value in inner.items() if (state := _tensors(value, name, depth - 1))}
+    if len(parts) > 1:
+        warnings.warn(f"{name}: of {', '.join(parts)}, {next(iter(parts))} is taken", stacklevel=5)
+    for state in parts.values():
+        return state
     own = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return own or max((_tensors(value, depth - 1) for value in rest), key=len, default={})
+    return own or max((_tensors(value, name, depth - 1) for value in rest), key=len, default={})
 
 
 def listed(names: Iterable[object], count: int = 3) -> str:

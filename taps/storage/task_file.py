@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +61,39 @@ def plain_entries(about: Mapping[str, object]) -> dict:
     plain = {}
     for key, value in about.items():
         try:
-            plain[key] = json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
-        except (TypeError, ValueError, AttributeError, RuntimeError):
+            plain[key] = json.loads(json.dumps(_with_names(value), default=_as_number, allow_nan=False))
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            number = " (nan or infinity)" if "JSON compliant" in str(error) else ""
             raise UserError(
-                f"the entry {key!r} of task.json holds a {type(value).__name__}, which JSON cannot hold"
+                f"the entry {key!r} of task.json holds a {type(value).__name__}, which JSON cannot hold{number}"
             ) from None
+        if plain[key] is not None and key in _OPTIONAL:
+            _check_kind(plain[key], _OPTIONAL[key], f"the entry {key!r} of task.json")
     return plain
+
+
+def _as_number(scalar: Any) -> object:
+    """A scalar of NumPy or torch as JSON holds it."""
+    number = scalar.item()
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError("not JSON compliant")
+    return number
+
+
+def _with_names(value: object) -> object:
+    """The value, if all keys of dicts in it are text; JSON would turn others into text and lose some."""
+    if isinstance(value, Mapping):
+        if any(not isinstance(key, str) for key in value):
+            raise TypeError("keys are no text")
+        return {key: _with_names(inner) for key, inner in value.items()}
+    return [_with_names(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_kind(value: object, kind, what: str) -> None:
+    try:
+        _check_entry(value, kind, "", Path())
+    except UserError:
+        raise UserError(f"{what} is {str(value)[:40]!r}, which no loader accepts") from None
 
 
 def origin(model: Network, task: str) -> Origin:
@@ -410,9 +439,11 @@ def check_fits(model: Network, description: dict, path: Path, find: FindMethod |
     """
     stored, present = description["base"]["fingerprint"], model.fingerprint()
     if stored != present:
+        types = {str(p.dtype).removeprefix("torch.") for p in model.backbone.parameters()} - {"float32"}
+        hint = f"; a base in {', '.join(sorted(types))} is known if it is converted after adapt" if types else ""
         raise UserError(
             f"{path} was made for another base: {description['base']['name']} with fingerprint {stored[:16]}…, "
-            f"this one is {model.base_name} with {present[:16]}…"
+            f"this one is {model.base_name} with {present[:16]}…{hint}"
         )
     problem = _difference(model, description)
     if problem is None:
@@ -503,7 +534,7 @@ def _fill(
             norms.append(norm)
             if not trainable:
                 norm.use_always(task)
-    model.heads[task] = head.to(like.device, like.dtype).train(model.training)
+    model.heads[task] = head.to(like.device, model.head_type(is_own=False)).train(model.training)
     by_name = {unit.name: unit for unit in model.units}
     _unpack("gate", tensors, [by_name[name].gates[task].state_dict() for name in listed], path)
     _unpack("norm", tensors, [_stored_norm(norm, task, compact) for norm in norms], path)

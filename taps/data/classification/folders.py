@@ -206,7 +206,8 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
             raise UserError(f"{path} has no column {name!r}; its first line has to name the columns path,label")
     splits: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
     for line, row in rows:
-        split = dict.fromkeys(_VALIDATION, "val").get(row.get("split", ""), row.get("split") or "train")
+        said = row.get("split", "").lower()
+        split = dict.fromkeys(_VALIDATION, "val").get(said, said or "train")
         if not row["path"] or not row["label"] or split not in splits:
             wrong = "path or label is missing" if split in splits else f"split {split!r} is not train, val or test"
             raise UserError(f"{path}, line {line}: {wrong}")

@@ -34,7 +34,7 @@ EXTENSIONS = (
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".tga", ".pcx", ".sgi",
 )  # fmt: skip
 #: folders that operating systems and notebooks add
-_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
 
 Sample = tuple[str, int]
 T = TypeVar("T")
@@ -90,7 +90,8 @@ def read_image(path: str, convert: Callable[[Image.Image], T] = ToRGB()) -> T:  
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not concern the pixels
-            with Image.open(path) as image:
+            # not by its name: Pillow would map the file into memory, and turning such an image scrambles it
+            with open(path, "rb") as file, Image.open(file) as image:
                 image.load()
                 is_loaded = True
                 return convert(image)

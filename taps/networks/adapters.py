@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from taps.errors import UserError
+from taps.networks.weights import without_prefix
 from taps.storage.files import read_json, read_tensors
 from taps.storage.state_dict import listed, read_state_dict
 
@@ -61,9 +62,7 @@ def state_dict_changes(path: Path, base: State, norms: Collection[str], classifi
     Raises:
         UserError: if names or shapes are not the base's.
     """
-    given = read_state_dict(path)
-    prefix = _prefix(given, base)
-    state, head = split_head({k[len(prefix) :]: t for k, t in given.items() if k.startswith(prefix)}, classifiers, path)
+    state, head = split_head(without_prefix(read_state_dict(path), dict(base), path.name), classifiers, path)
     state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     wrong = [
         key
@@ -83,12 +82,6 @@ def state_dict_changes(path: Path, base: State, norms: Collection[str], classifi
         elif not torch.equal(tensor.to(base[key].dtype), base[key]):
             changes.deltas[key] = (tensor.double() - base[key].double()).to(base[key].dtype)
     return changes
-
-
-def _prefix(given: State, base: State) -> str:
-    first = next(iter(base))
-    found = [key[: -len(first)] for key in given if key == first or key.endswith(f".{first}")]
-    return min(found, key=len, default="")
 
 
 def peft_changes(folder: Path, base: State, norms: Collection[str], classifiers: Collection[str]) -> Changes:
