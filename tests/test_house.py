@@ -110,7 +110,7 @@ def test_pages_name_what_exists(page):
     known = {option for parser in parsers for option in parser._option_string_actions}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes", "--val_size", "--test_size"}
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("http") or ((ROOT / page).parent / path).exists(), path
     for target in re.findall(r"`make (\w+)`", text):

@@ -384,6 +384,20 @@ def test_lengths_of_the_fork_for_abcd_stay_the_presets(in_their_place):
     assert (read.iterations, read.curriculum_speed, read.model_type) == ("69e", 3, "resnet50")
 
 
+def test_the_published_file_divides_the_subjects(in_their_place, here):
+    made = in_their_place / "abcd"
+    (made / "images").mkdir(parents=True)
+    rows = [f"s{index},{index % 2}" for index in range(50)]
+    (made / "labels.csv").write_text("\n".join(["subjectkey,sex", *rows]))
+    for index in range(50):
+        (made / f"images/s{index}.npy").write_bytes(b"")
+    path = in_their_place / "yamls/adashare/ABCD.yml"
+    data = {"dataset": "ABCD", "img_dataroot": str(made / "images"), "label_dataroot": str(made / "labels.csv")}
+    path.write_text(yaml.safe_dump({**abcd_file(), "dataload": data}))
+    done = here("taps.cli.data", "subjects", "--config", path, "--val_size", 0.2, "--test_size", 0.1)
+    assert "35 train, 10 val, 5 test" in done.stdout
+
+
 def test_unknown_entries_of_published_files_are_named(in_their_place):
     path = in_their_place / "own.yml"
     path.write_text(yaml.safe_dump(nyu_file(train={"regw": 0.5, "lr": 0.5})))

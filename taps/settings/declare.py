@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from taps.errors import UserError, unknown
+from taps.settings.published_files import is_published
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,12 @@ class Parser(argparse.ArgumentParser):
         """Make the values in a file the defaults, checked like those of the command line."""
         actions = {one.dest: one for one in self._actions if one.dest not in ("help", "config")}
         values, lines = _read_yaml(path)
+        if is_published(values) and {"images", "labels"} <= set(
+            actions
+        ):  # the fork of AdaShare for ABCD divides its subjects
+            data = values["dataload"]
+            values = {"images": data.get("img_dataroot"), "labels": data.get("label_dataroot")}
+            values = {name: value for name, value in values.items() if value is not None}
         for name, value in values.items():
             if name not in actions:
                 raise unknown(f"setting in {path}, line {lines.get(name, 1)}:", name, actions)
@@ -253,7 +260,7 @@ class Parser(argparse.ArgumentParser):
             try:
                 values[name] = _as_typed(action, value)
             except (ValueError, argparse.ArgumentTypeError) as error:
-                raise UserError(f"{path}, line {lines[name]}: {name}: {error}") from None
+                raise UserError(f"{path}, line {lines.get(name, 1)}: {name}: {error}") from None
             action.default, action.required = values[name], False
             if not action.option_strings:
                 action.nargs = "*" if action.nargs == "+" else "?"
