@@ -69,8 +69,6 @@ def plain_entries(about: Mapping[str, object]) -> dict:
             raise UserError(
                 f"the entry {key!r} of task.json holds a {type(value).__name__}, which JSON cannot hold{number}"
             ) from None
-        if plain[key] is not None and key in _OPTIONAL:
-            _check_kind(plain[key], _OPTIONAL[key], f"the entry {key!r} of task.json")
     return plain
 
 
@@ -118,6 +116,9 @@ def save(
     if max_error is not None and not (isinstance(max_error, (int, float)) and 0 <= max_error < 1):
         raise UserError(f"max_error must lie in 0..1, below 1, not {max_error!r}")
     about = plain_entries(about)
+    for key in about.keys() & _OPTIONAL.keys():
+        if about[key] is not None:
+            _check_kind(about[key], _OPTIONAL[key], f"the entry {key!r} of task.json")
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, str] = {}
     made = origin(model, task)
