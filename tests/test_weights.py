@@ -182,6 +182,14 @@ def test_what_a_checkpoint_says_it_holds_is_compared(tmp_path):
         ValueError, match=r"w.pth says it holds efficientnet_b0, which pads its images otherwise than tf_effi"
     ):
         load("tf_efficientnet_b0", tmp_path / "w.pth", "tf_efficientnet_b0")
+    torch.save(state, tmp_path / "w.pth")
+    said = load("tf_efficientnet_b0", tmp_path / "w.pth", "tf_efficientnet_b0")[1]
+    assert (
+        "tf_efficientnet_b0 and efficientnet_b0 have the same tensors but pad images otherwise, and it does not say"
+        in said
+    )
+    torch.save({"arch": "tf_efficientnet_b0", "state_dict": state}, tmp_path / "w.pth")
+    assert not load("tf_efficientnet_b0", tmp_path / "w.pth", "tf_efficientnet_b0")[1]
     torch.save({"arch": "resnet50", "state_dict": small().state_dict()}, tmp_path / "w.pth")
     assert "it says it holds resnet50, and is taken for test_resnet" in load(SMALL, tmp_path / "w.pth")[1]
     torch.save({"model_ema": small().state_dict(), "model": garbled(small().state_dict())}, tmp_path / "w.pth")

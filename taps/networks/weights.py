@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +52,8 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
     wanted = net.state_dict()
     remarks: list[str] = []
     state = without_prefix(read_state_dict(path), wanted, Path(path).name)
-    _check_architecture(_name(net), None if own else said_architecture(path), Path(path).name, remarks)
+    said = None if own else said_architecture(path)
+    _check_architecture(_name(net), said, Path(path).name, remarks)
     broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{path} holds values that are not finite in {len(broken)} tensors, e.g. {broken[0]}")
@@ -69,6 +71,13 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
         }
         raise does_not_fit(path, _name(net), differences)
     net.load_state_dict(fitted, strict=False)
+    name = _name(net)
+    twin = name[3:] if name.startswith("tf_") else f"tf_{name}"
+    # torchvision's names were compared, and runs of this library write base.safetensors
+    if said is None and timm.is_model(twin) and set(wanted) <= set(state) and Path(path).name != "base.safetensors":
+        remarks.append(
+            f"{name} and {twin} have the same tensors but pad images otherwise, and it does not say which it holds"
+        )
     for remark in remarks if not own else ():
         warnings.warn(f"{Path(path).name}: {remark}", stacklevel=3)
 
