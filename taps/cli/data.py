@@ -11,6 +11,7 @@ from pathlib import Path
 
 from taps.cli.parser import number
 from taps.settings.declare import Parser
+from taps.settings.published_files import places_of_subjects
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in arguments[:1]:  # avoids imports for the other actions
             add(action)
-            action.accept_config()
+            action.accept_config(places_of_subjects if name == "subjects" else None)
     given = parser.parse_args(arguments)
     ACTIONS[given.action][1](given, parser)
 

@@ -75,11 +75,16 @@ def state_dict_changes(path: Path, base: State, norms: Collection[str], classifi
             f"{path} is not a fine-tuned version of this network: {len(wrong)} tensors are missing or of another shape "
             f"({listed(wrong)}), {len(more)} have no place ({listed(more)})"
         )
+    return _differences(state, base, norms, head)
+
+
+def _differences(state: State, base: State, norms: Collection[str], head: dict[str, Tensor]) -> Changes:
+    """Return the changes of tensors that replace the base's: those of norms as they are, others as deltas where they differ."""
     changes = Changes(head=head)
     for key, tensor in state.items():
         if any(key.startswith(f"{norm}.") for norm in norms):
             changes.values[key] = tensor
-        elif not torch.equal(tensor.to(base[key].dtype), base[key]):
+        elif not key.endswith("num_batches_tracked") and not torch.equal(tensor.to(base[key].dtype), base[key]):
             changes.deltas[key] = (tensor.double() - base[key].double()).to(base[key].dtype)
     return changes
 
@@ -113,14 +118,10 @@ def peft_changes(folder: Path, base: State, norms: Collection[str], classifiers:
     state = read_tensors(path) if path.is_file() else read_state_dict(folder / "adapter_model.bin")
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
     rest, head = split_head({k: t for k, t in state.items() if ".lora_" not in k}, classifiers, folder)
-    changes = Changes(head=head)
     for key, tensor in rest.items():
         if key not in base or base[key].shape != tensor.shape:
             raise UserError(f"{folder}: {key} {tuple(tensor.shape)} has no place in this network")
-        if any(key.startswith(f"{norm}.") for norm in norms):
-            changes.values[key] = tensor
-        elif not key.endswith("num_batches_tracked") and not torch.equal(tensor.to(base[key].dtype), base[key]):
-            changes.deltas[key] = (tensor.double() - base[key].double()).to(base[key].dtype)
+    changes = _differences(rest, base, norms, head)
     downs = {
         key.removesuffix(".lora_A.weight"): tensor for key, tensor in state.items() if key.endswith(".lora_A.weight")
     }

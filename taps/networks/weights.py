@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from taps.errors import UserError
 from taps.networks.classifier import AUXILIARY
 from taps.networks.torchvision_weights import counterpart, from_torchvision
-from taps.storage.state_dict import does_not_fit, listed, read_state_dict, said_architecture
+from taps.storage.state_dict import does_not_fit, listed, read_checkpoint
 
 State = dict[str, Tensor]
 #: names of classifiers
@@ -51,12 +51,12 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
     """
     wanted = net.state_dict()
     remarks: list[str] = []
-    state = without_prefix(read_state_dict(path), wanted, Path(path).name)
-    said = None if own else said_architecture(path)
-    _check_architecture(_name(net), said, Path(path).name, remarks)
-    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(f"{path} holds values that are not finite in {len(broken)} tensors, e.g. {broken[0]}")
+    given, said = read_checkpoint(path)
+    state = without_prefix(given, wanted, Path(path).name)
+    check_finite(state, path)
+    # torchvision's names are compared by outputs, and base.safetensors is what runs of this library write
+    is_sure = own or not set(wanted) <= set(state) or Path(path).name == "base.safetensors"
+    _check_architecture(_name(net), said, is_sure, Path(path).name, remarks)
     fitted = _fitted(net, state, wanted, remarks)
     if fitted is None:
         state, _ = _without_classifier(_filtered(net, state), wanted)
@@ -71,24 +71,28 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
         }
         raise does_not_fit(path, _name(net), differences)
     net.load_state_dict(fitted, strict=False)
-    name = _name(net)
-    twin = name[3:] if name.startswith("tf_") else f"tf_{name}"
-    # torchvision's names were compared, and runs of this library write base.safetensors
-    if said is None and timm.is_model(twin) and set(wanted) <= set(state) and Path(path).name != "base.safetensors":
-        remarks.append(
-            f"{name} and {twin} have the same tensors but pad images otherwise, and it does not say which it holds"
-        )
     for remark in remarks if not own else ():
         warnings.warn(f"{Path(path).name}: {remark}", stacklevel=3)
 
 
-def _check_architecture(name: str, said: str | None, file: str, remarks: list[str]) -> None:
-    """Refuse a file that says it holds the twin of the network that was trained in TensorFlow, or the reverse."""
-    if said is None or said == name:
-        return
-    if said.removeprefix("tf_") == name.removeprefix("tf_"):
+def _check_architecture(name: str, said: str | None, is_sure: bool, file: str, remarks: list[str]) -> None:
+    """Refuse a file that says it holds the twin that was trained in TensorFlow, or the reverse; remark on what it leaves open."""
+    twin = name[3:] if name.startswith("tf_") else f"tf_{name}"
+    if said == twin:
         raise UserError(f"{file} says it holds {said}, which pads its images otherwise than {name}; use {said}")
-    remarks.append(f"it says it holds {said}, and is taken for {name}")
+    if said is not None and said != name:
+        remarks.append(f"it says it holds {said}, and is taken for {name}")
+    elif said is None and not is_sure and timm.is_model(twin):
+        remarks.append(
+            f"{name} and {twin} have the same tensors but pad images otherwise, and it does not say which it holds"
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a ``UserError`` if a file's tensors hold values that are not finite."""
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{path} holds values that are not finite in {len(broken)} tensors, e.g. {broken[0]}")
 
 
 def _name(net: nn.Module) -> str:

@@ -18,6 +18,7 @@ from taps.errors import UserError
 from taps.networks.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.networks.backbones import create_backbone, needs_image_size
 from taps.networks.preprocessing import Preprocessing
+from taps.networks.weights import check_finite
 from taps.settings.importing import ImportSettings
 from taps.storage.files import read_tensors, write_tensors
 from taps.storage.state_dict import does_not_fit
@@ -54,10 +55,7 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
         outputs = len(changes.head["weight"])
         if classes and len(classes[index]) != outputs:
             raise UserError(f"{settings.classes[index]} names {len(classes[index])} classes, {path} has {outputs}")
-        tensors = {**changes.deltas, **changes.values, **changes.head}
-        broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-        if broken:
-            raise UserError(f"{path} holds values that are not finite in {len(broken)} tensors, e.g. {broken[0]}")
+        check_finite({**changes.deltas, **changes.values, **changes.head}, path)
         method = "finetune" if _loose(net, changes) else "taps"
         if method not in models:
             models[method] = adapt(copy.deepcopy(net), method, norm="task").eval()

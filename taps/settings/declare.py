@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from taps.errors import UserError, unknown
-from taps.settings.published_files import is_published
 
 
 @dataclass(frozen=True)
@@ -224,10 +223,14 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and suggest the nearest option; :meth:`accept_config` adds ``--config``."""
 
     takes_config = False
+    convert_config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
-    def accept_config(self) -> None:
-        """Accept ``--config FILE``, a YAML file with values of this parser's arguments, over which the command line wins."""
-        self.takes_config = True
+    def accept_config(self, convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+        """Accept ``--config FILE``, a YAML file with values of this parser's arguments, over which the command line wins.
+
+        ``convert`` returns the arguments that the contents of a file stand for.
+        """
+        self.takes_config, self.convert_config = True, convert
         self.add_argument("--config", metavar="FILE", help="a YAML file of these settings; the command line wins")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # also called by subparsers
@@ -247,12 +250,8 @@ class Parser(argparse.ArgumentParser):
         """Make the values in a file the defaults, checked like those of the command line."""
         actions = {one.dest: one for one in self._actions if one.dest not in ("help", "config")}
         values, lines = _read_yaml(path)
-        if is_published(values) and {"images", "labels"} <= set(
-            actions
-        ):  # the fork of AdaShare for ABCD divides its subjects
-            data = values["dataload"]
-            values = {"images": data.get("img_dataroot"), "labels": data.get("label_dataroot")}
-            values = {name: value for name, value in values.items() if value is not None}
+        if self.convert_config is not None:
+            values = self.convert_config(values)
         for name, value in values.items():
             if name not in actions:
                 raise unknown(f"setting in {path}, line {lines.get(name, 1)}:", name, actions)

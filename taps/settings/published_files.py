@@ -48,6 +48,14 @@ def is_published(values: Mapping[str, Any]) -> bool:
     return isinstance(values.get("dataload"), Mapping) and isinstance(values.get("train"), Mapping)
 
 
+def places_of_subjects(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what the fork for ABCD, whose program divides subjects, says of images and labels; other contents as they are."""
+    if not is_published(values):
+        return values
+    found = {"images": values["dataload"].get("img_dataroot"), "labels": values["dataload"].get("label_dataroot")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = False) -> dict[str, Any]:
     """Return the settings of ``train_mtl.py`` that a published settings file stands for.
 

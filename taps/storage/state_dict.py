@@ -33,9 +33,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the file is missing, damaged, or can only be read by unpickling anything else.
     """
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return what :func:`read_state_dict` does, and the architecture that the file says it holds (``arch``, as timm writes it)."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return read_tensors(path), None
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
@@ -51,20 +56,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not state:
         kind = f"a {type(loaded).__name__}" if not isinstance(loaded, Mapping) else "the keys " + listed(loaded)
         raise UserError(f"{path} does not hold a state dict (names with tensors), but {kind}")
-    return state
-
-
-def said_architecture(path: str | Path) -> str | None:
-    """Return the name of the architecture that a checkpoint says it holds (``arch``), as timm's programs write it."""
-    if Path(path).suffix == ".safetensors":
-        return None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # read_state_dict says what is wrong
-        return None
-    said = loaded.get("arch") if isinstance(loaded, Mapping) else None
-    return said if isinstance(said, str) else None
+    said = loaded.get("arch")
+    return state, said if isinstance(said, str) else None
 
 
 def _tensors(loaded: object, name: str, depth: int = 3) -> dict[str, Tensor]:

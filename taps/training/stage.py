@@ -53,10 +53,9 @@ class Stage:
         """Train from the start, or from the folder's checkpoint."""
         tasks, folder = list(self.tasks), self.folder
         record = None if folder is None else checkpoint.read_record(folder.state_path)
-        resume = record is not None and record["tasks"] == tasks and record["progress"]["epoch"] >= self.done
-        resume = resume and (
-            not self.done or record["progress"]["epoch"] > self.done or record["progress"]["batch"] > 0
-        )
+        resume = record is not None and record["tasks"] == tasks
+        if resume and self.done:  # the checkpoint of the epochs that are done is of another schedule
+            resume = (record["progress"]["epoch"], record["progress"]["batch"]) > (self.done, 0)
         for task in tasks if folder is not None else ():
             folder.keep_metrics(task, record["progress"]["epoch"] if resume else self.done)
         started = time.perf_counter()
