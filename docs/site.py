@@ -28,6 +28,7 @@ def options_page() -> str:
         mtl_parser,
         predict_parser,
         sequential_parser,
+        serve_parser,
     )
 
     programs = {
@@ -36,6 +37,7 @@ def options_page() -> str:
         "`taps mtl`, `train_mtl.py`": mtl_parser(),
         "`taps evaluate`, `evaluate.py`": evaluate_parser(),
         "`taps predict`": predict_parser(),
+        "`taps serve`": serve_parser(),
         "`taps import`": import_parser(),
     }
     lines = [

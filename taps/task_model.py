@@ -119,13 +119,44 @@ def load(
     library.descriptions = {name: library.descriptions[name] for name in names}
     library.warn()
     found = library.descriptions
-    first = found[names[0]]
-    for name, description in found.items():
+    model = empty_model(found, library.folders, base, source)
+    if len(names) > keep:
+        model.load_library(*library.folders.values(), keep=keep)
+    else:
+        for name in names:
+            model.load_task(library.folders[name], name=name)
+    for name in names:
+        if "preprocessing" not in found[name]:  # written before version 0.11: as the run's settings say
+            prepare = _from_settings(model, library.folders[name].resolve().parent, name)
+            model.describe_task(name, preprocessing=prepare)
+    return model
+
+
+def empty_model(
+    found: Mapping[str, dict],
+    folders: Mapping[str, Path],
+    base: nn.Module | str | Path | None = None,
+    source: str | Path | None = None,
+) -> TaskModel:
+    """Return a model without tasks, in evaluation mode, into which stored tasks of one base can be loaded.
+
+    Args:
+        found: contents of each task's ``task.json``; at least one.
+        folders: folder of each task.
+        base: as in :func:`load`.
+        source: what to call the tasks in messages; ``None``: the first one's folder.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    (name, first), *others = found.items()
+    source = folders[name] if source is None else source
+    for other, description in others:
         if description["base"]["fingerprint"] != first["base"]["fingerprint"]:
             raise UserError(
-                f"{source} holds tasks of different bases, {names[0]} and {name}; name some of one base: tasks="
+                f"{source} holds tasks of different bases, {name} and {other}; name some of one base: tasks="
             )
-    net = base if isinstance(base, nn.Module) else _build_base(library.folders[names[0]], first["base"], base)
+    net = base if isinstance(base, nn.Module) else _build_base(folders[name], first["base"], base)
     try:
         model = adapt(net, **_host(found), train_base=False).eval()
     except UserError:
@@ -136,15 +167,6 @@ def load(
         raise UserError(
             f"{source} was made for another base than the {model.base_name} that its files describe; give it as base="
         )
-    if len(names) > keep:
-        model.load_library(*library.folders.values(), keep=keep)
-    else:
-        for name in names:
-            model.load_task(library.folders[name], name=name)
-    for name in names:
-        if "preprocessing" not in found[name]:  # written before version 0.11: as the run's settings say
-            prepare = _from_settings(model, library.folders[name].resolve().parent, name)
-            model.describe_task(name, preprocessing=prepare)
     return model
 
 

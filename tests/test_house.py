@@ -27,6 +27,7 @@ LEVELS = (
     ("training",),
     ("reuse", "benchmarks"),
     ("runs",),
+    ("serving",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -105,7 +106,7 @@ def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
     from taps.cli import options
 
-    names = ("sequential", "joint", "evaluate", "mtl", "predict", "import")
+    names = ("sequential", "joint", "evaluate", "mtl", "predict", "serve", "import")
     parsers = [getattr(options, f"{name}_parser")() for name in names]
     known = {option for parser in parsers for option in parser._option_string_actions}
     for script in (ROOT / "benchmarks").glob("*.py"):

@@ -13,6 +13,7 @@ COMMANDS = {
     "mtl": ("multi_task", "dense and other multi-task benchmarks"),
     "evaluate": ("evaluate", "test, verify and export a results folder"),
     "predict": ("predict", "classify your own images with stored tasks"),
+    "serve": ("serve", "answer requests for predictions over HTTP"),
     "import": ("import_tasks", "turn other programs' checkpoints into tasks"),
     "tasks": ("tasks", "list, show and compare task files"),
     "data": ("data", "check, divide and generate data"),

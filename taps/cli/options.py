@@ -18,6 +18,7 @@ from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
 from taps.settings.presets import as_published, demo, published, published_taps
 from taps.settings.published_files import is_published, translate
+from taps.settings.serving import ServeSettings
 from taps.settings.task_names import GENERATED, aliases, file_names
 
 S = TypeVar("S", bound=Settings)
@@ -91,6 +92,26 @@ def parse_predict(arguments: Sequence[str]) -> PredictSettings:
     if settings.json and settings.csv:
         parser.error("--json and --csv exclude each other")
     return settings
+
+
+def serve_parser() -> Parser:
+    """Return the parser of ``taps serve``."""
+    return make_parser(ServeSettings, "Serve the tasks of a folder over HTTP.", "", positional=("folder",))
+
+
+def parse_serve(arguments: Sequence[str]) -> ServeSettings:
+    """Parse the settings of ``taps serve``."""
+    parser = serve_parser()
+    settings = build(ServeSettings, _given(parser, ServeSettings, arguments))
+    if not settings.folder:
+        parser.error("name a folder of tasks: taps serve results/demo")
+    if len(settings.replicas) > 2 or settings.replicas != sorted(settings.replicas):
+        parser.error("--replicas takes a number, or the least and the largest number")
+    return replace(
+        settings,
+        token=settings.token or os.environ.get("TAPS_TOKEN") or None,
+        base=settings.base and _absolute(settings.base),
+    )
 
 
 def import_parser() -> Parser:

@@ -145,9 +145,9 @@ def classify(
         for position, tasks in enumerate(groups.values()):
             x = torch.stack([tensors[position] for _, tensors in good]).to(device)
             outputs.update(model.predict(x, tasks=tasks))
-        ranked = {task: _ranked(model, task, outputs[task], top) for task in model.tasks}
+        best = {task: ranked(model, task, outputs[task], top) for task in model.tasks}
         for row, (index, _) in enumerate(good):
-            yield [Prediction(images[index], task, ranked[task][row]) for task in model.tasks]
+            yield [Prediction(images[index], task, best[task][row]) for task in model.tasks]
 
 
 def _reason(message: str) -> str:
@@ -156,7 +156,7 @@ def _reason(message: str) -> str:
     return message[start + 1 : end] if 0 <= start < end else message
 
 
-def _ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple[tuple[str, float], ...]]:
+def ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple[tuple[str, float], ...]]:
     """Return the ``top`` classes of each sample with their probabilities."""
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise UserError(f"task {task!r} does not classify images: its output is not (images, classes)")

@@ -85,7 +85,11 @@ def _task_folders(root: Path) -> list[Path]:
         raise UserError(f"{root} does not exist" if not root.exists() else f"{root} is not a folder")
     if any((root / name).is_file() for name in FILES):
         return [root]
-    inner = [folder for folder in sorted(root.iterdir()) if any((folder / name).is_file() for name in FILES)]
+    inner = [
+        folder
+        for folder in sorted(root.iterdir())
+        if not folder.name.startswith(".") and any((folder / name).is_file() for name in FILES)
+    ]
     if not inner:
         raise UserError(f"{root} holds no task (a folder with {' and '.join(FILES)}) and no folder with one")
     return inner

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -86,24 +87,56 @@ def read_image(path: str, convert: Callable[[Image.Image], T] = ToRGB()) -> T:  
     Raises:
         UserError: with the path, if the file is missing, truncated, not an image, or one that ``convert`` refuses.
     """
+    try:  # not by its name: Pillow would map the file into memory, and turning such an image scrambles it
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        raise UserError(f"image {path} does not exist") from None
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    with file:
+        try:
+            return decode_image(file, convert)
+        except UnreadableImageError as error:
+            raise _unreadable(path, str(error)) from None
+
+
+def _unreadable(path: str, reason: str) -> UserError:
+    return UserError(f"image {path} cannot be read ({reason}); remove it, or use --skip_bad_images")
+
+
+def decode_image(file: IO[bytes], convert: Callable[[Image.Image], T], max_pixels: float = math.inf) -> T:
+    """An image as ``convert`` makes it.
+
+    Raises:
+        UnreadableImageError: with the reason, if the data are no image, are damaged, or ``convert`` refuses them.
+        LargeImageError: if there are more than ``max_pixels``; they are then not decoded.
+    """
     is_loaded = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not concern the pixels
-            # not by its name: Pillow would map the file into memory, and turning such an image scrambles it
-            with open(path, "rb") as file, Image.open(file) as image:
+            with Image.open(file) as image:
+                if image.width * image.height > max_pixels:
+                    raise LargeImageError(
+                        f"{image.width} × {image.height} pixels, at most {max_pixels:,.0f} are allowed"
+                    )
                 image.load()
                 is_loaded = True
                 return convert(image)
-    except FileNotFoundError:
-        raise UserError(f"image {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise UnreadableImageError("not an image of a known format") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        if is_loaded and not isinstance(error, UserError):
+        if isinstance(error, UnreadableImageError) or (is_loaded and not isinstance(error, UserError)):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image of a known format"
-        raise UserError(f"image {path} cannot be read ({reason}); remove it, or use --skip_bad_images") from None
+        raise UnreadableImageError((str(error).splitlines() or [type(error).__name__])[0]) from None
+
+
+class UnreadableImageError(UserError):
+    """Data that are no image, or a damaged one; the message is the reason."""
+
+
+class LargeImageError(UnreadableImageError):
+    """An image with more pixels than are allowed."""
 
 
 class ImageSet(Dataset):

@@ -1,0 +1,97 @@
+"""Collection of items into batches while earlier batches are being answered, and limits on what may wait."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from taps.serving.engine import Answer, Item
+
+
+class Busy(Exception):  # noqa: N818 (no mistake of anyone's)
+    """Too much is waiting; the message says so."""
+
+
+class Batches:
+    """The items that wait for an answer, in groups that each go to one replica, so that it has their tasks in memory.
+
+    An item goes out at once if fewer than :attr:`AT_ONCE` batches of its group are on their way; otherwise it waits and goes out
+    with all others that have come in meanwhile.
+
+    Args:
+        send: sends a batch and returns its answers; its first argument is the group.
+        groups: number of groups; a task belongs to one of them.
+        size: most items in a batch.
+        most: most images that may be admitted at a time.
+
+    Attributes:
+        admitted: number of images that have been admitted and not been answered.
+    """
+
+    #: two, so that a batch is sent while the one before it is computed
+    AT_ONCE = 2
+
+    def __init__(
+        self, send: Callable[[int, Sequence[Item]], Awaitable[Sequence[Answer]]], groups: int, size: int, most: int
+    ) -> None:
+        self._send, self._size, self._most = send, size, most
+        self.admitted = 0
+        self._waiting: list[deque[tuple[Item, asyncio.Future]]] = [deque() for _ in range(groups)]
+        self._on_their_way = [0] * groups
+        self._tasks: set[asyncio.Task] = set()
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Let images be answered inside the ``with`` block.
+
+        Raises:
+            Busy: if there are too many already.
+        """
+        if self.admitted + images > self._most:
+            raise Busy(f"{self.admitted} images are waiting already, and at most {self._most} may")
+        self.admitted += images
+        try:
+            yield
+        finally:
+            self.admitted -= images
+
+    async def answer(self, item: Item) -> Answer:
+        """Wait for the answer to an item."""
+        group = zlib.crc32(",".join(item.tasks).encode()) % len(self._waiting)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[group].append((item, future))
+        if self._on_their_way[group] < self.AT_ONCE:
+            self._on_their_way[group] += 1
+            task = asyncio.create_task(self._work(group))
+            self._tasks.add(task)  # or it might be collected as garbage
+            task.add_done_callback(self._tasks.discard)
+        return await future
+
+    async def _work(self, group: int) -> None:
+        waiting = self._waiting[group]
+        try:
+            while waiting:
+                batch = []
+                while waiting and len(batch) < self._size:
+                    item, future = waiting.popleft()
+                    if not future.done():  # its client may have given up
+                        batch.append((item, future))
+                if batch:
+                    await self._answer_all(group, batch)
+        finally:
+            self._on_their_way[group] -= 1
+
+    async def _answer_all(self, group: int, batch: Sequence[tuple[Item, asyncio.Future]]) -> None:
+        try:
+            answers = await self._send(group, [item for item, _ in batch])
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)

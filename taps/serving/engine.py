@@ -1,0 +1,207 @@
+"""Answers for a batch of images, each with the tasks that it is asked for, from one model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taps.errors import UserError
+from taps.runs.prediction import ranked
+from taps.serving.folder import ServedFolder, StoredTask
+from taps.task_model import empty_model
+
+#: the reason for which a task is not answered when its files have changed since the image was prepared
+CHANGED = "changed"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prepared image and the tasks that it is asked for.
+
+    Attributes:
+        image: (3, H, W) in float32.
+        tasks: version of each task by name, as in :class:`taps.serving.folder.StoredTask`.
+        top: number of classes to return.
+    """
+
+    image: np.ndarray
+    tasks: dict[str, str]
+    top: int
+
+
+#: an item's answer: for each task the most probable classes with their probabilities, or the reason why there are none
+Answer = dict[str, tuple[tuple[str, float], ...] | str]
+
+
+class Engine:
+    """A model that answers for the tasks in a folder as they are on disk.
+
+    Args:
+        root: the folder of tasks.
+        base: file with the weights of the base, if the tasks' files do not say where they are.
+        keep: largest number of tasks in memory.
+        device: where the model runs.
+
+    Raises:
+        UserError: if the folder has no usable task, or the base cannot be had.
+    """
+
+    def __init__(self, root: Path, base: str | None = None, keep: int = 64, device: torch.device | str = "cpu") -> None:
+        self.folder = ServedFolder(root)
+        if not self.folder.tasks:
+            reason = next(iter(self.folder.refused.values()), f"{root} holds no task")
+            raise UserError(reason)
+        self.keep, self.device = keep, torch.device(device)
+        folders = {name: task.folder for name, task in self.folder.tasks.items()}
+        first = next(iter(self.folder.tasks.values())).description
+        alike = {
+            name: task.description
+            for name, task in self.folder.tasks.items()
+            if task.description["base"]["fingerprint"] == first["base"]["fingerprint"]
+        }
+        self.model = empty_model(alike, folders, base).to(self.device).eval()
+        self._format = self._fastest_format(int((first.get("preprocessing") or {}).get("input_size", 224)))
+        self.model.to(memory_format=self._format)
+        self._unusable: dict[tuple, str] = {}  # by stamp of the files
+        self._held: dict[str, str] = {}  # version by task, the least recently used first
+        self._costs: dict[tuple, dict[str, int]] = {}
+
+    @torch.inference_mode()
+    def _fastest_format(self, side: int) -> torch.memory_format:
+        """Return the memory format in which the base is fastest here; for convolutions on CPUs it differs by up to a half."""
+        seconds: dict[torch.memory_format, float] = {}
+        net = copy.deepcopy(self.model.backbone)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            net.to(memory_format=memory_format)
+            x = torch.zeros(8, 3, side, side, device=self.device).to(memory_format=memory_format)
+            seconds[memory_format] = min(self._seconds(net, x) for _ in range(4))
+        return min(seconds, key=lambda own: seconds[own])
+
+    def _seconds(self, net: torch.nn.Module, x: Tensor) -> float:
+        start = time.perf_counter()
+        net(x)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def answer(self, items: Sequence[Item]) -> list[Answer]:
+        """Return the answers to several items, with shared computation done once.
+
+        Images that are asked for one task each run as one batch of different tasks. Images that are asked for several run with
+        all others that are asked for the same ones, in one pass that computes once what these tasks share.
+        """
+        answers: list[Answer] = [{} for _ in items]
+        groups: dict[tuple, list[int]] = {}
+        for index, item in enumerate(items):
+            wanted = tuple(item.tasks.items())
+            groups.setdefault((item.image.shape, wanted if len(wanted) > 1 else ()), []).append(index)
+        for (_, wanted), members in groups.items():
+            x = torch.from_numpy(np.stack([items[index].image for index in members]))
+            x = x.to(self.device, memory_format=self._format)
+            if wanted:
+                for start in range(0, len(wanted), self.keep):
+                    self._answer_several(x, dict(wanted[start : start + self.keep]), items, answers, members)
+                    self._make_room()
+            else:
+                self._answer_mixed(x, items, answers, members)
+                self._make_room()
+        self._mark_changed(items, answers)
+        return answers
+
+    def _answer_several(
+        self, x: Tensor, wanted: dict[str, str], items: Sequence[Item], answers: list[Answer], members: Sequence[int]
+    ) -> None:
+        reasons = self._hold(wanted)
+        for index in members:
+            answers[index].update(reasons)
+        usable = [name for name in wanted if name not in reasons]
+        top = max(items[index].top for index in members)
+        for name, output in self.model.predict(x, tasks=usable).items() if usable else ():
+            for index, own in zip(members, self._ranked(name, output, top), strict=True):
+                answers[index][name] = own if isinstance(own, str) else own[: items[index].top]
+
+    @torch.no_grad()
+    def _answer_mixed(self, x: Tensor, items: Sequence[Item], answers: list[Answer], members: Sequence[int]) -> None:
+        asked = [next(iter(items[index].tasks.items())) for index in members]
+        reasons = self._hold(dict(asked))
+        usable = [
+            row for row, (name, version) in enumerate(asked) if not reasons.get(name) and self._held[name] == version
+        ]
+        for index, (name, _) in zip(members, asked, strict=True):
+            answers[index][name] = reasons.get(name, CHANGED)
+        if usable:
+            outputs = self.model(x[usable], task=[asked[row][0] for row in usable])
+            for row, output in zip(usable, outputs, strict=True):
+                index, name = members[row], asked[row][0]
+                answers[index][name] = self._ranked(name, output[None], items[index].top)[0]
+
+    def _ranked(self, name: str, output: Tensor, top: int) -> Sequence[tuple[tuple[str, float], ...] | str]:
+        try:
+            return ranked(self.model, name, output, top)
+        except UserError as error:
+            return [str(error)] * len(output)
+
+    def _mark_changed(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
+        """Withdraw answers of tasks whose files have changed meanwhile, since it is not known which ones were read."""
+        self.folder.refresh({name for item in items for name in item.tasks})
+        for item, answer in zip(items, answers, strict=True):
+            for name, version in item.tasks.items():
+                now = self.folder.tasks.get(name)
+                if now is None or now.version != version:
+                    answer[name] = CHANGED
+
+    def _hold(self, wanted: dict[str, str]) -> dict[str, str]:
+        """Put tasks into the model; return the reason for each that cannot be used."""
+        self.folder.refresh({*wanted, *self._held})
+        for name in [name for name in self._held if name not in self.folder.tasks]:
+            self._drop(name)
+        reasons: dict[str, str] = {}
+        for name, version in wanted.items():
+            task = self.folder.tasks.get(name)
+            reason = CHANGED if task is None or task.version != version else self._load(task)
+            if reason is not None:
+                reasons[name] = reason
+        return reasons
+
+    def _load(self, task: StoredTask) -> str | None:
+        """Put a task into the model unless it is there; return the reason if it cannot be used."""
+        held = self._held.get(task.name)
+        if held is not None:
+            del self._held[task.name]  # to be put last
+            if held != task.version:
+                self.model.remove_task(task.name)
+        if held != task.version:
+            if task.stamp in self._unusable:
+                return self._unusable[task.stamp]
+            try:
+                self.model.load_task(task.folder, name=task.name)
+            except UserError as error:
+                self._unusable[task.stamp] = str(error)
+                return str(error)
+        self._held[task.name] = task.version
+        return None
+
+    def _drop(self, name: str) -> None:
+        del self._held[name]
+        self.model.remove_task(name)
+
+    def _make_room(self) -> None:
+        for name in [*self._held][: max(len(self._held) - self.keep, 0)]:
+            self._drop(name)
+
+    def cost(self, shape: Sequence[int], tasks: Iterable[str]) -> dict[str, int]:
+        """Return the MACs of the tasks on one image of this shape: in one pass, and in one pass each."""
+        names = tuple(sorted(name for name in tasks if name in self._held))
+        key = (tuple(shape), tuple(self._held[name] for name in names))
+        if key not in self._costs:
+            if len(self._costs) >= 100:
+                self._costs.clear()
+            self._costs[key] = self.model.predict_cost(torch.zeros(1, *shape, device=self.device), names)
+        return self._costs[key]

@@ -1,0 +1,260 @@
+"""The server: replicas of the model on Ray, and the HTTP interface in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import logging
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from taps.errors import UserError
+from taps.runs.setup import pick_device
+from taps.serving.engine import Answer, Engine, Item
+from taps.serving.folder import ServedFolder
+from taps.settings.serving import ServeSettings
+from taps.storage import hub
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+try:
+    import ray
+    import uvicorn
+    from ray import serve as ray_serve
+    from ray.exceptions import RayActorError
+
+    from taps.serving.app import Service, Unavailable, make_app
+except ImportError as missing:
+    raise UserError(f"taps serve needs {missing.name}: pip install 'taps-vision[serve]'") from None
+
+#: name of the application on a Ray cluster
+_NAME = "taps"
+
+
+class Replica:
+    """A model in a process of its own, which Ray starts, and starts again if it dies."""
+
+    def __init__(self, root: str, base: str | None, keep: int, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._engine = Engine(Path(root), base, keep, pick_device(device))
+        self._pool = ThreadPoolExecutor(1)  # one batch after another, while the next one is received
+
+    @ray_serve.multiplexed(max_num_models_per_replica=1000)
+    async def _group(self, group: str) -> str:
+        """Tell the router that this replica has a group's tasks in memory."""
+        return group
+
+    async def answer(self, items: Sequence[Item]) -> list[Answer]:
+        await self._group(ray_serve.get_multiplexed_model_id())
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._engine.answer, items)
+
+    async def cost(self, shape: tuple[int, ...], tasks: list[str]) -> dict[str, int]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._engine.cost, shape, tasks)
+
+    async def default_preprocessing(self) -> dict:
+        return self._engine.model.default_preprocessing(224).describe()
+
+    async def is_ready(self) -> bool:
+        return True
+
+
+def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Serve the tasks of a folder until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: if there is no task, the port is taken, the cluster cannot be reached, or a replica cannot start.
+    """
+    if settings.folder.startswith(hub.PREFIX):
+        settings = replace(settings, folder=str(hub.download(settings.folder)))
+    root = Path(settings.folder).absolute()
+    folder = ServedFolder(root)
+    if not folder.tasks:
+        reasons = list(folder.refused.values())
+        raise UserError(reasons[0] if reasons else f"{root} holds no task (a folder with task.json)")
+    if settings.base is not None and settings.address is None and not Path(settings.base).is_file():
+        raise UserError(f"--base {settings.base} does not exist")
+    for reason in folder.refused.values():
+        warnings.warn(f"a task is left out: {reason}", stacklevel=2)
+    listener = _listen(settings)
+    with listener:
+        count = f"{settings.least} replica{'s' * (settings.least > 1)}"
+        say(f"starting {count} for {root} on {settings.address or 'this machine'} …")
+        _start_ray(settings)
+        try:
+            handle = _start_replicas(settings, root)
+            _answer_requests(settings, folder, handle, listener, say)
+        finally:
+            _stop_ray(settings)
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    """Return a socket that listens at the address."""
+    try:
+        kind, *_, where = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"--host {settings.host}: {error.strerror}") from None
+    listener = socket.socket(kind, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+        raise UserError(
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another --port"
+        ) from None
+    return listener
+
+
+def _start_ray(settings: ServeSettings) -> None:
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    package = str(Path(__file__).resolve().parents[2])  # a clone need not be installed
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    more = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if settings.address is None:
+            processors = settings.most * settings.threads_each
+            where = {
+                "address": "local",
+                "num_cpus": processors,
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+            }
+            ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": path}}, **more)
+        else:
+            _check_cluster(settings.address)
+            ray.init(address=settings.address, **more)
+        ray_serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "ERROR"})
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where_ = f"the Ray cluster at {settings.address} does not answer" if settings.address else "Ray does not start"
+        raise UserError(f"{where_}: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
+            signal.signal(number, handler)
+
+
+def _check_cluster(address: str) -> None:
+    """Refuse an address at which nobody listens, for which Ray would wait for a minute."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address {address} is not HOST:PORT or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"the Ray cluster at {address} does not answer: {error}") from None
+
+
+def _start_replicas(settings: ServeSettings, root: Path):
+    """Start the replicas, wait until they are ready, and return a handle to them."""
+    device = pick_device(settings.device).type if settings.address is None else settings.device
+    resources: dict[str, float] = {"num_cpus": settings.threads_each}
+    if device == "cuda":
+        gpus = torch.cuda.device_count() if settings.address is None else settings.most
+        resources["num_gpus"] = min(1.0, gpus / settings.most)
+    scale: dict = {"num_replicas": settings.least}
+    if settings.most > settings.least:
+        bounds = {"min_replicas": settings.least, "max_replicas": settings.most, "initial_replicas": settings.least}
+        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": 1, "upscale_delay_s": 3}}
+    deployment = ray_serve.deployment(
+        Replica,
+        ray_actor_options=resources,
+        max_ongoing_requests=4,
+        max_constructor_retry_count=1,
+        health_check_period_s=2,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=5,
+        **scale,
+    )
+    bound = deployment.bind(str(root), settings.base, settings.keep, device, settings.threads_each)
+    try:
+        return ray_serve.run(bound, name=_NAME, route_prefix=None, blocking=False)
+    except RuntimeError as error:
+        raise UserError(f"a replica does not start: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason in an error, of which Ray says more in the state of the application."""
+    text = str(error)
+    try:
+        application = ray_serve.status().applications[_NAME]
+        text = "\n".join([text, *(own.message for own in application.deployments.values())])
+    except (KeyError, RuntimeError):
+        pass
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line.partition("UserError:")[2].strip() for line in lines if "UserError:" in line]
+    return (own or lines)[-1]
+
+
+def _answer_requests(settings: ServeSettings, folder: ServedFolder, handle, listener: socket.socket, say) -> None:
+    """Run the HTTP interface until a signal ends it."""
+
+    async def send(group: int, items: Sequence[Item]) -> Sequence[Answer]:
+        own = handle.options(multiplexed_model_id=str(group))
+        for last in (False, True):
+            try:
+                return await own.answer.remote(list(items))
+            except RayActorError:
+                if last:
+                    raise Unavailable("the replica died while it answered") from None
+        raise Unavailable("no replica answers")
+
+    async def cost(shape: tuple[int, ...], tasks: list[str]) -> dict[str, int]:
+        return await handle.cost.remote(shape, tasks)
+
+    async def is_ready() -> bool:
+        try:
+            return await asyncio.wait_for(_result(handle.is_ready.remote()), 2)
+        except (asyncio.TimeoutError, RayActorError):
+            return False
+
+    async def main() -> None:
+        default = await handle.default_preprocessing.remote()
+        app = make_app(Service(settings, folder, default, send, cost), is_ready)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=65536,
+            timeout_graceful_shutdown=10,
+            limit_concurrency=1000,
+        )
+        server = uvicorn.Server(config)
+        host, port = listener.getsockname()[:2]
+        tasks = len(folder.tasks)
+        say(
+            f"{tasks} task{'s' * (tasks != 1)} at http://{host}:{port}/ (requests to /v1/predict, their format at /docs); "
+            "Ctrl-C stops"
+        )
+        await server.serve([listener])
+
+    asyncio.run(main())
+
+
+async def _result(response):
+    return await response
+
+
+def _stop_ray(settings: ServeSettings) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the end is coming
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray complains that what it ends has ended
+        if settings.address is not None:
+            ray_serve.delete(_NAME)
+        else:
+            ray_serve.shutdown()
+        ray.shutdown()
