@@ -145,7 +145,7 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     curve = tmp_path / "results/run"
     done = here("train_sequential.py", *arguments, "100KB", "170KB", cwd=tmp_path)
     assert "picture: results/run/trade_off.png" in done.stdout
-    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "170kb", "trade_off.png"]
+    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "170kb", "summary.csv", "trade_off.png"]
     assert {row["phase"] for row in read_run(curve / "170kb").metrics} == {"settle", "round"}
     done = here("evaluate.py", "results/run", cwd=tmp_path, check=2)
     assert "results/run holds several runs; name one of them, e.g. results/run/100kb" in done.stderr
@@ -153,9 +153,9 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     stored = [path / "paint/task.safetensors" for path in (curve / "170kb", tmp_path / "results/alone")]
     assert stored[0].read_bytes() == stored[1].read_bytes()
     done = here("train_sequential.py", *arguments, "100KB", "130KB", cwd=tmp_path, check=2)
-    assert "exists; continue it or add sizes with --resume" in done.stderr
+    assert "exists; continue it or add runs with --resume" in done.stderr
     here("train_sequential.py", *arguments, "130KB", "100KB", "--resume", cwd=tmp_path)
-    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "130kb", "170kb", "trade_off.png"]
+    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "130kb", "170kb", "summary.csv", "trade_off.png"]
 
 
 def test_published_habit_of_selecting_on_test_is_said(tree, here, tmp_path):

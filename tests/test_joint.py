@@ -272,7 +272,7 @@ def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path)
     with stop_at(0) as steps:
         here("train_joint.py", *arguments(tree, *more), cwd=whole)
     run = whole / "results/run"
-    assert sorted(path.name for path in run.iterdir()) == ["40kb", "70kb", "trade_off.png"]
+    assert sorted(path.name for path in run.iterdir()) == ["40kb", "70kb", "summary.csv", "trade_off.png"]
     rows = [json.loads(line) for line in (run / "70kb/metrics.jsonl").read_text().splitlines()]
     assert {row["phase"] for row in rows} == {"settle", "round"}
     with stop_at(len(steps) - 3):

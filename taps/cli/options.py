@@ -183,12 +183,10 @@ def parse_joint(arguments: Sequence[str]) -> JointSettings:
     variant = given.get("variant", "joint")
     preset = {**demo(_has_budget(given)), "experiment_name": f"demo_{variant}"}
     settings = _complete(parser, JointSettings, given, preset, f"_{variant}")
-    if settings.method == "hard_sharing" and variant == "lite":
+    if "hard_sharing" in _as_list(settings.method) and variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
     if (settings.mixup or settings.cutmix) and variant == "joint":
         parser.error("--mixup and --cutmix blend images of one task: leave them out, or use --variant lite")
-    if isinstance(settings.budget, list) and variant == "lite":
-        parser.error("--variant lite takes one --budget")
     return settings if settings.shared_epochs is not None else replace(settings, shared_epochs=settings.epochs)
 
 
@@ -218,19 +216,27 @@ def _like_published(settings: A) -> A:
 
 
 def _has_budget(given: Mapping[str, Any]) -> bool:
-    return given.get("budget") is not None or given.get("method") == "taps_budget"
+    return given.get("budget") is not None or "taps_budget" in _as_list(given.get("method"))
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict[str, Any], suffix: str = "") -> A:
     """Fill in defaults, for the demo those of the demo, and refuse options that contradict each other."""
     budget = given.pop("budget", None)
-    budget = budget[0] if isinstance(budget, list) and len(budget) == 1 else budget
-    given.setdefault("method", "taps" if budget is None else "taps_budget")
-    if given["method"] not in catalog():
-        parser.error(f"argument --method: {not_one_of(given['method'], catalog())}")
+    methods = _as_list(given.get("method")) or ["taps" if budget is None else "taps_budget"]
+    given["method"] = methods
+    for name in methods:
+        if name not in catalog():
+            parser.error(f"argument --method: {not_one_of(name, catalog())}")
+    only_budgets = methods == ["taps_budget"] or (budget is not None and len(methods) == 1)
     for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr", "patience", "ema_decay"):
-        if (budget is not None or given["method"] == "taps_budget") and name in given:
+        if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
             parser.error(f"--{name} is not used with a budget: leave one of them out")
+    if given.get("seeds") is not None and "seed" in given:
+        parser.error("--seed and --seeds exclude each other")
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
     if given.get("dataset"):
@@ -246,8 +252,8 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     name = _experiment_name(parser, settings)
     if name is None:
         data = "_".join(Path(path).name or Path(path).resolve().name for path in settings.dataset or ())
-        name = f"{data}_{settings.model_type}_{settings.method}{suffix}"
-    penalised = settings.method == "taps" and settings.lam > 0
+        name = f"{data}_{settings.model_type}_{'_'.join(methods)}{suffix}"
+    penalised = "taps" in methods and max(_as_list(settings.lam)) > 0
     if penalised and settings.settle_epochs > 0 and settings.warmup_epochs + settings.settle_epochs >= settings.epochs:
         parser.error(
             f"--warmup_epochs {settings.warmup_epochs:g} and --settle_epochs {settings.settle_epochs:g} leave none of "

@@ -129,7 +129,7 @@ def warmup_penalty_settle(model: Model, lengths: Lengths) -> tuple[Phase, ...]:
     settle = min(lengths.settle_epochs, lengths.epochs - warmup)
     phases = (
         Phase("warm-up", warmup, penalty=0.0),
-        Phase("train", lengths.epochs - warmup - settle),
+        Phase("train", lengths.epochs - warmup - settle, forks=warmup > 0),  # no λ has had an effect before it
         Phase("settle", settle, penalty=0.0, trains=SETTLED),
     )
     return tuple(phase for phase in phases if phase.epochs > 0)

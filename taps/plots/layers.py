@@ -192,6 +192,7 @@ def trade_off(
     labels: Mapping[str, str] | None = None,
     groups: Mapping[str, str] | None = None,
     size: str = "parameters_x_base",
+    spread: Mapping[str, float] | None = None,
 ) -> Figure:
     """Mean accuracy against size, with one point per run.
 
@@ -200,6 +201,7 @@ def trade_off(
         labels: text at each point by run, e.g. λ; the run's name by default.
         groups: line of each run, e.g. its way of training; one line by default.
         size: size in the summary, ``"parameters_x_base"`` or ``"bytes_x_base"``.
+        spread: standard deviation of the accuracy by run, drawn as a bar.
     """
     figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
@@ -213,6 +215,8 @@ def trade_off(
         color = colors[index % len(colors)]
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=color, linewidth=1, label=line)
         for x, y, name in points:
+            if (spread or {}).get(name):
+                axes.errorbar(x, y, yerr=spread[name], color=color, linewidth=1, capsize=3)
             axes.annotate(
                 (labels or {}).get(name, name), (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8
             )

@@ -131,7 +131,7 @@ class Experiment:
         prepare: maps images to the network's input.
         folder: the results folder.
         stop: signals that end the run.
-        fork: folder of the states at the end of a budget's open phase, for other sizes (:mod:`taps.runs.budget_sweep`).
+        fork: folder of the states from which the runs of a sweep go on (:mod:`taps.runs.sweep`).
         writer: TensorBoard writer; ``None`` if nothing is left to train, and in all processes but the first.
     """
 

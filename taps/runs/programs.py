@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from accelerate import Accelerator
 from torch import nn
@@ -14,7 +17,8 @@ from taps.data.classification.images import TaskData
 from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError
 from taps.methods.registry import METHODS, method_of
-from taps.runs import budget_sweep
+from taps.networks.preprocessing import Preprocessing
+from taps.runs import sweep
 from taps.runs.adaptation import Experiment, check_budget, prepare_tasks
 from taps.runs.multi_task import MultiTask
 from taps.runs.setup import make_accelerator
@@ -25,44 +29,63 @@ from taps.stop_signals import StopSignals
 from taps.storage.files import read_tensors, write_tensors
 from taps.task_model import TaskModel, adapt
 
+A = TypeVar("A", bound=AdaptationSettings)
+
 
 def train_sequential(settings: SequentialSettings) -> None:
     """Adapt one network to one task after another."""
-    settings = _with_method(settings)
-    if settings.method == "hard_sharing":
-        raise UserError("method hard_sharing trains all tasks together: use train_joint.py")
-    accelerator = make_accelerator(settings)
-    tasks = prepare_tasks(settings, accelerator)
-    net = make_base(settings)
-    prepare = make_preprocessing(settings, net)
-    model = _adapted(settings, net, train_base=False)
-    runs = budget_sweep.runs(settings)
-    for own in runs:
-        check_budget(own, model, tasks)
-    with StopSignals() as stop, budget_sweep.shared_start(settings, accelerator) as fork:
-        for own in runs:
-            path = Path(own.result_path) / own.experiment_name
-            with Experiment.start(own, accelerator, tasks, prepare, path, stop, fork=fork) as experiment:
-                experiment.announce(model)
-                experiment.train_in_sequence(model)
-                experiment.finish()
-    accelerator.end_training()
+    _train(settings, _in_sequence, train_base=False)
 
 
 def train_joint(settings: JointSettings) -> None:
     """Train one network for many tasks together."""
-    settings = _with_method(settings)
-    accelerator = make_accelerator(settings)
-    tasks = prepare_tasks(settings, accelerator)
-    if len(tasks) < 2:
-        raise UserError(f"joint training needs at least two tasks, {tasks[0].name} is one; use train_sequential.py")
-    with StopSignals() as stop:
-        train = _lite if settings.variant == "lite" else _together
-        train(settings, accelerator, tasks, stop)
+    is_lite = settings.variant == "lite"
+    _train(settings, _lite if is_lite else _together, train_base=not is_lite)
+
+
+def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> None:
+    """Train the runs that the settings name, one after another."""
+    runs = [_with_method(own) for own in sweep.runs(settings)]
+    accelerator = make_accelerator(runs[0])
+    tasks: dict[int, list[TaskData]] = {}  # by the seed, which divides them
+    for own in runs:
+        if own.method == "hard_sharing" and not train_base:
+            raise UserError("method hard_sharing trains all tasks together: use train_joint.py")
+        if own.seed not in tasks:
+            tasks[own.seed] = prepare_tasks(own, accelerator)
+        if isinstance(own, JointSettings) and len(tasks[own.seed]) < 2:
+            name = tasks[own.seed][0].name
+            raise UserError(f"joint training needs at least two tasks, {name} is one; use train_sequential.py")
+        if own.budget is not None:
+            check_budget(own, _adapted(own, make_base(own), train_base), tasks[own.seed])
+    with StopSignals() as stop, sweep.shared_start(settings, accelerator) as fork:
+        for own in runs:
+            train(Run(own, make_accelerator(own), tasks[own.seed], stop, fork(own)))
     accelerator.end_training()
 
 
-def _with_method(settings: AdaptationSettings) -> AdaptationSettings:
+@dataclass(frozen=True)
+class Run(Generic[A]):
+    """What one run needs: its settings, devices, data, and the folder of states from which it may start."""
+
+    settings: A
+    accelerator: Accelerator
+    tasks: list[TaskData]
+    stop: StopSignals
+    fork: Path | None
+
+    def experiment(self, prepare: Preprocessing, **more) -> AbstractContextManager[Experiment]:
+        """Return the experiment of this run, in its folder."""
+        return Experiment.start(
+            self.settings, self.accelerator, self.tasks, prepare, self.path, self.stop, fork=self.fork, **more
+        )
+
+    @property
+    def path(self) -> Path:
+        return Path(self.settings.result_path) / str(self.settings.experiment_name)
+
+
+def _with_method(settings: A) -> A:
     """Fill in the method's defaults for settings that are not given.
 
     Raises:
@@ -74,7 +97,18 @@ def _with_method(settings: AdaptationSettings) -> AdaptationSettings:
     if settings.budget is not None and method.budget is None:
         raise UserError(f"--budget is not for method {method.name}: leave --method out, or give --method taps_budget")
     budget = method.budget if settings.budget is None else settings.budget
-    return budget_sweep.joined(replace(settings, norm=settings.norm or method.norms[0], budget=budget))
+    return replace(settings, norm=settings.norm or method.norms[0], budget=budget)
+
+
+def _in_sequence(run: Run[SequentialSettings]) -> None:
+    """Train one task after another, on a base that stays as it is."""
+    net = make_base(run.settings)
+    prepare = make_preprocessing(run.settings, net)
+    model = _adapted(run.settings, net, train_base=False)
+    with run.experiment(prepare) as experiment:
+        experiment.announce(model)
+        experiment.train_in_sequence(model)
+        experiment.finish()
 
 
 def _adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> TaskModel:
@@ -86,36 +120,24 @@ def _adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> 
     return model
 
 
-def _together(settings: JointSettings, accelerator: Accelerator, tasks: list[TaskData], stop: StopSignals) -> None:
+def _together(run: Run[JointSettings]) -> None:
     """Train the base and every task's deltas, gates, norms and heads at once."""
-    net = make_base(settings)
-    prepare = make_preprocessing(settings, net)
-    runs = budget_sweep.runs(settings)
-
-    def adapted() -> TaskModel:  # the base is trained, so each run needs its own
-        return _adapted(settings, copy.deepcopy(net), train_base=True)
-
-    model = adapted()
-    for own in runs:
-        check_budget(own, model, tasks)
-    with budget_sweep.shared_start(settings, accelerator) as fork:
-        for own in runs:
-            model = model if own is runs[0] else adapted()
-            path = Path(own.result_path) / own.experiment_name
-            with Experiment.start(own, accelerator, tasks, prepare, path, stop, fork=fork) as experiment:
-                experiment.announce(model)
-                experiment.train_together(model)
-                experiment.finish()
+    net = make_base(run.settings)
+    prepare = make_preprocessing(run.settings, net)
+    model = _adapted(run.settings, net, train_base=True)
+    with run.experiment(prepare) as experiment:
+        experiment.announce(model)
+        experiment.train_together(model)
+        experiment.finish()
 
 
-def _lite(settings: JointSettings, accelerator: Accelerator, tasks: list[TaskData], stop: StopSignals) -> None:
+def _lite(run: Run[JointSettings]) -> None:
     """Train one network that all tasks share, then one task after another on it, with the memory of one task."""
-    path = Path(settings.result_path) / settings.experiment_name
+    settings, accelerator, path = run.settings, run.accelerator, run.path
     net = make_base(settings)
     prepare = make_preprocessing(settings, net)
     second = _adapted(settings, copy.deepcopy(net), train_base=False)
-    check_budget(settings, second, tasks)
-    with Experiment.start(settings, accelerator, tasks, prepare, path, stop, stages=("shared",)) as experiment:
+    with run.experiment(prepare, stages=("shared",)) as experiment:
         of_base = replace(
             settings,
             method="hard_sharing",
@@ -128,7 +150,7 @@ def _lite(settings: JointSettings, accelerator: Accelerator, tasks: list[TaskDat
             mixup=0.0,
             cutmix=0.0,
         )
-        with Experiment.start(of_base, accelerator, tasks, prepare, path / "shared", stop) as shared:
+        with Experiment.start(of_base, accelerator, run.tasks, prepare, path / "shared", run.stop) as shared:
             model = _adapted(of_base, net, train_base=True)
             shared.announce(model)
             shared.train_together(model)

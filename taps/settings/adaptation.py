@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from taps.settings.choices import IMAGE_SAMPLINGS, NORMS, OPTIMIZERS
-from taps.settings.declare import Settings, setting
+from taps.settings.declare import Settings, setting, several
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,25 @@ class Output(Settings):
 
 
 @dataclass(frozen=True)
-class AdaptationSettings(Output, Machine, Batches, Augmentation, Optimization, Schedule, MethodChoice, Network, Data):
+class Sweep(Settings):
+    """Several runs from one command."""
+
+    title: ClassVar[str] = "training"
+    seeds: list[int] | None = setting(None, "instead of --seed: one run for each seed, and their means and standard deviations at the end", int, low=0, nargs="+", metavar="N", shown="one run")
+
+
+@dataclass(frozen=True)
+class AdaptationSettings(Output, Machine, Sweep, Batches, Augmentation, Optimization, Schedule, MethodChoice, Network, Data):
     """Settings that sequential and joint training share."""
+
+    method: list[str] | str | None = several(MethodChoice, "method", "With several methods, as with several values of --lam, there is one run for each combination")  # type: ignore[assignment]
+    lam: list[float] | float = several(Schedule, "lam", "With several values there is one run for each, from one warm-up")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name in ("method", "lam", "budget"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) == 1:
+                object.__setattr__(self, name, value[0])
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ def setting(default: Any, help: str, kind: Any = str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def several(kind: type, name: str, more: str) -> Any:
+    """Return a field like that of another group, of which several values may be given; ``more`` is added to the help."""
+    field = next(own for own in dataclasses.fields(kind) if own.name == name)
+    declared: Declaration = field.metadata["setting"]
+    changed = dataclasses.replace(declared, help=f"{declared.help} {more}".strip(), nargs="+")
+    return dataclasses.field(default=field.default, metadata={"setting": changed})
+
+
 @dataclass(frozen=True)
 class Settings:
     """The base class of all groups; a program's settings are a class that inherits from several groups."""

@@ -1,0 +1,220 @@
+"""Several runs from one command: every combination of several sizes, λ, methods and seeds, and a table of them all.
+
+<experiment>/<combination>/…    an ordinary run for each
+<experiment>/summary.csv        one row per run
+<experiment>/trade_off.png      mean accuracy against size, with the standard deviation over seeds
+<experiment>/opened/            states from which runs that have begun alike go on; deleted when the last run is finished
+
+What runs have in common is trained once where that is exact: the warm-up of runs that differ in λ, and the open phase of runs that
+differ in the size of ``--budget``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from tabulate import tabulate
+
+from taps.core.method import no_penalty
+from taps.errors import UserError
+from taps.methods.registry import method_of
+from taps.methods.taps_budget import read_size
+from taps.plots import layers as layer_plots
+from taps.plots import style
+from taps.settings.adaptation import AdaptationSettings
+from taps.settings.declare import as_dict
+from taps.storage import run_folder
+from taps.storage.files import write_text
+
+#: settings of which a command may name several values
+SWEPT = ("method", "lam", "budget", "seed")
+A = TypeVar("A", bound=AdaptationSettings)
+
+
+def is_sweep(options: AdaptationSettings) -> bool:
+    """Return whether the options name several runs, or ``--resume`` adds one to those of an earlier command."""
+    return (
+        options.seeds is not None
+        or any(isinstance(getattr(options, name), list) for name in SWEPT)
+        or (options.resume and bool(_earlier(options)))
+    )
+
+
+def _earlier(options: AdaptationSettings) -> list[str]:
+    """Return the names of the runs in the experiment's folder if that is not itself a run."""
+    path = Path(options.result_path) / (options.experiment_name or "")
+    if (path / "settings.json").is_file():
+        return []
+    return [inner.parent.name for inner in path.glob("*/settings.json") if inner.parent.name != "opened"]
+
+
+def runs(options: A) -> list[A]:
+    """Return the options of each run: the given ones or, for a sweep, one per combination in the experiment's folder.
+
+    λ is for methods with a penalty, and sizes are for methods that keep one.
+
+    Raises:
+        UserError: if a value is given twice, or to no method that uses it.
+    """
+    if not is_sweep(options):
+        return [options]
+    methods = _different("--method", _several(options.method))
+    lams = _different("--lam", _several(options.lam))
+    budgets = [size.replace(" ", "").lower() for size in _several(options.budget) if size is not None]
+    _different("--budget", budgets, read_size, "size")
+    seeds = _different("--seeds", [options.seed] if options.seeds is None else options.seeds)
+    keeps = {method: method_of(method).budget for method in methods}
+    penalised = [method for method in methods if method_of(method).penalty is not no_penalty and keeps[method] is None]
+    if budgets and not any(keeps.values()):
+        raise UserError(f"--budget is not for method {', '.join(methods)}: leave --method out, or add taps_budget")
+    if len(lams) > 1 and not penalised:
+        raise UserError(f"--lam has no effect with method {', '.join(methods)}: give one value, or add --method taps")
+    earlier = _earlier(options) if options.resume else []
+    found = []
+    for method in methods:
+        sizes = (budgets or [keeps[method]]) if keeps[method] else [None]
+        for lam, size, seed in itertools.product(lams if method in penalised else lams[:1], sizes, seeds):
+            own = {
+                method: len(methods) > 1 or any(other.startswith(method) for other in earlier),
+                f"lam{lam:g}": method in penalised and (len(lams) > 1 or any("lam" in other for other in earlier)),
+                str(size): size is not None,
+                f"seed{seed}": options.seeds is not None or any("seed" in other for other in earlier),
+            }
+            name = "_".join(text for text, is_part in own.items() if is_part)
+            values = {"method": method, "lam": lam, "budget": size, "seed": seed, "seeds": None}
+            found.append(replace(options, **values, experiment_name=f"{options.experiment_name}/{name}"))
+    return found
+
+
+def _several(value: object) -> list:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _different(option: str, values: Sequence, key: Callable = lambda value: value, what: str = "value") -> list:
+    """Return the values; refuse one that is given twice."""
+    known: dict = {}
+    for value in values:
+        if key(value) in known:
+            raise UserError(f"{option} names one {what} twice: {known[key(value)]} and {value}")
+        known[key(value)] = value
+    return list(values)
+
+
+@contextmanager
+def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Iterator[Callable[[A], Path | None]]:
+    """Yield, for training, a function from a run's options to the folder of the states from which it may start.
+
+    After the ``with`` block the table, ``summary.csv`` and the picture of all runs are written.
+
+    Raises:
+        UserError: if the experiment's folder is itself a run, or its states belong to other settings.
+    """
+    if not is_sweep(options):
+        yield lambda own: None
+        return
+    path = Path(options.result_path) / str(options.experiment_name)
+    if accelerator.is_main_process:
+        if (path / "settings.json").is_file():
+            raise UserError(f"{path} is a single run; choose another --experiment_name")
+        if any(path.glob("*/settings.json")) and not (options.resume or options.overwrite):
+            raise UserError(
+                f"experiment folder {path} exists; continue it or add runs with --resume, replace it with --overwrite, or "
+                "choose another --experiment_name"
+            )
+        settings = {name: value for name, value in as_dict(options).items() if name not in (*SWEPT, "seeds")}
+        opened = run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
+    accelerator.wait_for_everyone()
+
+    def folder(own: AdaptationSettings) -> Path:
+        several = isinstance(options.method, list) or options.seeds is not None
+        return path / "opened" / (f"{own.method}_seed{own.seed}" if several else "")
+
+    yield folder
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(path / "opened")
+        opened.release()
+        _show(path, accelerator)
+
+
+def _show(path: Path, accelerator: Accelerator) -> None:
+    """Write the table and the picture of the finished runs."""
+    found = run_folder.find_runs(path)
+    groups: dict[tuple, dict[str, run_folder.Run]] = {}
+    for name, run in found.items():
+        groups.setdefault(_without_seed(run), {})[name] = run
+    rows = [_Row(list(own.values())) for own in groups.values()]
+    rows.sort(key=lambda row: (row.method, row.summary["bytes_x_base"]))
+    write_text(path / "summary.csv", _csv(found))
+    by_name = {row.name: row for row in rows}
+    figure = layer_plots.trade_off(
+        {name: row.summary for name, row in by_name.items()},
+        groups={name: row.method for name, row in by_name.items()},
+        labels={name: row.label for name, row in by_name.items()},
+        size="bytes_x_base",
+        spread={name: row.spread for name, row in by_name.items()},
+    )
+    style.save(figure, path / "trade_off.png")
+    heads = ("λ or size", "method", "runs", "accuracy %", "tuned layers %", "bytes a task", "bytes × base")
+    table = tabulate(
+        [row.cells() for row in rows],
+        heads,
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", "left", *["right"] * 5),
+    )
+    accelerator.print(f"\n{table}\ntable of runs: {path / 'summary.csv'}\npicture: {path / 'trade_off.png'}")
+
+
+def _without_seed(run: run_folder.Run) -> tuple:
+    return tuple(str(run.settings.get(name)) for name in SWEPT if name != "seed")
+
+
+def _tuned(run: run_folder.Run) -> float:
+    return statistics.mean(task["tuned_layers"] for task in run.summary["tasks"].values())
+
+
+class _Row:
+    """Runs that differ only in the seed."""
+
+    def __init__(self, runs: Sequence[run_folder.Run]) -> None:
+        self.settings, self.runs = runs[0].settings, runs
+        self.method = str(self.settings["method"])
+        budget = self.settings.get("budget")
+        is_penalised = method_of(self.method).penalty is not no_penalty and budget is None
+        self.label = str(budget) if budget is not None else f"λ {self.settings['lam']:g}" if is_penalised else ""
+        self.name = f"{self.method} {self.label}".strip()
+        keys = ("mean_accuracy", "bytes_x_base")
+        self.summary = {key: statistics.mean(run.summary[key] for run in runs) for key in keys}
+        self.spread = statistics.stdev(run.summary["mean_accuracy"] for run in runs) if len(runs) > 1 else 0.0
+
+    def cells(self) -> tuple[str, ...]:
+        size = statistics.mean(task["bytes"] for run in self.runs for task in run.summary["tasks"].values())
+        accuracy = f"{self.summary['mean_accuracy']:.2f}" + (f" ± {self.spread:.2f}" if len(self.runs) > 1 else "")
+        tuned = 100 * statistics.mean(map(_tuned, self.runs))
+        fixed = f"{tuned:.1f}", f"{size:,.0f}", f"{self.summary['bytes_x_base']:.3f}"
+        return (self.label, self.method, str(len(self.runs)), accuracy, *fixed)
+
+
+def _csv(found: Mapping[str, run_folder.Run]) -> str:
+    """Return one row per run: what was varied, and its results in all and per task."""
+    tasks = list(dict.fromkeys(task for run in found.values() for task in run.summary["tasks"]))
+    keys = ("mean_accuracy", "parameters_x_base", "bytes_x_base", "seconds")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", *SWEPT, *keys, "tuned_layers", *(f"accuracy:{task}" for task in tasks)])
+    for name, run in found.items():
+        accuracies = [run.summary["tasks"].get(task, {}).get("accuracy", "") for task in tasks]
+        values = [run.settings.get(key, "") for key in SWEPT] + [run.summary[key] for key in keys]
+        writer.writerow([name, *("" if own is None else own for own in values), _tuned(run), *accuracies])
+    return file.getvalue()

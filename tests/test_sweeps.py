@@ -1,0 +1,123 @@
+"""Sweeps: lists are runs. Each run of a sweep is the run that it would be by itself, whatever they share."""
+
+import csv
+
+import pytest
+from conftest import SMALL
+
+from taps.cli.options import parse_sequential
+from taps.runs import sweep
+from taps.storage.run_folder import read_run
+
+
+def options(*arguments: object):
+    return parse_sequential([*map(str, arguments), "--experiment_name", "all"])
+
+
+def names(*arguments: object) -> list[str]:
+    return [own.experiment_name for own in sweep.runs(options(*arguments))]
+
+
+def test_a_run_for_each_combination():
+    assert names("--lam", 1) == ["all"]
+    assert names("--lam", 0.25, 2) == ["all/lam0.25", "all/lam2"]
+    assert names("--budget", "1%", "3 %") == ["all/1%", "all/3%"]
+    assert names("--seeds", 0, 3) == ["all/seed0", "all/seed3"]
+    assert names("--seeds", 4) == ["all/seed4"]
+    assert names("--lam", 0.5, 1, "--seeds", 0, 1) == [
+        "all/lam0.5_seed0", "all/lam0.5_seed1", "all/lam1_seed0", "all/lam1_seed1",
+    ]  # fmt: skip
+    several = names(
+        "--method", "taps", "finetune", "taps_budget", "--lam", 0.5, 1, "--budget", "1%", "3%", "--seeds", 0, 1
+    )
+    assert several[:2] == ["all/taps_lam0.5_seed0", "all/taps_lam0.5_seed1"]
+    assert several[4:6] == ["all/finetune_seed0", "all/finetune_seed1"]
+    assert several[6:] == [f"all/taps_budget_{size}_seed{seed}" for size in ("1%", "3%") for seed in (0, 1)]
+    own = sweep.runs(options("--lam", 0.5, 1, "--seeds", 2, 3))[-1]
+    assert (own.lam, own.seed, own.seeds, own.method, own.budget) == (1.0, 3, None, "taps", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--lam", 1, "1.0"), "--lam names one value twice"),
+        (("--seeds", 1, 1), "--seeds names one value twice: 1 and 1"),
+        (("--method", "taps", "taps"), "--method names one value twice"),
+        (("--method", "finetune", "--lam", 1, 2), "--lam has no effect with method finetune"),
+        (("--method", "taps", "finetune", "--budget", "1%"), "--budget is not for method taps, finetune"),
+    ],
+)
+def test_a_list_that_says_nothing_is_refused(arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        sweep.runs(options(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--method", "taps", "tabs"), "'tabs' is not one of (did you mean taps?)"),
+        (("--seed", 1, "--seeds", 1), "--seed and --seeds exclude each other"),
+        (("--lam", 1, "x"), "argument --lam: 'x' is not a number"),
+        (("--budget", "1%", "--lam", 1, 2), "--lam is not used with a budget"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, reason, here):
+    assert reason in here("train_sequential.py", *arguments, check=2).stderr
+
+
+@pytest.mark.slow
+def test_runs_of_a_sweep_equal_single_runs_and_share_the_warm_up(tree, here, tmp_path):
+    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 3, "--warmup_epochs", 1.5)
+    done = here(*line, "--lam", 0, 8, "--seeds", 0, 1, "--experiment_name", "sweep")
+    root = tmp_path / "results/sweep"
+    runs = ["lam0_seed0", "lam0_seed1", "lam8_seed0", "lam8_seed1"]
+    assert sorted(path.name for path in root.iterdir()) == [*runs, "summary.csv", "trade_off.png"]
+    for lam, seed in ((0, 1), (8, 0)):
+        here(*line, "--lam", lam, "--seed", seed, "--experiment_name", "alone", "--overwrite")
+        stored = [
+            path / "paint/task.safetensors" for path in (root / f"lam{lam}_seed{seed}", tmp_path / "results/alone")
+        ]
+        assert stored[0].read_bytes() == stored[1].read_bytes()
+    # the second λ of a seed goes on from the middle of the second epoch
+    assert [row["epoch"] for row in read_run(root / "lam0_seed0").metrics] == [1, 2, 3]
+    assert [row["epoch"] for row in read_run(root / "lam8_seed0").metrics] == [2, 3]
+    with (root / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == runs
+    assert {row["lam"] for row in rows} == {"0.0", "8.0"}
+    for row in rows:
+        assert float(row["accuracy:paint"]) == read_run(root / row["run"]).summary["mean_accuracy"]
+    table = [text.split() for text in done.stdout.splitlines() if text.startswith("λ ")]
+    assert [row[1:4] for row in table[-2:]] == [["8", "taps", "2"], ["0", "taps", "2"]]
+    assert all(row[5] == "±" for row in table[-2:])
+    here(*line, "--lam", 2, "--seeds", 0, "--experiment_name", "sweep", "--resume")
+    assert (root / "lam2_seed0/summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_methods_side_by_side_in_one_table(tree, here, tmp_path):
+    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 2, "--experiment_name", "methods")
+    table = here(*line, "--method", "taps", "taps_budget", "linear_probe", "--budget", "50%").stdout
+    found = sorted(path.name for path in (tmp_path / "results/methods").iterdir() if path.is_dir())
+    assert found == ["linear_probe", "taps", "taps_budget_50%"]
+    assert [row for row in table.splitlines() if row.startswith("50%")][0].split()[1] == "taps_budget"
+
+
+@pytest.mark.slow
+def test_a_joint_sweep(tree, here, tmp_path):
+    line = (
+        "train_joint.py",
+        "--dataset",
+        tree,
+        *SMALL,
+        "--epochs",
+        2,
+        "--experiment_name",
+        "joint",
+        "--shared_epochs",
+        1,
+    )
+    here(*line, "--seeds", 0, 1)
+    here(*line[:-4], "--experiment_name", "lite", "--variant", "lite", "--lam", 0.5, 4)
+    for run in ("joint/seed0", "joint/seed1", "lite/lam0.5", "lite/lam4"):
+        assert (tmp_path / "results" / run / "summary.json").is_file()
