@@ -100,7 +100,7 @@ def test_methods_side_by_side_in_one_table(tree, here, tmp_path):
     table = here(*line, "--method", "taps", "taps_budget", "linear_probe", "--budget", "50%").stdout
     found = sorted(path.name for path in (tmp_path / "results/methods").iterdir() if path.is_dir())
     assert found == ["linear_probe", "taps", "taps_budget_50%"]
-    assert [row for row in table.splitlines() if row.startswith("50%")][0].split()[1] == "taps_budget"
+    assert next(row for row in table.splitlines() if row.startswith("50%")).split()[1] == "taps_budget"
 
 
 @pytest.mark.slow
