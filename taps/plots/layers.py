@@ -217,9 +217,7 @@ def trade_off(
         for x, y, name in points:
             if (spread or {}).get(name):
                 axes.errorbar(x, y, yerr=spread[name], color=color, linewidth=1, capsize=3)
-            axes.annotate(
-                (labels or {}).get(name, name), (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8
-            )
+            axes.annotate((labels or {}).get(name, name), (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.margins(x=0.15, y=0.2)

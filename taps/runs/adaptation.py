@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 #: file names in a run or an export that cannot be task names
-RESERVED = ("checkpoint", "shared", "together")
+RESERVED = ("checkpoint", "shared", "together", "parallel", "opened")
 
 
 def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list[TaskData]:
@@ -131,6 +131,7 @@ class Experiment:
         prepare: maps images to the network's input.
         folder: the results folder.
         stop: signals that end the run.
+        only: the task to train, if the others are trained elsewhere; ``None``: all.
         fork: folder of the states from which the runs of a sweep go on (:mod:`taps.runs.sweep`).
         writer: TensorBoard writer; ``None`` if nothing is left to train, and in all processes but the first.
     """
@@ -142,6 +143,7 @@ class Experiment:
     folder: run_folder.RunFolder
     stop: StopSignals
     fork: Path | None = None
+    only: str | None = None
     writer: SummaryWriter | None = None
     _spent: tuple[float, int] = (0.0, 0)  # seconds and training images so far
     _logged: int = 0  # steps sent to the trackers
@@ -158,6 +160,7 @@ class Experiment:
         stop: StopSignals,
         stages: Sequence[str] = (),
         fork: Path | None = None,
+        only: str | None = None,
     ) -> Iterator[Experiment]:
         """Open the results folder and TensorBoard's file for the ``with`` block; ``stages`` as in ``RunFolder.open``."""
         settings = {**as_dict(options), "tasks": [task.name for task in tasks], "data": _digests(tasks)}
@@ -168,7 +171,7 @@ class Experiment:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             folder = run_folder.RunFolder(path)
-        experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork)
+        experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork, only)
         wanted = bool(experiment.unfinished) and accelerator.is_main_process
         if options.track and experiment.unfinished:
             simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
@@ -189,7 +192,8 @@ class Experiment:
 
     @property
     def unfinished(self) -> list[TaskData]:
-        return [task for task in self.tasks if self.folder.finished_epochs(task.name) < self.options.epochs]
+        wanted = [task for task in self.tasks if self.only in (None, task.name)]
+        return [task for task in wanted if self.folder.finished_epochs(task.name) < self.options.epochs]
 
     def announce(self, model: TaskModel) -> None:
         """Print the model, the tasks and the data of the run."""
@@ -292,7 +296,7 @@ class Experiment:
         def report(rows: list[dict], is_best: bool) -> None:
             for row in rows:
                 self._write_tensorboard(row, f"_{row['task']}" if suffix is None else suffix)
-            self._track(rows)
+            self.track(rows)
             left = self._seconds_left(tasks, rows)
             self.accelerator.print(epoch_line(rows, self.options.epochs, len(model.units), is_best, left), flush=True)
 
@@ -334,7 +338,7 @@ class Experiment:
             best=100.0 - error if done and (error := model.about(names[0]).get("val_error")) is not None else None,
         ).train(self.accelerator, self.stop)
 
-    def _track(self, rows: list[dict]) -> None:
+    def track(self, rows: Sequence[dict]) -> None:
         """Send an epoch's numbers to the trackers."""
         numbers = (int, float)
         for row in rows if self.options.track else ():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from accelerate import Accelerator
-from torch import nn
 
 from taps.benchmarks.opening import open_benchmark
 from taps.data.classification.images import TaskData
@@ -18,16 +17,15 @@ from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError
 from taps.methods.registry import METHODS, method_of
 from taps.networks.preprocessing import Preprocessing
-from taps.runs import sweep
+from taps.runs import parallel, sweep
 from taps.runs.adaptation import Experiment, check_budget, prepare_tasks
 from taps.runs.multi_task import MultiTask
-from taps.runs.setup import make_accelerator
+from taps.runs.setup import adapted, make_accelerator
 from taps.runs.sub_tasks import SubTasks
 from taps.settings.adaptation import AdaptationSettings, JointSettings, SequentialSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.stop_signals import StopSignals
 from taps.storage.files import read_tensors, write_tensors
-from taps.task_model import TaskModel, adapt
 
 A = TypeVar("A", bound=AdaptationSettings)
 
@@ -57,10 +55,14 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
             name = tasks[own.seed][0].name
             raise UserError(f"joint training needs at least two tasks, {name} is one; use train_sequential.py")
         if own.budget is not None:
-            check_budget(own, _adapted(own, make_base(own), train_base), tasks[own.seed])
+            check_budget(own, adapted(own, make_base(own), train_base), tasks[own.seed])
     with StopSignals() as stop, sweep.shared_start(settings, accelerator) as fork:
-        for own in runs:
-            train(Run(own, make_accelerator(own), tasks[own.seed], stop, fork(own)))
+        prepared = [Run(own, make_accelerator(own), tasks[own.seed], stop, fork(own)) for own in runs]
+        if isinstance(settings, SequentialSettings) and (settings.parallel or settings.address):
+            _side_by_side(settings, prepared)
+        else:
+            for run in prepared:
+                train(run)
     accelerator.end_training()
 
 
@@ -79,6 +81,11 @@ class Run(Generic[A]):
         return Experiment.start(
             self.settings, self.accelerator, self.tasks, prepare, self.path, self.stop, fork=self.fork, **more
         )
+
+    @property
+    def stages(self) -> list[str]:
+        """Folders in the run's in which tasks are trained side by side."""
+        return [f"parallel/{task.name}" for task in self.tasks]
 
     @property
     def path(self) -> Path:
@@ -104,27 +111,42 @@ def _in_sequence(run: Run[SequentialSettings]) -> None:
     """Train one task after another, on a base that stays as it is."""
     net = make_base(run.settings)
     prepare = make_preprocessing(run.settings, net)
-    model = _adapted(run.settings, net, train_base=False)
-    with run.experiment(prepare) as experiment:
+    model = adapted(run.settings, net, train_base=False)
+    with run.experiment(prepare, stages=run.stages) as experiment:
+        if (run.path / "parallel").is_dir():
+            raise UserError(f"{run.path} was begun with --parallel; continue it with --parallel")
         experiment.announce(model)
         experiment.train_in_sequence(model)
         experiment.finish()
 
 
-def _adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> TaskModel:
-    """Return the network with its units and norms added."""
-    options = {"penalty_divisor": 52} if settings.published and settings.method == "taps" else {}
-    model = adapt(net, settings.method, norm=settings.norm, layers=settings.layers, train_base=train_base, **options)
-    if settings.checkpoint_activations:
-        model.checkpoint_activations()
-    return model
+def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
+    """Train the tasks of all runs side by side."""
+    if runs[0].accelerator.num_processes > 1 or settings.multi_gpu:
+        raise UserError(
+            "--parallel trains each task in a process of its own: leave out --multi_gpu, torchrun and accelerate"
+        )
+    jobs: list[parallel.Job] = []
+    experiments: list[Experiment] = []
+    with ExitStack() as stack:
+        for run in runs:
+            net = make_base(run.settings)
+            prepare, model = make_preprocessing(run.settings, net), adapted(run.settings, net, train_base=False)
+            experiment = stack.enter_context(run.experiment(prepare, stages=run.stages))
+            experiment.announce(model)
+            experiments.append(experiment)
+            label = f"{run.path.name} " if len(runs) > 1 else ""
+            jobs += [parallel.Job(experiment, task.name, len(model.units), label) for task in experiment.unfinished]
+        parallel.train(settings, jobs, runs[0].stop)
+        for experiment in experiments:
+            experiment.finish()
 
 
 def _together(run: Run[JointSettings]) -> None:
     """Train the base and every task's deltas, gates, norms and heads at once."""
     net = make_base(run.settings)
     prepare = make_preprocessing(run.settings, net)
-    model = _adapted(run.settings, net, train_base=True)
+    model = adapted(run.settings, net, train_base=True)
     with run.experiment(prepare) as experiment:
         experiment.announce(model)
         experiment.train_together(model)
@@ -136,7 +158,7 @@ def _lite(run: Run[JointSettings]) -> None:
     settings, accelerator, path = run.settings, run.accelerator, run.path
     net = make_base(settings)
     prepare = make_preprocessing(settings, net)
-    second = _adapted(settings, copy.deepcopy(net), train_base=False)
+    second = adapted(settings, copy.deepcopy(net), train_base=False)
     with run.experiment(prepare, stages=("shared",)) as experiment:
         of_base = replace(
             settings,
@@ -151,7 +173,7 @@ def _lite(run: Run[JointSettings]) -> None:
             cutmix=0.0,
         )
         with Experiment.start(of_base, accelerator, run.tasks, prepare, path / "shared", run.stop) as shared:
-            model = _adapted(of_base, net, train_base=True)
+            model = adapted(of_base, net, train_base=True)
             shared.announce(model)
             shared.train_together(model)
             shared.finish()

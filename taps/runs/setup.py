@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
 
 from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError, unknown
@@ -59,6 +60,15 @@ def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Acceler
         log_with=trackers or None,
         project_dir=where if trackers else None,
     )
+
+
+def adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> TaskModel:
+    """Return the network with its units and norms added."""
+    options = {"penalty_divisor": 52} if settings.published and settings.method == "taps" else {}
+    model = adapt(net, settings.method, norm=settings.norm, layers=settings.layers, train_base=train_base, **options)
+    if settings.checkpoint_activations:
+        model.checkpoint_activations()
+    return model
 
 
 def _trackers(names: Sequence[str]) -> list[str]:

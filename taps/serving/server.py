@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import io
-import logging
-import os
-import signal
 import socket
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,16 +14,14 @@ from pathlib import Path
 import torch
 
 from taps.errors import UserError
+from taps.runs import cluster
 from taps.runs.setup import pick_device
 from taps.serving.engine import Answer, Engine, Item
 from taps.serving.folder import ServedFolder
 from taps.settings.serving import ServeSettings
 from taps.storage import hub
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 try:
-    import ray
     import uvicorn
     from ray import serve as ray_serve
     from ray.exceptions import RayActorError
@@ -89,12 +82,14 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
     with listener:
         count = f"{settings.least} replica{'s' * (settings.least > 1)}"
         say(f"starting {count} for {root} on {settings.address or 'this machine'} …")
-        _start_ray(settings)
-        try:
-            handle = _start_replicas(settings, root)
-            _answer_requests(settings, folder, handle, listener, say)
-        finally:
-            _stop_ray(settings)
+        with cluster.connected(settings.address, settings.most * settings.threads_each, "taps serve"):
+            ray_serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "ERROR"})
+            try:
+                handle = _start_replicas(settings, root)
+                _answer_requests(settings, folder, handle, listener, say)
+            finally:
+                with cluster.undisturbed():
+                    ray_serve.delete(_NAME) if settings.address else ray_serve.shutdown()
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
@@ -115,48 +110,6 @@ def _listen(settings: ServeSettings) -> socket.socket:
             f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another --port"
         ) from None
     return listener
-
-
-def _start_ray(settings: ServeSettings) -> None:
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    package = str(Path(__file__).resolve().parents[2])  # a clone need not be installed
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    more = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        if settings.address is None:
-            processors = settings.most * settings.threads_each
-            where = {
-                "address": "local",
-                "num_cpus": processors,
-                "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
-            }
-            ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": path}}, **more)
-        else:
-            _check_cluster(settings.address)
-            ray.init(address=settings.address, **more)
-        ray_serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "ERROR"})
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where_ = f"the Ray cluster at {settings.address} does not answer" if settings.address else "Ray does not start"
-        raise UserError(f"{where_}: {str(error).strip().splitlines()[0]}") from None
-    finally:
-        for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
-            signal.signal(number, handler)
-
-
-def _check_cluster(address: str) -> None:
-    """Refuse an address at which nobody listens, for which Ray would wait for a minute."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--address {address} is not HOST:PORT or auto")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"the Ray cluster at {address} does not answer: {error}") from None
 
 
 def _start_replicas(settings: ServeSettings, root: Path):
@@ -247,14 +200,3 @@ def _answer_requests(settings: ServeSettings, folder: ServedFolder, handle, list
 
 async def _result(response):
     return await response
-
-
-def _stop_ray(settings: ServeSettings) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the end is coming
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray complains that what it ends has ended
-        if settings.address is not None:
-            ray_serve.delete(_NAME)
-        else:
-            ray_serve.shutdown()
-        ray.shutdown()

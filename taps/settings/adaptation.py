@@ -158,6 +158,8 @@ class SequentialSettings(AdaptationSettings):
 
     title: ClassVar[str] = "sequential"
     compile: bool = setting(False, "compile the training step with torch.compile (takes minutes, for long runs)", bool)
+    parallel: int | None = setting(None, "train up to N tasks side by side, each in a process of its own with its share of the processors or GPUs (OMP_NUM_THREADS sets the threads of each); needs Ray: taps-vision[serve]. Files have the bytes of training one task after another with as many threads", int, low=1, metavar="N", shown="one after another", repeats=False)
+    address: str | None = setting(None, "HOST:PORT of a Ray cluster on which tasks are trained side by side, or auto; its machines share the data and --result_path", metavar="ADDRESS", shown="this machine", repeats=False)
 
 
 @dataclass(frozen=True)

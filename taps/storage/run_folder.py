@@ -35,6 +35,7 @@ except ImportError:  # Windows
 FREE_ON_RESUME = (
     "resume", "overwrite", "workers", "device", "multi_gpu", "gpus", "compile", "result_path", "experiment_name", "phases",
     "exp_ids", "config", "ignore_unknown", "single_task", "policy", "sample", "keep_checkpoint", "track",
+    "parallel", "address", "seeds",
 )  # fmt: skip
 
 

@@ -1,0 +1,85 @@
+"""Ray: processes on this machine, or a cluster that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from taps.errors import UserError
+
+
+@contextmanager
+def connected(address: str | None, processors: int, what: str) -> Iterator[None]:
+    """Use Ray inside the ``with`` block.
+
+    Args:
+        address: ``HOST:PORT`` of a cluster, or ``"auto"``; ``None`` starts one on this machine, which ends with the block.
+        processors: number of processors that a cluster on this machine has.
+        what: what Ray is needed for, for messages.
+
+    Raises:
+        UserError: if Ray is not installed or does not start, or the cluster does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError(f"{what} needs Ray: pip install 'taps-vision[serve]'") from None
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    package = str(Path(__file__).resolve().parents[2])  # a clone need not be installed
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    more = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address is None:
+            here = {"address": "local", "num_cpus": processors, "include_dashboard": False}
+            ray.init(**here, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": path}}, **more)
+        else:
+            _check(address)
+            ray.init(address=address, **more)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if isinstance(error, UserError):
+            raise
+        where = f"the Ray cluster at {address} does not answer" if address else "Ray does not start"
+        raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        with undisturbed():
+            ray.shutdown()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside the ``with`` block signals are ignored, for the end is coming, and Ray's complaints that what it ends has ended."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _check(address: str) -> None:
+    """Refuse an address at which nobody listens, for which Ray would wait for a minute."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address {address} is not HOST:PORT or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"the Ray cluster at {address} does not answer: {error}") from None
