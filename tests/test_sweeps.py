@@ -1,6 +1,7 @@
 """Sweeps: lists are runs. Each run of a sweep is the run that it would be by itself, whatever they share."""
 
 import csv
+import json
 
 import pytest
 from conftest import SMALL
@@ -121,3 +122,34 @@ def test_a_joint_sweep(tree, here, tmp_path):
     here(*line[:-4], "--experiment_name", "lite", "--variant", "lite", "--lam", 0.5, 4)
     for run in ("joint/seed0", "joint/seed1", "lite/lam0.5", "lite/lam4"):
         assert (tmp_path / "results" / run / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_multi_task_runs_over_seeds_and_policies(here, tmp_path):
+    from test_mtl import SMALL as TINY
+
+    from taps.data.generated.scenes import SceneRecipe, make_scenes
+
+    make_scenes(tmp_path / "scenes", SceneRecipe(size=(32, 32), train=12, val=2, test=3))
+    line = ("train_mtl.py", "--dataset", tmp_path / "scenes", *TINY[:-1], "sweep", "--exp_ids", 0)
+    done = here(*line, "--seeds", 0, 1)
+    root = tmp_path / "results/sweep"
+    assert sorted(path.name for path in root.iterdir()) == ["seed0", "seed1", "seeds.png", "summary.csv"]
+    here(*line[:-3], "alone", "--exp_ids", 0, "--seed", 1)
+    alone, own = (
+        json.loads((path / "summary.json").read_text()) for path in (tmp_path / "results/alone", root / "seed1")
+    )
+    assert all(alone[key] == own[key] for key in ("tasks", "delta_t", "executed_blocks", "macs_x_single", "seed"))
+    assert "adashare" in done.stdout
+    assert "±" in done.stdout
+    policies = [root / f"seed{seed}/policy/policy.json" for seed in (0, 1)]
+    more = ("--phases", "retrain", "test", "--retrain_from", "scratch", "--policy", *policies)
+    here(*line[:-3], "policies", "--exp_ids", 0, *more, "--single_task", "measure")
+    with (tmp_path / "results/policies/summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["policy1", "policy2"]
+    assert [row["policy"] for row in rows] == list(map(str, policies))
+    found = (tmp_path / "results/policies" / run / "single_task" for run in ("policy1", "policy2"))
+    assert [path.is_dir() for path in found] == [True, False], "the second run has the first one's reference"
+    assert "--seed and --seeds exclude" in here(*line, "--seeds", 0, "--seed", 1, check=2).stderr
+    assert "--seeds names 1 twice" in here(*line, "--seeds", 1, 1, check=2).stderr

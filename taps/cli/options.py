@@ -282,6 +282,8 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         parser.error(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
     if given.get("skip") is not None and method != "automtl":
         parser.error(f"--skip is for --method automtl, not {method}")
+    if given.get("seeds") is not None and "seed" in given:
+        parser.error("--seed and --seeds exclude each other")
     of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
     if benchmark != "volumes" and of_volumes:
         parser.error(f"--{of_volumes[0]} is for --benchmark volumes")
@@ -316,9 +318,11 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     small = "channels" in given or settings.model_type == preset["model_type"]
     if not small and not (settings.model_type or "").startswith("resnet"):
         changes["channels"] = None
-    for name in ("model_path", "policy", "images", "labels", "normalizer"):
+    for name in ("model_path", "images", "labels", "normalizer"):
         if getattr(settings, name):
             changes[name] = _absolute(getattr(settings, name))
+    if settings.policy:
+        changes["policy"] = [_absolute(path) for path in _as_list(settings.policy)]
     if settings.dataset:
         changes["dataset"] = [os.path.abspath(path) for path in settings.dataset]
     if settings.single_task not in (None, "measure", "none"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from taps.core.accounting import is_tuned
 from taps.plots.confusion import curves
-from taps.plots.style import BORDER, SECOND, SHARED, TUNED, bare, new_figure, pair_map, stage_of, white_grid
+from taps.plots.style import BORDER, LINES, SECOND, SHARED, TUNED, bare, new_figure, pair_map, stage_of, white_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,14 +205,13 @@ def trade_off(
     """
     figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
-    colors = (TUNED, SECOND, "#4f9d69", "#8a5fa8", "#b08d2f", "#5f6b78")
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for name, run in runs.items():
         line = (groups or {}).get(name, "")
         lines.setdefault(line, []).append((run[size], run["mean_accuracy"], name))
     for index, (line, points) in enumerate(sorted(lines.items())):
         points.sort()
-        color = colors[index % len(colors)]
+        color = LINES[index % len(LINES)]
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=color, linewidth=1, label=line)
         for x, y, name in points:
             if (spread or {}).get(name):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
-from taps.plots.style import BORDER, bare, new_figure, pair_map, stage_of, white_grid, write_cells
+from taps.plots.style import BORDER, LINES, bare, new_figure, pair_map, stage_of, white_grid, write_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,3 +92,26 @@ def similarity(learned) -> Figure:
     low = math.floor(low / 10) * 10 if low < 100 else 90
     title = "which tasks have similar policies"
     return pair_map(names, values, low, 0.6, "similarity of policies, %", title, lambda a, b: f"{values[a][b]:.0f}")
+
+
+def runs(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Δ_T against the share of blocks that tasks run, one point per run and a cross at the mean.
+
+    Args:
+        points: by name of a policy or method, (executed blocks in percent, Δ_T in percent) of each run.
+    """
+    figure = new_figure(7, 4.4)
+    axes = figure.add_subplot()
+    for color, (name, own) in zip(cycle(LINES), points.items(), strict=False):
+        across, up = [x for x, _ in own], [y for _, y in own]
+        axes.plot(across, up, "o", color=color, alpha=0.6, label=name)
+        if len(own) > 1:
+            axes.plot(sum(across) / len(own), sum(up) / len(own), "+", color=color, markersize=14)
+    axes.axhline(0, color=BORDER, linewidth=0.8)
+    if len(points) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    axes.margins(0.15)
+    axes.set_xlabel("blocks that tasks run, %")
+    axes.set_ylabel("Δ_T against single-task networks, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TUNED, SHARED, BORDER, SECOND = "#d9542b", "#e9edf2", "#8793a3", "#3f6fa3"
+#: colours of several lines in one figure
+LINES = (TUNED, SECOND, "#4f9d69", "#8a5fa8", "#b08d2f", "#5f6b78")
 
 
 def stage_of(name: str) -> str:

@@ -17,7 +17,7 @@ from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError
 from taps.methods.registry import METHODS, method_of
 from taps.networks.preprocessing import Preprocessing
-from taps.runs import parallel, sweep
+from taps.runs import multi_task_sweep, parallel, sweep
 from taps.runs.adaptation import Experiment, check_budget, prepare_tasks
 from taps.runs.multi_task import MultiTask
 from taps.runs.setup import adapted, make_accelerator
@@ -193,12 +193,16 @@ def train_multi_task(settings: MultiTaskSettings) -> None:
     method = METHODS.get(settings.method)
     if method is not None and method.budget is not None:
         raise UserError(f"method {method.name} keeps a size: use train_sequential.py or train_joint.py")
-    accelerator = make_accelerator(settings)
-    benchmark = open_benchmark(settings, accelerator)
     kind = SubTasks if method is not None and method.builds_on_base else MultiTask
-    with StopSignals() as stop, kind.start(settings, benchmark, accelerator, stop) as run:
-        if {"policy", "retrain"} & set(settings.phases):
-            run.train()
-        if "test" in settings.phases:
-            run.test()
+    runs = multi_task_sweep.runs(settings)
+    with StopSignals() as stop:
+        for own in runs:
+            accelerator = make_accelerator(own)
+            with kind.start(own, open_benchmark(own, accelerator), accelerator, stop) as run:
+                if {"policy", "retrain"} & set(own.phases):
+                    run.train()
+                if "test" in own.phases:
+                    run.test()
+        if multi_task_sweep.is_sweep(settings) and accelerator.is_main_process:
+            multi_task_sweep.show(settings, runs, accelerator.print)
     accelerator.end_training()

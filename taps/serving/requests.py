@@ -114,7 +114,7 @@ async def _read_form(request: Request, body: bytes) -> Wanted:
     except (ValueError, KeyError, UnicodeError) as error:
         raise refusal(400, f"the form cannot be read ({error})") from None
     top = int(numbers["top"]) if numbers["top"].isascii() and numbers["top"].isdecimal() else numbers["top"]
-    cost = {"true": True, "1": True, "false": False, "0": False}.get(numbers["cost"].lower(), numbers["cost"])
+    cost = {"true": True, "false": False}.get(numbers["cost"].lower(), numbers["cost"])
     return _checked(images, tasks or None, top, cost)
 
 

@@ -106,7 +106,7 @@ class Stages(Settings):
     phases: list[str] = setting(list(STAGES), "stages to run: policy learns policies, retrain trains under them, test measures", choices=STAGES, nargs="+", repeats=False)
     exp_ids: list[int] | None = setting(None, "numbers of the policies to train under: each is the seed of its draw or, with --no-sample, its rank", int, low=0, nargs="+", metavar="N")
     sample: bool | None = setting(None, "draw policies from the learned probabilities; --no-sample: use the most probable ones", bool, negatable=True)
-    policy: str | None = setting(None, "train under this policy.json instead of the run's own", metavar="FILE")
+    policy: list[str] | str | None = setting(None, "train under this policy.json instead of the run's own; with several there is one run for each", nargs="+", metavar="FILE")
     retrain_from: str | None = setting(None, "start retraining from the initial weights (scratch) or from those of policy learning (policy)", choices=("scratch", "policy"))
     iterations: int | str | None = setting(None, "steps of warm-up and policy learning together; 20e: as many steps as 20 passes over train", "steps", low=1, metavar="N")
     warmup_iterations: int | str | None = setting(None, "steps before policies are learned", "steps", low=0, metavar="N")
@@ -160,6 +160,7 @@ class BenchmarkTraining(PolicyTraining):
     loss_at: str | None = setting(None, "size at which maps are compared with labels: the network's output (published) or the label", choices=("output", "label"))
     delta_lr: float | None = setting(None, "sparse_delta: learning rate of the weights whose gates are open in the end", float, low=0, above=True, metavar="X", shown="as --lr")
     seed: int = setting(0, "random seed", int, low=0, metavar="N")
+    seeds: list[int] | None = setting(None, "instead of --seed: one run for each seed, and their means and standard deviations at the end", int, low=0, nargs="+", metavar="N", shown="one run")
 
 
 @dataclass(frozen=True)
@@ -179,3 +180,7 @@ class MultiTaskSettings(
     """Settings of ``train_mtl.py``."""
 
     resize: int = 256
+
+    def __post_init__(self) -> None:
+        if isinstance(self.policy, list) and len(self.policy) == 1:
+            object.__setattr__(self, "policy", self.policy[0])

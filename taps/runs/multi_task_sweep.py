@@ -1,0 +1,119 @@
+"""Several multi-task runs from one command, over seeds and policies, and a table of them all.
+
+<experiment>/seed<n>/, <experiment>/policy<k>_seed<n>/    an ordinary run for each
+<experiment>/summary.csv                                  one row per run
+<experiment>/seeds.png                                    Δ_T and executed blocks of every run
+
+Runs that differ in the policy alone have the same single-task networks, which the first of them trains.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tabulate import tabulate
+
+from taps.errors import UserError
+from taps.plots import policies as policy_plots
+from taps.plots import style
+from taps.settings.multi_task import MultiTaskSettings
+from taps.storage.files import read_json, write_text
+
+
+def is_sweep(settings: MultiTaskSettings) -> bool:
+    """Return whether the settings name several runs."""
+    return settings.seeds is not None or isinstance(settings.policy, list)
+
+
+def runs(settings: MultiTaskSettings) -> list[MultiTaskSettings]:
+    """Return the settings of each run.
+
+    Raises:
+        UserError: if a seed or a policy is named twice, or the experiment's folder is itself a run.
+    """
+    if not is_sweep(settings):
+        return [settings]
+    path = Path(settings.result_path) / str(settings.experiment_name)
+    if (path / "settings.json").is_file():
+        raise UserError(f"{path} is a single run; choose another --experiment_name")
+    policies = settings.policy if isinstance(settings.policy, list) else [settings.policy]
+    seeds = [settings.seed] if settings.seeds is None else settings.seeds
+    for option, values in (("--policy", policies), ("--seeds", seeds)):
+        twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+        if twice is not None:
+            raise UserError(f"{option} names {twice} twice")
+    found = []
+    for seed in seeds:
+        first: Path | None = None
+        for number, policy in enumerate(policies, start=1):
+            parts = [f"policy{number}"] * (len(policies) > 1) + [f"seed{seed}"] * (settings.seeds is not None)
+            name = f"{settings.experiment_name}/{'_'.join(parts)}"
+            single = settings.single_task
+            if single == "measure" and first is not None:
+                single = str(first)
+            found.append(
+                replace(settings, seed=seed, seeds=None, policy=policy, experiment_name=name, single_task=single)
+            )
+            first = first or Path(settings.result_path, name)
+    return found
+
+
+def show(settings: MultiTaskSettings, finished: Sequence[MultiTaskSettings], say: Callable[[str], None]) -> None:
+    """Write the table, ``summary.csv`` and the picture of the finished runs."""
+    path = Path(settings.result_path) / str(settings.experiment_name)
+    rows = []
+    for own in finished:
+        folder = Path(own.result_path) / str(own.experiment_name)
+        if (folder / "summary.json").is_file():
+            rows.append((own, read_json(folder / "summary.json")))
+    if not rows:
+        return
+    write_text(path / "summary.csv", _csv(rows))
+    by_policy: dict[str, list[dict]] = {}
+    for own, summary in rows:
+        by_policy.setdefault(str(own.policy or own.method), []).append(summary)
+    heads = ("policy", "runs", "Δ_T %", "blocks run %", "MACs × single")
+    cells = [
+        (
+            name,
+            str(len(found)),
+            _mean([one["delta_t"] for one in found], "+.2f"),
+            _mean([100 * one["executed_blocks"] for one in found], ".1f"),
+            _mean([one.get("macs_x_single") for one in found], ".3f"),
+        )
+        for name, found in by_policy.items()
+    ]
+    style.save(policy_plots.runs({name: _points(found) for name, found in by_policy.items()}), path / "seeds.png")
+    table = tabulate(cells, heads, tablefmt="plain", disable_numparse=True, colalign=("left", *["right"] * 4))
+    say(f"\n{table}\ntable of runs: {path / 'summary.csv'}\npicture: {path / 'seeds.png'}")
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):{form.lstrip('+')}}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{form}}{spread}"
+
+
+def _points(found: Sequence[dict]) -> list[tuple[float, float]]:
+    return [(100 * one["executed_blocks"], one["delta_t"]) for one in found if one["delta_t"] is not None]
+
+
+def _csv(rows: Sequence[tuple[MultiTaskSettings, dict]]) -> str:
+    """Return one row per run: what was varied, and its results in all and per task and metric."""
+    keys = ("delta_t", "executed_blocks", "macs_x_single", "parameters_x_single", "seconds")
+    metrics = list(dict.fromkeys((t, m) for _, summary in rows for t, own in summary["tasks"].items() for m in own))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", "method", "policy", "seed", *keys, *(f"{task}:{metric}" for task, metric in metrics)])
+    for own, summary in rows:
+        values = [summary.get(key) for key in keys] + [summary["tasks"].get(t, {}).get(m) for t, m in metrics]
+        start = [Path(str(own.experiment_name)).name, own.method, own.policy or "", own.seed]
+        writer.writerow([*start, *("" if value is None else value for value in values)])
+    return file.getvalue()
