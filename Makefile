@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint bench docs clean
+.PHONY: demo test test-fast lint bench bench-gpu docs clean
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ bench: .venv/ready  ## ratios against plain networks, measured side by side; pea
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/skipping.py
+
+bench-gpu: .venv/ready  ## speed and memory on a CUDA device, written to docs/gpu.md
+	$(BIN)/pip install -q 'peft>=0.13'
+	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/ready  ## the pages and the Python reference as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q

@@ -174,6 +174,36 @@ def test_it_learns_and_reports(accelerator):
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing leaks into the next run"
 
 
+def test_losses_that_are_read_late_change_nothing(accelerator, tmp_path, monkeypatch):
+    """On a GPU no step waits for its loss: sums stay on the device, and a lost loss is noticed at the latest by the epoch's end."""
+    recipe = Recipe(epochs=3, warmup_epochs=1, lr=0.05)
+    model, rows = run(accelerator, recipe)
+    monkeypatch.setattr("taps.training.loop.READS_LATE", True)
+    late, late_rows = run(accelerator, recipe)
+    assert same(model, late, atol=0, rtol=0)
+    assert rows == late_rows
+    state, seen = tmp_path / "state.safetensors", []
+
+    def criterion(output, labels):
+        seen.append(1)
+        loss = nn.functional.cross_entropy(output, labels)
+        return loss * float("nan") if len(seen) == 9 else loss
+
+    with pytest.raises(DivergedError, match=r"the loss is nan at epoch 2, batch 6 of 6; .*kept"):
+        run(accelerator, Recipe(epochs=3), criterion=criterion, state_path=state)
+    assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
+
+
+def test_gates_read_together_decide_as_alone():
+    model = taps.adapt(nn.Sequential(*(nn.Linear(3, 3) for _ in range(5))))
+    model.add_task("a", num_classes=2)
+    gates = model.gates("a")
+    for value, gate in zip((0.3, 0.05, 0.1, -1.0, 0.15), gates, strict=True):
+        gate.score.data.fill_(value)
+    type(gates[0]).read_together(gates)
+    assert [gate.decide().specific for gate in gates] == [1.0, 0.0, 1.0, 0.0, 1.0]
+
+
 def test_larger_lambda_tunes_fewer_layers(accelerator):
     tuned = [run(accelerator, Recipe(epochs=6, warmup_epochs=1, lr=0.05, lam=lam))[1][-1] for lam in (0, 5)]
     assert tuned[0]["tuned_layers"] == 1.0

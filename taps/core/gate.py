@@ -12,7 +12,7 @@ returns plain numbers, from which all tables, plots and files are made. Nothing 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,12 @@ class Gate(nn.Module):
         if not self.in_curriculum:
             return Decision()
         return None if self.training or self.uses_input else self.decide()
+
+    @staticmethod
+    def read_together(gates: Sequence[Any]) -> None:
+        """Make the decisions of several gates known on the host, if they are on a device, in one transfer."""
+        for gate in gates:
+            gate.decide()
 
     def task_parameters(self, size: int) -> int:
         """Return how many of the unit's ``size`` weights are task-specific under the hard decision."""

@@ -27,16 +27,14 @@ def endless(size: int, start: int, *seed: int) -> Iterator[tuple[int, int]]:
         number, skip = number + 1, 0
 
 
-def planned_loader(
-    samples: Dataset, batches, workers: int, seed: int, keep_workers: bool = True, pin_memory: bool = False
-) -> DataLoader:
+def planned_loader(samples: Dataset, batches, workers: int, seed: int, keep_workers: bool = True) -> DataLoader:
     """A loader over the batches of a batch sampler; its output does not depend on the number of workers."""
     return DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),  # so that copies to the GPU need not be waited for
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator().manual_seed(seed),  # by default every epoch draws from the global generator
     )

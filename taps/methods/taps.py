@@ -79,6 +79,17 @@ class ThresholdGate(Gate):
             self._open = bool(self.score.detach() >= self.threshold)
             self._seen = version
 
+    @staticmethod
+    def read_together(gates: Sequence[ThresholdGate]) -> None:
+        late = [
+            gate for gate in gates if gate.score.requires_grad or gate._seen != (id(gate.score), gate.score._version)
+        ]
+        if late:
+            scores = torch.stack([gate.score.detach() for gate in late])
+            thresholds = torch.tensor([gate.threshold for gate in late], device=scores.device, dtype=scores.dtype)
+            for gate, is_open in zip(late, (scores >= thresholds).tolist(), strict=True):
+                gate._open, gate._seen = is_open, (id(gate.score), gate.score._version)
+
     def set(self, open: bool) -> None:
         """Open or close the gate by moving its score across the threshold."""
         score = float(self.score.detach())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
 
 from taps.data.opening import make_base, make_preprocessing
@@ -56,6 +56,7 @@ def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Acceler
         cpu=cpu,
         mixed_precision=precision,
         kwargs_handlers=[unused],
+        dataloader_config=DataLoaderConfiguration(non_blocking=not cpu),
         rng_types=[],
         log_with=trackers or None,
         project_dir=where if trackers else None,

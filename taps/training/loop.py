@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +40,8 @@ from taps.training.average import WeightAverage
 from taps.training.recipe import Recipe, make_optimizer, phase_at
 
 _LINE_SECONDS = 60.0
+#: whether losses are read from the device only when they are shown, even on a CPU, where reading costs nothing
+READS_LATE = False
 #: mean loss of a batch from outputs and labels
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,7 +58,7 @@ class Progress:
 
     Attributes:
         epoch: 0-based; ``batch``: batches of this epoch that each process has completed.
-        sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far.
+        sums: ``loss``, ``wrong`` and ``images`` of each task over the epoch so far, numbers or scalars on the device.
         best: best number that validation has returned so far, ``None`` before the first.
         started: phases that have begun.
         risen: the last epoch, 1-based, that was better than all before it; 0 before the first validation that counts.
@@ -64,7 +66,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0
-    sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    sums: dict[str, dict[str, Any]] = field(default_factory=dict)
     best: float | None = None
     started: int = 0
     risen: int = 0
@@ -302,18 +304,21 @@ class _Run:
             checkpoint.set_random_state(self.random_state or {})
         quiet = None if self.accelerator.is_main_process else True
         options = {"total": self.batches, "initial": self.progress.batch, "disable": quiet, "leave": False}
-        said = time.monotonic()
+        said = shown = time.monotonic()
+        loss = math.nan
         with tqdm(desc=f"{self.name} {done + 1}/{epochs}", **options) as bar:
             for window in _windows(islice(rest, self.batches - self.progress.batch), self.recipe.accumulate):
                 phase = self._enter_phase(len(window))
-                loss = self._step(window, phase)
-                if not math.isfinite(loss):
-                    raise DivergedError(
-                        f"{self._which()}: the loss is {loss} at epoch {done + 1}, batch {self.progress.batch} of "
-                        f"{self.batches}{self._kept()}; lower --lr (now {self.recipe.lr})"
-                    )
+                total = self._step(window, phase)
                 bar.update(len(window))
-                bar.set_postfix(loss=f"{loss / len(self.tasks):.3f}", refresh=False)
+                if isinstance(total, float) or self.progress.batch >= self.batches or time.monotonic() > shown + 1:
+                    loss, shown = float(total), time.monotonic()
+                    if not math.isfinite(loss):
+                        raise DivergedError(
+                            f"{self._which()}: the loss is {loss} at epoch {done + 1}, batch {self.progress.batch} of "
+                            f"{self.batches}{self._kept()}; lower --lr (now {self.recipe.lr})"
+                        )
+                    bar.set_postfix(loss=f"{loss / len(self.tasks):.3f}", refresh=False)
                 if bar.disable and self.accelerator.is_main_process and time.monotonic() - said >= _LINE_SECONDS:
                     said = time.monotonic()  # without a terminal, a line now and then takes the bar's place
                     where = f"{self.name} {done + 1}/{epochs}: {self.progress.batch} of {self.batches} batches"
@@ -341,9 +346,10 @@ class _Run:
             self.model.state.temperature = phase.temperature
             for group in self.optimizers[phase.optimizer].param_groups:
                 group["lr"] = group["initial_lr"] * self._decay(phase)
-        for task in self.tasks if self.recipe.compile else ():
-            for gate in self.model.gates(task):
-                gate.decide()  # read before the compiler looks
+        if self.accelerator.device.type != "cpu" or self.recipe.compile:
+            gates = [gate for task in self.tasks for gate in self.model.gates(task)]
+            for kind in {type(gate) for gate in gates}:  # before norms ask for decisions, and before the compiler looks
+                kind.read_together([gate for gate in gates if type(gate) is kind])
         return phase
 
     def _begin(self, phase: Phase) -> None:
@@ -404,7 +410,13 @@ class _Run:
         done = sum(epoch < self.progress.epoch for epoch in own)
         return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1))
 
-    def _step(self, window: list, phase: Phase) -> float:
+    def _read(self, number: Tensor) -> float | Tensor:
+        """Return a scalar: its value if reading it is free, else the scalar itself, so that no step waits for the device."""
+        if self.accelerator.device.type == "cpu" and not READS_LATE:
+            return number.item()
+        return number.detach().to(torch.float32 if number.device.type == "mps" else torch.float64)
+
+    def _step(self, window: list, phase: Phase) -> float | Tensor:
         """Take one optimiser step over a window of batches and return its loss, penalty included."""
         weight = self.recipe.lam * phase.penalty
         separate = isinstance(window[0], Mapping)  # each task has a batch of its own
@@ -421,7 +433,7 @@ class _Run:
         ) and self.accelerator.num_processes > 1
         forward = self.model if by_hand else self.forward
         scale = len(window) if self.recipe.gradients == "sum" else 1
-        total = 0.0
+        total: float | Tensor = 0.0
         for index, (x, call, labels) in enumerate(map(self._mixed, parts)):
             last = index == len(parts) - 1
             with (
@@ -437,8 +449,8 @@ class _Run:
                     loss = loss + self._task_loss(task, own, targets, weight) * (
                         len(self.tasks) * len(targets) / images
                     )
-                total += loss.item()
-                if not math.isfinite(total):
+                total = total + self._read(loss)
+                if isinstance(total, float) and not math.isfinite(total):
                     return total
                 self.accelerator.backward(loss if scale == 1 else scale * loss)
             if last or self.recipe.step_per_task:
@@ -507,12 +519,12 @@ class _Run:
         if weight:
             loss = loss + weight * self.model.penalty(task)
         sums = self.progress.sums.setdefault(task, {"loss": 0.0, "wrong": 0.0, "images": 0.0})
-        sums["loss"] += loss.item() * len(labels)
+        sums["loss"] = sums["loss"] + self._read(loss) * len(labels)
         sums["images"] += len(labels)
         if self.mix is not None and isinstance(labels, Tensor) and labels.dim() == 2:
             labels = labels.argmax(1)  # the larger part of a blend
         if is_classification(output, labels):
-            sums["wrong"] += float((output.detach().argmax(1) != labels).sum())
+            sums["wrong"] = sums["wrong"] + self._read((output.detach().argmax(1) != labels).sum())
         else:
             sums["wrong"] = math.nan
         return loss
@@ -544,7 +556,10 @@ class _Run:
     def _sums(self) -> dict[str, dict[str, float]]:
         """Return the epoch's sums over all processes for every task."""
         names = ("loss", "wrong", "images")
-        sums = {task: self.progress.sums.get(task, dict.fromkeys(names, 0.0)) for task in self.tasks}
+        sums = {}
+        for task in self.tasks:
+            own = self.progress.sums.get(task, dict.fromkeys(names, 0.0))
+            sums[task] = {name: float(own[name]) for name in names}
         if self.accelerator.num_processes == 1:
             return sums
         values = torch.tensor([[own[name] for name in names] for own in sums.values()], dtype=torch.float32)

@@ -182,7 +182,6 @@ def make_loader(
     train: bool,
     seed: int = 0,
     workers: int = 0,
-    pin_memory: bool = False,
     processes: int = 1,
 ) -> tuple[DataLoader, EpochSampler]:
     """A loader and its sampler.
@@ -195,7 +194,7 @@ def make_loader(
     single_left = train and processes == 1 and len(samples) % batch_size == 1 and len(samples) > 1
     batches = BatchSampler(sampler, batch_size, drop_last=single_left)
     keep = train  # a validation loader is used too rarely to keep its processes
-    return planned_loader(ImageSet(samples, transform, seed), batches, workers, seed, keep, pin_memory), sampler
+    return planned_loader(ImageSet(samples, transform, seed), batches, workers, seed, keep), sampler
 
 
 def choose_stratified(samples: Sequence[Sample], fraction: float, seed: int) -> set[Sample]:
