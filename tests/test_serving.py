@@ -145,7 +145,7 @@ def test_all_tasks_of_an_image_cost_what_one_shared_pass_costs(root):
     engine = Engine(root)
     versions = {name: task.version for name, task in engine.folder.tasks.items()}
     engine.answer([Item(np.zeros((3, 32, 32), np.float32), versions, 1)])
-    cost = engine.cost((3, 32, 32), NAMES)
+    cost = engine.cost((3, 32, 32), versions)
     assert cost == taps.load(root).predict_cost(torch.zeros(1, 3, 32, 32), NAMES)
     assert cost["macs"] < cost["macs_separate"]
 
@@ -398,6 +398,9 @@ BAD = {
     "tasks": ({"json": {"images": [""], "tasks": "ink"}}, 400, "tasks has to be a list"),
     "no tasks": ({"json": {"images": [""], "tasks": []}}, 400, "tasks is empty"),
     "top": ({"json": {"images": [""], "top": 0}}, 400, "top has to be a whole number from 1 to 1000"),
+    "long top": (form(picture(), top="9" * 5000), 400, "top has to be"),
+    "name": ({"content": rb'{"images": [{"name": "\ud800", "data": ""}]}', "headers": JSON}, 400, "cannot be printed"),
+    "PostScript": (form(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 400, "not an image of a known format"),
     "top as text": (form(picture(), top="many"), 400, "top has to be"),
     "cost": ({"json": {"images": [""], "cost": 1}}, 400, "cost has to be true or false"),
     "unknown field": (form(picture(), task="ink"), 400, "unknown field 'task'"),

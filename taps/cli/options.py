@@ -219,6 +219,15 @@ def _has_budget(given: Mapping[str, Any]) -> bool:
     return given.get("budget") is not None or "taps_budget" in _as_list(given.get("method"))
 
 
+def _check_seeds(parser: Parser, given: dict[str, Any]) -> None:
+    """Refuse both ``--seed`` and ``--seeds``; a ``--config`` file of an earlier run always has the former."""
+    if given.get("seeds") is None or "seed" not in given:
+        return
+    if "config" not in given:
+        parser.error("--seed and --seeds exclude each other")
+    del given["seed"]
+
+
 def _as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
@@ -235,8 +244,7 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr", "patience", "ema_decay"):
         if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
             parser.error(f"--{name} is not used with a budget: leave one of them out")
-    if given.get("seeds") is not None and "seed" in given:
-        parser.error("--seed and --seeds exclude each other")
+    _check_seeds(parser, given)
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
     if given.get("dataset"):
@@ -282,8 +290,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         parser.error(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
     if given.get("skip") is not None and method != "automtl":
         parser.error(f"--skip is for --method automtl, not {method}")
-    if given.get("seeds") is not None and "seed" in given:
-        parser.error("--seed and --seeds exclude each other")
+    _check_seeds(parser, given)
     of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
     if benchmark != "volumes" and of_volumes:
         parser.error(f"--{of_volumes[0]} is for --benchmark volumes")

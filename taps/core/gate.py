@@ -90,9 +90,7 @@ class Gate(nn.Module):
 
     @staticmethod
     def read_together(gates: Sequence[Any]) -> None:
-        """Make the decisions of several gates known on the host, if they are on a device, in one transfer."""
-        for gate in gates:
-            gate.decide()
+        """Make the decisions of several gates on a device known on the host in one transfer, for gates that read one by one."""
 
     def task_parameters(self, size: int) -> int:
         """Return how many of the unit's ``size`` weights are task-specific under the hard decision."""

@@ -195,6 +195,13 @@ class Experiment:
         wanted = [task for task in self.tasks if self.only in (None, task.name)]
         return [task for task in wanted if self.folder.finished_epochs(task.name) < self.options.epochs]
 
+    def start_of(self, *tasks: str) -> Path | None:
+        """Return the file of the state from which the training of these tasks may start, there or not."""
+        if self.fork is None:
+            return None
+        names = [task.name for task in self.tasks]
+        return self.fork / f"{names.index(tasks[0]) if len(tasks) == 1 else 'together'}.safetensors"
+
     def announce(self, model: TaskModel) -> None:
         """Print the model, the tasks and the data of the run."""
         say, options = self.accelerator.print, self.options
@@ -320,7 +327,7 @@ class Experiment:
             return errors, sum(accuracies.values()) / len(accuracies)
 
         names = [task.name for task in tasks]
-        fork = self.fork and self.fork / f"{self.tasks.index(tasks[0]) if len(names) == 1 else 'together'}.safetensors"
+        fork = self.start_of(*names)
         recipe, streams = recipe_of(self.options), {"train": (loader, sampler)}
         criteria = {task.name: self._criterion(task) for task in tasks}
         Stage(

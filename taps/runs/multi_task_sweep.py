@@ -53,14 +53,24 @@ def runs(settings: MultiTaskSettings) -> list[MultiTaskSettings]:
         for number, policy in enumerate(policies, start=1):
             parts = [f"policy{number}"] * (len(policies) > 1) + [f"seed{seed}"] * (settings.seeds is not None)
             name = f"{settings.experiment_name}/{'_'.join(parts)}"
+            _check_policy(Path(settings.result_path, name), policy, number)
             single = settings.single_task
-            if single == "measure" and first is not None:
+            if single == "measure" and first is not None and "test" in settings.phases:
                 single = str(first)
             found.append(
                 replace(settings, seed=seed, seeds=None, policy=policy, experiment_name=name, single_task=single)
             )
             first = first or Path(settings.result_path, name)
     return found
+
+
+def _check_policy(path: Path, policy: object, number: int) -> None:
+    """Refuse to go on with another policy than a run's, which another order of ``--policy`` would cause."""
+    stored = read_json(path / "settings.json").get("policy") if (path / "settings.json").is_file() else policy
+    if stored != policy:
+        raise UserError(
+            f"{path} was trained under {stored}, --policy now has {policy} in place {number}; keep the order"
+        )
 
 
 def show(settings: MultiTaskSettings, finished: Sequence[MultiTaskSettings], say: Callable[[str], None]) -> None:

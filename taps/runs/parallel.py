@@ -107,6 +107,9 @@ class Job:
         for events in self.path.glob("events.out.*"):
             shutil.move(events, folder.path / events.name)
         os.rename(own.task_path(self.task), target)
+        if self.experiment.options.keep_checkpoint and own.state_path.is_file():
+            shutil.rmtree(folder.state_path.parent, ignore_errors=True)
+            shutil.move(own.state_path.parent, folder.state_path.parent)
         shutil.rmtree(self.path)
         if not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
@@ -150,8 +153,12 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
                 for job in running.values():
                     job.show()
                 for reference in done:
-                    ray.get(reference)
-                    running.pop(reference).finish()
+                    job, is_finished = running[reference], ray.get(reference)
+                    del running[reference]
+                    if is_finished:
+                        job.finish()
+                    else:  # something else than this program asked the process to stop
+                        waiting.append(job)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause if isinstance(cause, UserError) else error from None
@@ -165,8 +172,8 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
 def _next(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
     """Return the next job that may start: of runs that share a beginning, one trains it before the others go on from it."""
     for job in waiting:
-        fork, task = job.experiment.fork, job.task
-        if fork is None or not any(own.experiment.fork == fork and own.task == task for own in running):
+        start = job.experiment.start_of(job.task)
+        if start is None or start.is_file() or all(own.experiment.start_of(own.task) != start for own in running):
             return job
     return None
 
@@ -211,8 +218,8 @@ def _stop(ray, running: dict, number: int) -> None:
 
 def _train_task(
     settings: SequentialSettings, tasks: list[TaskData], name: str, fork: Path | None, run: str, cwd: str, threads: int
-) -> None:
-    """Train one task of a run, from its checkpoint if it has one; executed in a process of Ray."""
+) -> bool:
+    """Train one task of a run, from its checkpoint if it has one, and return whether it is finished; executed by Ray."""
     os.chdir(cwd)
     torch.set_num_threads(threads)
     own = replace(settings, resume=True, overwrite=False, parallel=None, address=None, track=None)
@@ -226,3 +233,5 @@ def _train_task(
         Experiment.start(own, accelerator, tasks, prepare, path, stop, fork=fork, only=name) as experiment,
     ):
         experiment.train_in_sequence(model)
+        return True
+    return False

@@ -159,6 +159,7 @@ def _lite(run: Run[JointSettings]) -> None:
     net = make_base(settings)
     prepare = make_preprocessing(settings, net)
     second = adapted(settings, copy.deepcopy(net), train_base=False)
+    run = replace(run, fork=None)  # each run trains its own shared network
     with run.experiment(prepare, stages=("shared",)) as experiment:
         of_base = replace(
             settings,

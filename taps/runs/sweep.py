@@ -83,7 +83,9 @@ def runs(options: A) -> list[A]:
     found = []
     for method in methods:
         sizes = (budgets or [keeps[method]]) if keeps[method] else [None]
-        for lam, size, seed in itertools.product(lams if method in penalised else lams[:1], sizes, seeds):
+        for lam, size, seed in itertools.product(
+            lams if method in penalised else [AdaptationSettings.lam], sizes, seeds
+        ):
             own = {
                 method: len(methods) > 1 or any(other.startswith(method) for other in earlier),
                 f"lam{lam:g}": method in penalised and (len(lams) > 1 or any("lam" in other for other in earlier)),
@@ -131,13 +133,15 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
                 f"experiment folder {path} exists; continue it or add runs with --resume, replace it with --overwrite, or "
                 "choose another --experiment_name"
             )
+        for name in _earlier(options) if options.overwrite else ():
+            shutil.rmtree(path / name)
         settings = {name: value for name, value in as_dict(options).items() if name not in (*SWEPT, "seeds")}
         opened = run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
     accelerator.wait_for_everyone()
 
-    def folder(own: AdaptationSettings) -> Path:
-        several = isinstance(options.method, list) or options.seeds is not None
-        return path / "opened" / (f"{own.method}_seed{own.seed}" if several else "")
+    def folder(own: AdaptationSettings) -> Path | None:
+        begins_alike = own.budget is not None or own.warmup_epochs > 0
+        return path / "opened" / f"{own.method}_seed{own.seed}" if begins_alike else None
 
     yield folder
     accelerator.wait_for_everyone()
@@ -149,7 +153,7 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
 
 def _show(path: Path, accelerator: Accelerator) -> None:
     """Write the table and the picture of the finished runs."""
-    found = run_folder.find_runs(path)
+    found = _without_copies(run_folder.find_runs(path))
     groups: dict[tuple, dict[str, run_folder.Run]] = {}
     for name, run in found.items():
         groups.setdefault(_without_seed(run), {})[name] = run
@@ -174,6 +178,14 @@ def _show(path: Path, accelerator: Accelerator) -> None:
         colalign=("left", "left", *["right"] * 5),
     )
     accelerator.print(f"\n{table}\ntable of runs: {path / 'summary.csv'}\npicture: {path / 'trade_off.png'}")
+
+
+def _without_copies(found: Mapping[str, run_folder.Run]) -> dict[str, run_folder.Run]:
+    """Drop runs with the settings of an earlier one, such as ``lam1_seed0`` beside ``lam1``."""
+    known: dict[tuple, str] = {}
+    for name, run in found.items():
+        known.setdefault((*_without_seed(run), run.settings.get("seed")), name)
+    return {name: found[name] for name in known.values()}
 
 
 def _without_seed(run: run_folder.Run) -> tuple:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -33,6 +34,31 @@ from taps.version import VERSION
 
 #: how often an image is prepared again because its task's files changed on the way
 _TRIES = 10
+
+
+#: shape of an image, and the tasks that it runs through the network for, with their versions
+Pass = tuple[tuple[int, ...], dict[str, str]]
+#: formats of Pillow that are read; others, such as PostScript, would start programs
+_FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "PCX", "SGI", "HEIF",
+)  # fmt: skip
+
+
+def _formats() -> list[str]:
+    """Return those of the formats that this Pillow reads."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+async def _all(waiting: Sequence[Coroutine]) -> list:
+    """Wait for all results; if one fails, the others are given up too."""
+    tasks = [asyncio.ensure_future(own) for own in waiting]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Unavailable(Exception):  # noqa: N818 (no mistake of anyone's)
@@ -56,7 +82,7 @@ class Service:
         folder: ServedFolder,
         default: dict,
         send: Callable[[int, Sequence[Item]], Awaitable[Sequence[Answer]]],
-        cost: Callable[[tuple[int, ...], list[str]], Awaitable[dict[str, int]]],
+        cost: Callable[[tuple[int, ...], dict[str, str]], Awaitable[dict[str, int]]],
     ) -> None:
         self.settings, self.folder, self._default, self._cost = settings, folder, default, cost
         self.uploads = Uploads(int(settings.max_request * 1e6), settings.timeout)
@@ -78,8 +104,8 @@ class Service:
             tasks = self._find(wanted.tasks)
             try:
                 with self.batches.admit(len(wanted.images)):
-                    waiting = [self._classify(number, wanted, tasks) for number in range(len(wanted.images))]
-                    images = await asyncio.wait_for(asyncio.gather(*waiting), self.settings.timeout)
+                    answering = _all([self._classify(number, wanted, tasks) for number in range(len(wanted.images))])
+                    images = await asyncio.wait_for(answering, self.settings.timeout)
             except asyncio.TimeoutError:
                 reason = f"no answer within {self.settings.timeout:g} seconds"
                 raise refusal(503, reason, **{"Retry-After": "1"}) from None
@@ -91,9 +117,9 @@ class Service:
         self.measured.images.inc(len(images))
         return answer
 
-    async def _cost_of(self, passes: Sequence[tuple[tuple[int, ...], list[str]]]) -> dict[str, int]:
+    async def _cost_of(self, passes: Sequence[Pass]) -> dict[str, int]:
         """Return the MACs of an image: the sum over its passes, which tasks share that prepare images alike."""
-        costs = await asyncio.gather(*(self._cost(shape, tasks) for shape, tasks in passes))
+        costs = [await self._cost(shape, tasks) for shape, tasks in passes]
         return {key: sum(cost[key] for cost in costs) for key in costs[0]}
 
     def _find(self, names: list[str] | None) -> dict[str, StoredTask]:
@@ -114,14 +140,15 @@ class Service:
 
     async def _classify(
         self, number: int, wanted: Wanted, tasks: dict[str, StoredTask]
-    ) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], list[str]]]]:
-        """Return the entry of one image, and the shape and the tasks of each of its passes."""
+    ) -> tuple[dict[str, Any], list[Pass]]:
+        """Return the entry of one image, and its passes."""
         name, data = wanted.images[number]
-        left, entries = dict(tasks), {}
+        left, entries, passes = dict(tasks), {}, []
         for _ in range(_TRIES):
             prepared = await self._prepared(number, name, data, left)
             items = [Item(image, {task: left[task].version for task in own}, wanted.top) for image, own in prepared]
-            for answer in await asyncio.gather(*map(self.batches.answer, items)):
+            for item, answer in zip(items, await _all([self.batches.answer(item) for item in items]), strict=True):
+                passes.append((item.image.shape, item.tasks))
                 for task, classes in answer.items():
                     if classes == CHANGED:
                         continue
@@ -133,11 +160,11 @@ class Service:
                     }
             if not left:
                 in_order = {task: entries[task] for task in tasks if task in entries}
-                return {"image": name, "tasks": in_order}, [(image.shape, own) for image, own in prepared]
+                return {"image": name, "tasks": in_order}, passes
             now = self._find(None if wanted.tasks is None else list(left))
             left = {task: now[task] for task in left if task in now}
             if not left and entries:  # removed meanwhile, of all that were asked for
-                return {"image": name, "tasks": entries}, [(image.shape, own) for image, own in prepared]
+                return {"image": name, "tasks": entries}, passes
         raise refusal(503, f"task {next(iter(left))!r} changes all the time", **{"Retry-After": "1"})
 
     async def _prepared(
@@ -154,6 +181,7 @@ class Service:
                 io.BytesIO(data),
                 lambda image: [transform(image).numpy() for transform in transforms],
                 1e6 * self.settings.max_pixels,
+                _formats(),
             )
 
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,10 +196,26 @@ class Engine:
         for name in [*self._held][: max(len(self._held) - self.keep, 0)]:
             self._drop(name)
 
-    def cost(self, shape: Sequence[int], tasks: Iterable[str]) -> dict[str, int]:
-        """Return the MACs of the tasks on one image of this shape: in one pass, and in one pass each."""
-        names = tuple(sorted(name for name in tasks if name in self._held))
-        key = (tuple(shape), tuple(self._held[name] for name in names))
+    def cost(self, shape: Sequence[int], tasks: dict[str, str]) -> dict[str, int]:
+        """Return the MACs of tasks on one image of this shape: in one pass, and in one pass each.
+
+        Args:
+            shape: (3, H, W).
+            tasks: versions by name; a task that is no longer there counts nothing.
+        """
+        total = dict.fromkeys(("macs", "macs_separate", "macs_heads"), 0)
+        wanted = list(tasks.items())
+        for start in range(0, len(wanted), self.keep):
+            some = dict(wanted[start : start + self.keep])
+            reasons = self._hold(some)
+            names = tuple(sorted(name for name in some if name not in reasons))
+            for key, own in (self._known_cost(tuple(shape), names) if names else {}).items():
+                total[key] += own
+            self._make_room()
+        return total
+
+    def _known_cost(self, shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, int]:
+        key = (shape, tuple((name, self._held[name]) for name in names))
         if key not in self._costs:
             if len(self._costs) >= 100:
                 self._costs.clear()

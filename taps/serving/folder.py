@@ -81,7 +81,12 @@ class ServedFolder:
 
     def _known_or_read(self, folder: Path, stamp: _Stamp) -> tuple[_Stamp, StoredTask | str]:
         before = self._read.get(folder)
-        return before if before is not None and before[0] == stamp else (stamp, _read_task(folder, stamp))
+        if before is not None and before[0] == stamp:
+            return before
+        try:
+            return stamp, _read_task(folder, stamp)
+        except OSError as error:  # perhaps not for long: the empty stamp is never that of the files
+            return (), f"{error.filename or folder}: {error.strerror}"
 
     def get(self, name: str) -> StoredTask:
         """Return a task as it is now.
@@ -118,8 +123,6 @@ def _read_task(folder: Path, stamp: _Stamp) -> StoredTask | str:
         size = path.stat().st_size
     except UserError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
     if size != description["bytes"]:
         return f"{path} has {size} bytes, task.json says {description['bytes']}"
     return StoredTask(description["task"], folder, version, description, stamp)

@@ -6,13 +6,14 @@ import asyncio
 import base64
 import binascii
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 #: the most images, and the most classes for each, that one request may ask for
 MOST_IMAGES, MOST_CLASSES = 256, 1000
@@ -69,6 +70,8 @@ class Uploads:
         try:
             try:
                 await asyncio.wait_for(self._fill(body, request), self._seconds)
+            except ClientDisconnect:
+                raise refusal(400, "the request was broken off") from None
             except asyncio.TimeoutError:
                 raise refusal(408, f"the request did not arrive within {self._seconds:g} seconds") from None
             yield await (_read_form(request, bytes(body)) if kind == "multipart/form-data" else _read_json(bytes(body)))
@@ -113,7 +116,7 @@ async def _read_form(request: Request, body: bytes) -> Wanted:
                     raise refusal(400, f"unknown field {key!r}; there are image, tasks, top and cost")
     except (ValueError, KeyError, UnicodeError) as error:
         raise refusal(400, f"the form cannot be read ({error})") from None
-    top = int(numbers["top"]) if numbers["top"].isascii() and numbers["top"].isdecimal() else numbers["top"]
+    top: object = int(numbers["top"]) if re.fullmatch("[0-9]{1,9}", numbers["top"]) else numbers["top"]
     cost = {"true": True, "false": False}.get(numbers["cost"].lower(), numbers["cost"])
     return _checked(images, tasks or None, top, cost)
 
@@ -156,6 +159,9 @@ def _checked(images: list[tuple[str, bytes]], tasks: list[str] | None, top: obje
         raise refusal(400, "tasks is empty; leave it out for all tasks")
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= MOST_CLASSES:
         raise refusal(400, f"top has to be a whole number from 1 to {MOST_CLASSES}")
+    for number, (name, _) in enumerate(images, start=1):
+        if not name.isprintable():
+            raise refusal(400, f"the name of image {number} holds characters that cannot be printed")
     if not isinstance(cost, bool):
         raise refusal(400, "cost has to be true or false")
     return Wanted(images, None if tasks is None else list(dict.fromkeys(tasks)), top, cost)

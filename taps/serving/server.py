@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +25,12 @@ from taps.storage import hub
 try:
     import uvicorn
     from ray import serve as ray_serve
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
 
     from taps.serving.app import Service, Unavailable, make_app
 except ImportError as missing:
     raise UserError(f"taps serve needs {missing.name}: pip install 'taps-vision[serve]'") from None
-
-#: name of the application on a Ray cluster
-_NAME = "taps"
 
 
 class Replica:
@@ -51,14 +50,11 @@ class Replica:
         await self._group(ray_serve.get_multiplexed_model_id())
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._engine.answer, items)
 
-    async def cost(self, shape: tuple[int, ...], tasks: list[str]) -> dict[str, int]:
+    async def cost(self, shape: tuple[int, ...], tasks: dict[str, str]) -> dict[str, int]:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._engine.cost, shape, tasks)
 
     async def default_preprocessing(self) -> dict:
         return self._engine.model.default_preprocessing(224).describe()
-
-    async def is_ready(self) -> bool:
-        return True
 
 
 def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
@@ -84,12 +80,13 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
         say(f"starting {count} for {root} on {settings.address or 'this machine'} …")
         with cluster.connected(settings.address, settings.most * settings.threads_each, "taps serve"):
             ray_serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "ERROR"})
+            name = f"taps-{uuid.uuid4().hex[:8]}"  # a cluster may run several servers
             try:
-                handle = _start_replicas(settings, root)
-                _answer_requests(settings, folder, handle, listener, say)
+                handle = _start_replicas(settings, root, name)
+                _answer_requests(settings, folder, handle, name, listener, say)
             finally:
                 with cluster.undisturbed():
-                    ray_serve.delete(_NAME) if settings.address else ray_serve.shutdown()
+                    ray_serve.delete(name) if settings.address else ray_serve.shutdown()
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
@@ -112,7 +109,7 @@ def _listen(settings: ServeSettings) -> socket.socket:
     return listener
 
 
-def _start_replicas(settings: ServeSettings, root: Path):
+def _start_replicas(settings: ServeSettings, root: Path, name: str):
     """Start the replicas, wait until they are ready, and return a handle to them."""
     device = pick_device(settings.device).type if settings.address is None else settings.device
     resources: dict[str, float] = {"num_cpus": settings.threads_each}
@@ -135,16 +132,16 @@ def _start_replicas(settings: ServeSettings, root: Path):
     )
     bound = deployment.bind(str(root), settings.base, settings.keep, device, settings.threads_each)
     try:
-        return ray_serve.run(bound, name=_NAME, route_prefix=None, blocking=False)
+        return ray_serve.run(bound, name=name, route_prefix=None, blocking=False)
     except RuntimeError as error:
-        raise UserError(f"a replica does not start: {_reason(error)}") from None
+        raise UserError(f"a replica does not start: {_reason(error, name)}") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, name: str) -> str:
     """Return the reason in an error, of which Ray says more in the state of the application."""
     text = str(error)
     try:
-        application = ray_serve.status().applications[_NAME]
+        application = ray_serve.status().applications[name]
         text = "\n".join([text, *(own.message for own in application.deployments.values())])
     except (KeyError, RuntimeError):
         pass
@@ -153,27 +150,20 @@ def _reason(error: Exception) -> str:
     return (own or lines)[-1]
 
 
-def _answer_requests(settings: ServeSettings, folder: ServedFolder, handle, listener: socket.socket, say) -> None:
+def _answer_requests(
+    settings: ServeSettings, folder: ServedFolder, handle, name: str, listener: socket.socket, say
+) -> None:
     """Run the HTTP interface until a signal ends it."""
 
     async def send(group: int, items: Sequence[Item]) -> Sequence[Answer]:
         own = handle.options(multiplexed_model_id=str(group))
-        for last in (False, True):
-            try:
-                return await own.answer.remote(list(items))
-            except RayActorError:
-                if last:
-                    raise Unavailable("the replica died while it answered") from None
-        raise Unavailable("no replica answers")
+        return await _tried(lambda: own.answer.remote(list(items)))
 
-    async def cost(shape: tuple[int, ...], tasks: list[str]) -> dict[str, int]:
-        return await handle.cost.remote(shape, tasks)
+    async def cost(shape: tuple[int, ...], tasks: dict[str, str]) -> dict[str, int]:
+        return await _tried(lambda: handle.cost.remote(shape, tasks))
 
     async def is_ready() -> bool:
-        try:
-            return await asyncio.wait_for(_result(handle.is_ready.remote()), 2)
-        except (asyncio.TimeoutError, RayActorError):
-            return False
+        return await asyncio.get_running_loop().run_in_executor(None, _runs, name)
 
     async def main() -> None:
         default = await handle.default_preprocessing.remote()
@@ -198,5 +188,21 @@ def _answer_requests(settings: ServeSettings, folder: ServedFolder, handle, list
     asyncio.run(main())
 
 
-async def _result(response):
-    return await response
+async def _tried(call: Callable):
+    """Return the result of a call to a replica; if that dies, another one gets the call."""
+    for last in (False, True):
+        try:
+            return await call()
+        except RayTaskError:  # a mistake in this program
+            raise
+        except (RayError, RayServeException) as error:
+            if last or not isinstance(error, RayActorError):
+                raise Unavailable(f"no replica answers ({type(error).__name__})") from None
+    return None
+
+
+def _runs(name: str) -> bool:
+    """Return whether a replica is ready."""
+    application = ray_serve.status().applications.get(name)
+    deployments = application.deployments.values() if application else ()
+    return any(count for own in deployments for state, count in own.replica_states.items() if state == "RUNNING")

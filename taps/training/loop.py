@@ -346,10 +346,12 @@ class _Run:
             self.model.state.temperature = phase.temperature
             for group in self.optimizers[phase.optimizer].param_groups:
                 group["lr"] = group["initial_lr"] * self._decay(phase)
-        if self.accelerator.device.type != "cpu" or self.recipe.compile:
-            gates = [gate for task in self.tasks for gate in self.model.gates(task)]
-            for kind in {type(gate) for gate in gates}:  # before norms ask for decisions, and before the compiler looks
+        gates = [gate for task in self.tasks for gate in self.model.gates(task)]
+        if self.accelerator.device.type != "cpu":
+            for kind in {type(gate) for gate in gates}:  # before norms ask for decisions one by one
                 kind.read_together([gate for gate in gates if type(gate) is kind])
+        for gate in gates if self.recipe.compile else ():
+            gate.decide()  # read before the compiler looks
         return phase
 
     def _begin(self, phase: Phase) -> None:

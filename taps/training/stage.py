@@ -83,7 +83,7 @@ class Stage:
             on_epoch=on_epoch,
             state_path=None if folder is None else folder.state_path,
             resume=resume,
-            fork=self.fork,
+            fork=None if self.done else self.fork,  # its state is of the epochs that are done
             stop=stop,
             done=self.done,
             best=self.best,

@@ -104,8 +104,13 @@ def _unreadable(path: str, reason: str) -> UserError:
     return UserError(f"image {path} cannot be read ({reason}); remove it, or use --skip_bad_images")
 
 
-def decode_image(file: IO[bytes], convert: Callable[[Image.Image], T], max_pixels: float = math.inf) -> T:
-    """An image as ``convert`` makes it.
+def decode_image(
+    file: IO[bytes],
+    convert: Callable[[Image.Image], T],
+    max_pixels: float = math.inf,
+    formats: Sequence[str] | None = None,
+) -> T:
+    """An image as ``convert`` makes it, in one of Pillow's ``formats``, or in any.
 
     Raises:
         UnreadableImageError: with the reason, if the data are no image, are damaged, or ``convert`` refuses them.
@@ -115,7 +120,7 @@ def decode_image(file: IO[bytes], convert: Callable[[Image.Image], T], max_pixel
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about metadata do not concern the pixels
-            with Image.open(file) as image:
+            with Image.open(file, formats=formats) as image:
                 if image.width * image.height > max_pixels:
                     raise LargeImageError(
                         f"{image.width} × {image.height} pixels, at most {max_pixels:,.0f} are allowed"
