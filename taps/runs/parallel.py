@@ -85,7 +85,7 @@ class Job:
         for row in rows[self.rows :]:
             if self.bar is None:
                 line = epoch_line([row], self.experiment.options.epochs, self.units, False, 0.0).rpartition(",")[0]
-                print(f"{self.label}{line}", flush=True)
+                self.experiment.accelerator.print(f"{self.label}{line}", flush=True)
             else:
                 self.bar.n = row["epoch"]
                 accuracy = 100 - row.get("val_error", row["train_error"])
