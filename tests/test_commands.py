@@ -523,7 +523,32 @@ def test_a_finished_run_is_extended_by_more_epochs(finished, tree, here, tmp_pat
     assert "cannot be resumed with other settings: epochs=2 (was 4)" in done.stderr
 
 
-def test_what_cannot_be_extended_is_one_line(joint, tree, here, tmp_path):
-    shutil.copytree(joint[0] / "results/run", tmp_path / "results/run")
-    done = here("train_joint.py", *trained_arguments(tree, "--resume"), "--epochs", 4, check=2)
-    assert "cannot be extended to 4 epochs: only train_sequential.py extends runs" in done.stderr
+@pytest.mark.parametrize("program", ["train_sequential.py", "train_joint.py"])
+@pytest.mark.parametrize("is_better", [False, True])
+def test_more_epochs_replace_the_best_only_if_they_are_better(
+    program, is_better, finished, joint, tree, here, tmp_path, monkeypatch
+):
+    """The whole state goes on from the best epoch, the base of joint training too, and ends consistent."""
+    from taps.runs.adaptation import Experiment
+
+    source = (finished if program == "train_sequential.py" else joint)[0]
+    run = tmp_path / "results/run"
+    shutil.copytree(source / "results/run", run)
+    files = [run / name for name in ("paint/task.safetensors", "base.safetensors") if (run / name).exists()]
+    before = [path.read_bytes() for path in files]
+    monkeypatch.setattr(Experiment, "_score", lambda self, model, task: 101.0 if is_better else -1.0)
+    here(program, *trained_arguments(tree, "--resume"), "--epochs", 3)
+    assert ([path.read_bytes() for path in files] != before) == is_better
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted((row["task"], row["epoch"]) for row in rows) == [
+        (t, e) for t in ("ink-2", "paint") for e in (1, 2, 3)
+    ]
+    assert json.loads((run / "paint/task.json").read_text())["provenance"]["epochs"] == 3
+    here("evaluate.py", run, "--verify")
+
+
+def test_what_cannot_be_extended_is_one_line(tree, here, tmp_path):
+    line = ("train_sequential.py", *trained_arguments(tree / "paint", "--budget", "50%"))
+    here(*line)
+    done = here(*line, "--resume", "--epochs", 4, check=2)
+    assert "cannot be extended to 4 epochs: a budget divides all epochs into parts" in done.stderr

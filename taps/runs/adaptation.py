@@ -265,8 +265,14 @@ class Experiment:
         if not self.unfinished:
             return
         torch.manual_seed(self.options.seed)
+        done = min(self.folder.finished_epochs(task.name) for task in self.tasks)
+        if done:
+            model.load_base(read_tensors(self.folder.base_path))
         for task in self.tasks:
-            model.add_task(task.name, num_classes=len(task.classes))
+            if done:
+                model.load_task(self.folder.task_path(task.name), trainable=True)
+            else:
+                model.add_task(task.name, num_classes=len(task.classes))
         loader, sampler = make_task_loader(
             {task.name: task.train for task in self.tasks},
             {task.name: self._training_transform(task) for task in self.tasks},
@@ -277,7 +283,7 @@ class Experiment:
             workers=self.options.workers,
             processes=self.accelerator.num_processes,
         )
-        self._fit(model, self.tasks, loader, sampler)
+        self._fit(model, self.tasks, loader, sampler, done=done)
         self.accelerator.wait_for_everyone()
         for task in self.tasks:
             model.remove_task(task.name)
@@ -342,8 +348,14 @@ class Experiment:
             folder=self.folder,
             fork=fork,
             done=done,
-            best=100.0 - error if done and (error := model.about(names[0]).get("val_error")) is not None else None,
+            best=self._stored_score(names) if done else None,
         ).train(self.accelerator, self.stop)
+
+    def _stored_score(self, tasks: Sequence[str]) -> float | None:
+        """Return the validation accuracy with which the tasks were stored, their mean; ``None`` if it is not known."""
+        stored = [task_file.read_description(self.folder.task_path(task)).get("val_error") for task in tasks]
+        errors = [error for error in stored if error is not None]
+        return 100.0 - sum(errors) / len(errors) if len(errors) == len(tasks) else None
 
     def track(self, rows: Sequence[dict]) -> None:
         """Send an epoch's numbers to the trackers."""
@@ -387,7 +399,7 @@ class Experiment:
                 write_json(path / "test.json", result.describe(task.classes))
                 if len(task.classes) <= MOST_CLASSES:
                     style.save(confusion(result.confusion, task.classes, task.name), path / "confusion.png")
-                if not self.folder.fingerprints_path.is_file():
+                if model.train_base or not self.folder.fingerprints_path.is_file():
                     write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
             self.accelerator.wait_for_everyone()
 

@@ -208,16 +208,12 @@ class RunFolder:
                 )
         before = {**(defaults or {}), **stored}  # settings that are newer than the run have their defaults
         longer = wanted.get("epochs", 0) > before.get("epochs", math.inf)
-        if longer and (before.get("budget") is not None or before.get("variant") is not None):
+        if longer and (before.get("budget") is not None or before.get("variant") == "lite"):
+            what = "a budget" if before.get("budget") else "--variant lite"
             raise UserError(
-                f"{self.path} cannot be extended to {wanted['epochs']} epochs: "
-                + (
-                    "a budget divides all epochs into parts"
-                    if before.get("budget")
-                    else "only train_sequential.py extends runs"
-                )
+                f"{self.path} cannot be extended to {wanted['epochs']} epochs: {what} divides all epochs into parts"
             )
-        free += ("epochs",) if longer else ()
+        free += ("epochs", "shared_epochs") if longer else ()
         other = [key for key in wanted if key not in free and key in before and wanted[key] != before[key]]
         if other:
             listed = ", ".join(f"{key}={wanted[key]} (was {before[key]})" for key in other)
