@@ -185,8 +185,6 @@ def parse_joint(arguments: Sequence[str]) -> JointSettings:
     settings = _complete(parser, JointSettings, given, preset, f"_{variant}")
     if "hard_sharing" in _as_list(settings.method) and variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
-    if (settings.mixup or settings.cutmix) and variant == "joint":
-        parser.error("--mixup and --cutmix blend images of one task: leave them out, or use --variant lite")
     return settings if settings.shared_epochs is not None else replace(settings, shared_epochs=settings.epochs)
 
 

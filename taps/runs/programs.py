@@ -170,8 +170,6 @@ def _lite(run: Run[JointSettings]) -> None:
             accumulate=1 if settings.published else settings.accumulate,
             budget=None,
             layers=None,
-            mixup=0.0,
-            cutmix=0.0,
         )
         with Experiment.start(of_base, accelerator, run.tasks, prepare, path / "shared", run.stop) as shared:
             model = adapted(of_base, net, train_base=True)

@@ -213,6 +213,7 @@ class _Run:
         self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.roles = model.roles(*tasks)
         self.mix = mixing(recipe, model, tasks)
+        self.mix_classes = [model.heads[task].out_features for task in self.mix]
         if recipe.ema_decay is not None and any(callable(phase.competes) for phase in self.phases):
             raise UserError(
                 "ema_decay is not for a budget, whose rounded weights no average has: leave one of them out"
@@ -484,11 +485,22 @@ class _Run:
             ) from None
 
     def _mixed(self, part: tuple) -> tuple:
-        """Blend the images of a forward pass by mixup or CutMix, drawn at random if both are used."""
+        """Blend the images of a forward pass by mixup or CutMix, each task's with one another."""
         x, call, labels = part
-        if self.mix is not None:
-            x, labels = self.mix(x, labels)
-        return x, call, labels
+        if not self.mix:
+            return part
+        if isinstance(labels, Mapping):
+            raise UserError(
+                "mixup and CutMix are for tasks with images of their own, not for several on the same images"
+            )
+        if isinstance(call["task"], str):
+            x, labels = self.mix[call["task"]](x, labels)
+            return x, call, labels
+        blended, shares = torch.empty_like(x), x.new_zeros(len(x), max(self.mix_classes))
+        for task, rows in _rows(call["task"]).items():
+            blended[rows], own = self.mix[task](x[rows], labels[rows])
+            shares[rows, : own.shape[1]] = own.to(shares.dtype)
+        return blended, call, shares
 
     def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Average the gradients over all processes."""
@@ -523,7 +535,7 @@ class _Run:
         sums = self.progress.sums.setdefault(task, {"loss": 0.0, "wrong": 0.0, "images": 0.0})
         sums["loss"] = sums["loss"] + self._read(loss) * len(labels)
         sums["images"] += len(labels)
-        if self.mix is not None and isinstance(labels, Tensor) and labels.dim() == 2:
+        if self.mix and isinstance(labels, Tensor) and labels.dim() == 2:
             labels = labels.argmax(1)  # the larger part of a blend
         if is_classification(output, labels):
             sums["wrong"] = sums["wrong"] + self._read((output.detach().argmax(1) != labels).sum())
@@ -594,16 +606,18 @@ class _Run:
         return f"; the last good state is kept in {self.state_path.parent}"
 
 
-def mixing(recipe: Recipe, model: TaskModel, tasks: Sequence[str]) -> Callable | None:
-    """Return the recipe's mixup and CutMix of images and labels, or ``None`` without them."""
-    if not recipe.mixup and not recipe.cutmix:
-        return None
-    classes = getattr(model.heads[tasks[0]], "out_features", None)
-    if len(tasks) > 1 or classes is None:
-        raise UserError("mixup and CutMix are for one classification task at a time: train_sequential.py or taps.fit")
+def mixing(recipe: Recipe, model: TaskModel, tasks: Sequence[str]) -> dict[str, Callable]:
+    """Return mixup and CutMix of each task's images and labels, drawn at random if the recipe has both; empty if it has none."""
     kinds = {v2.MixUp: recipe.mixup, v2.CutMix: recipe.cutmix}
-    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha]
-    return v2.RandomChoice(mixes)
+    mixes: dict[str, Callable] = {}
+    for task in tasks if any(kinds.values()) else ():
+        classes = getattr(model.heads[task], "out_features", None)
+        if classes is None:
+            raise UserError(
+                f"mixup and CutMix are for tasks that classify, by a linear head; task {task!r} has another"
+            )
+        mixes[task] = v2.RandomChoice([kind(alpha=a, num_classes=classes) for kind, a in kinds.items() if a])
+    return mixes
 
 
 def _to_channels_last(model: nn.Module) -> None:
@@ -628,15 +642,18 @@ def _by_task(output, call: dict, labels: Tensor | Mapping[str, Tensor]) -> Itera
     elif isinstance(call["task"], str):
         yield call["task"], output, labels
     else:
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(call["task"]):
-            rows.setdefault(name, []).append(row)
-        for task, own in rows.items():
-            yield (
-                task,
-                output[own] if isinstance(output, Tensor) else torch.stack([output[row] for row in own]),
-                labels[own],
-            )
+        for task, own in _rows(call["task"]).items():
+            outputs = output[own] if isinstance(output, Tensor) else torch.stack([output[row] for row in own])
+            targets = labels[own]  # of blended images shares of as many classes as the largest task has
+            yield task, outputs, targets[:, : outputs.shape[1]] if targets.dim() == 2 else targets
+
+
+def _rows(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the rows of each task in a batch."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
 def _windows(batches: Iterable, size: int) -> Iterator[list]:
