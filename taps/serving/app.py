@@ -119,8 +119,11 @@ class Service:
 
     async def _cost_of(self, passes: Sequence[Pass]) -> dict[str, int]:
         """Return the MACs of an image: the sum over its passes, which tasks share that prepare images alike."""
-        costs = [await self._cost(shape, tasks) for shape, tasks in passes]
-        return {key: sum(cost[key] for cost in costs) for key in costs[0]}
+        total: dict[str, int] = {}
+        for shape, tasks in passes:
+            for key, own in (await self._cost(shape, tasks)).items():
+                total[key] = total.get(key, 0) + own
+        return total
 
     def _find(self, names: list[str] | None) -> dict[str, StoredTask]:
         """Return the tasks as they are now."""
@@ -143,7 +146,9 @@ class Service:
     ) -> tuple[dict[str, Any], list[Pass]]:
         """Return the entry of one image, and its passes."""
         name, data = wanted.images[number]
-        left, entries, passes = dict(tasks), {}, []
+        left, passes = dict(tasks), []
+        entries: dict[str, dict] = {}
+        refused: dict[str, str] = {}
         for _ in range(_TRIES):
             prepared = await self._prepared(number, name, data, left)
             items = [Item(image, {task: left[task].version for task in own}, wanted.top) for image, own in prepared]
@@ -152,19 +157,20 @@ class Service:
                 for task, classes in answer.items():
                     if classes == CHANGED:
                         continue
-                    if isinstance(classes, str):
+                    version = left.pop(task).version
+                    if not isinstance(classes, str):
+                        ranked = [{"class": own, "probability": value} for own, value in classes]
+                        entries[task] = {"version": version, "classes": ranked}
+                    elif wanted.tasks is None:  # the others go on
+                        refused[task] = classes
+                    else:
                         raise refusal(503, f"task {task!r} cannot be used: {classes}")
-                    entries[task] = {
-                        "version": left.pop(task).version,
-                        "classes": [{"class": own, "probability": value} for own, value in classes],
-                    }
+            if left:
+                now = self._find(None if wanted.tasks is None else list(left))
+                left = {task: now[task] for task in left if task in now}  # of all tasks, some may have been removed
             if not left:
-                in_order = {task: entries[task] for task in tasks if task in entries}
-                return {"image": name, "tasks": in_order}, passes
-            now = self._find(None if wanted.tasks is None else list(left))
-            left = {task: now[task] for task in left if task in now}
-            if not left and entries:  # removed meanwhile, of all that were asked for
-                return {"image": name, "tasks": entries}, passes
+                entry = {"image": name, "tasks": {task: entries[task] for task in tasks if task in entries}}
+                return {**entry, "refused": refused} if refused else entry, passes
         raise refusal(503, f"task {next(iter(left))!r} changes all the time", **{"Retry-After": "1"})
 
     async def _prepared(
