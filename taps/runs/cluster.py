@@ -15,6 +15,13 @@ from pathlib import Path
 from taps.errors import UserError
 
 
+def set_environment(address: str | None) -> None:
+    """Set what Ray reads when it is imported: no reports of usage, and the token that ``ray start`` has stored."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is not None and (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 @contextmanager
 def connected(address: str | None, processors: int, what: str) -> Iterator[None]:
     """Use Ray inside the ``with`` block.
@@ -27,7 +34,7 @@ def connected(address: str | None, processors: int, what: str) -> Iterator[None]
     Raises:
         UserError: if Ray is not installed or does not start, or the cluster does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_environment(address)
     try:
         import ray
     except ImportError:
@@ -49,7 +56,8 @@ def connected(address: str | None, processors: int, what: str) -> Iterator[None]
         if isinstance(error, UserError):
             raise
         where = f"the Ray cluster at {address} does not answer" if address else "Ray does not start"
-        raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        hint = "; does it want another token than that in ~/.ray/auth_token?" if address else ""
+        raise UserError(f"{where}: {str(error).strip().splitlines()[0]}{hint}") from None
     finally:
         for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
             signal.signal(number, handler)
