@@ -45,6 +45,8 @@ class Job:
         units: number of layers of the model.
         label: what to call it.
         rows: number of epochs that have been shown.
+        tries: how often it was stopped by something else than this program, or lost a process that reads images.
+        bar: its line on a terminal.
     """
 
     experiment: Experiment
@@ -52,6 +54,7 @@ class Job:
     units: int
     label: str
     rows: int = 0
+    tries: int = 0
     bar: tqdm | None = None
 
     @property
@@ -157,8 +160,13 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
                     del running[reference]
                     if is_finished:
                         job.finish()
-                    else:  # something else than this program asked the process to stop
+                    elif job.tries < _RETRIES:
+                        job.tries += 1
                         waiting.append(job)
+                    else:
+                        raise UserError(
+                            f"task {job.task} was stopped {_RETRIES} times by something else than this program"
+                        )
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause if isinstance(cause, UserError) else error from None
@@ -232,6 +240,11 @@ def _train_task(
         StopSignals() as stop,
         Experiment.start(own, accelerator, tasks, prepare, path, stop, fork=fork, only=name) as experiment,
     ):
-        experiment.train_in_sequence(model)
+        try:
+            experiment.train_in_sequence(model)
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            return False  # a process that reads images was killed
         return True
     return False
