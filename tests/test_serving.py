@@ -191,6 +191,20 @@ def test_a_damaged_task_is_refused_until_its_file_is_whole_while_others_go_on(ro
     assert isinstance(engine.answer(items)[0]["ink"], tuple)
 
 
+def test_a_file_that_vanishes_while_it_is_read_is_no_error_of_the_server(root, monkeypatch):
+    engine = Engine(root)
+    versions = {name: task.version for name, task in engine.folder.tasks.items()}
+    item = [Item(np.zeros((3, 32, 32), np.float32), versions, 1)]
+
+    def vanished(folder, name):
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "load_task", vanished)
+        assert all("No such file" in own for own in engine.answer(item)[0].values())
+    assert all(isinstance(own, tuple) for own in engine.answer(item)[0].values())  # and is tried again
+
+
 def test_an_engine_needs_a_task(tmp_path):
     with pytest.raises(UserError, match="holds no task"):
         Engine(tmp_path)

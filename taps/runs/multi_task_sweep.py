@@ -9,8 +9,6 @@ Runs that differ in the policy alone have the same single-task networks, which t
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +20,7 @@ from taps.errors import UserError
 from taps.plots import policies as policy_plots
 from taps.plots import style
 from taps.settings.multi_task import MultiTaskSettings
-from taps.storage.files import read_json, write_text
+from taps.storage.files import csv_text, read_json, write_text
 
 
 def is_sweep(settings: MultiTaskSettings) -> bool:
@@ -119,11 +117,8 @@ def _csv(rows: Sequence[tuple[MultiTaskSettings, dict]]) -> str:
     """Return one row per run: what was varied, and its results in all and per task and metric."""
     keys = ("delta_t", "executed_blocks", "macs_x_single", "parameters_x_single", "seconds")
     metrics = list(dict.fromkeys((t, m) for _, summary in rows for t, own in summary["tasks"].items() for m in own))
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["run", "method", "policy", "seed", *keys, *(f"{task}:{metric}" for task, metric in metrics)])
+    table: list[list] = [["run", "method", "policy", "seed", *keys, *(f"{t}:{m}" for t, m in metrics)]]
     for own, summary in rows:
         values = [summary.get(key) for key in keys] + [summary["tasks"].get(t, {}).get(m) for t, m in metrics]
-        start = [Path(str(own.experiment_name)).name, own.method, own.policy or "", own.seed]
-        writer.writerow([*start, *("" if value is None else value for value in values)])
-    return file.getvalue()
+        table.append([Path(str(own.experiment_name)).name, own.method, own.policy, own.seed, *values])
+    return csv_text(table)

@@ -11,8 +11,6 @@ differ in the size of ``--budget``.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import shutil
 import statistics
@@ -34,7 +32,7 @@ from taps.plots import style
 from taps.settings.adaptation import AdaptationSettings
 from taps.settings.declare import as_dict
 from taps.storage import run_folder
-from taps.storage.files import write_text
+from taps.storage.files import csv_text, write_text
 
 #: settings of which a command may name several values
 SWEPT = ("method", "lam", "budget", "seed")
@@ -222,11 +220,9 @@ def _csv(found: Mapping[str, run_folder.Run]) -> str:
     """Return one row per run: what was varied, and its results in all and per task."""
     tasks = list(dict.fromkeys(task for run in found.values() for task in run.summary["tasks"]))
     keys = ("mean_accuracy", "parameters_x_base", "bytes_x_base", "seconds")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["run", *SWEPT, *keys, "tuned_layers", *(f"accuracy:{task}" for task in tasks)])
+    rows: list[list] = [["run", *SWEPT, *keys, "tuned_layers", *(f"accuracy:{task}" for task in tasks)]]
     for name, run in found.items():
         accuracies = [run.summary["tasks"].get(task, {}).get("accuracy", "") for task in tasks]
         values = [run.settings.get(key, "") for key in SWEPT] + [run.summary[key] for key in keys]
-        writer.writerow([name, *("" if own is None else own for own in values), _tuned(run), *accuracies])
-    return file.getvalue()
+        rows.append([name, *values, _tuned(run), *accuracies])
+    return csv_text(rows)

@@ -185,6 +185,8 @@ class Engine:
             except UserError as error:
                 self._unusable[task.stamp] = str(error)
                 return str(error)
+            except OSError as error:  # perhaps not for long, such as a file that is being replaced
+                return f"{error.filename or task.folder}: {error.strerror or error}"
         self._held[task.name] = task.version
         return None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +76,13 @@ def write_text(path: Path, text: str) -> None:
 def json_text(value: object) -> str:
     """Return the contents of a JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as CSV; ``None`` is an empty cell."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
 
 
 def write_json(path: Path, value: object) -> None:
