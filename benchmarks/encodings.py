@@ -26,7 +26,12 @@ from taps.runs.adaptation import score  # noqa: E402
 from taps.storage import files, run_folder  # noqa: E402
 from taps.storage.encoding import encode, encode_as, error_of  # noqa: E402
 
-CASES = ("exact", "float16", *(f"coded {error}" for error in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45)), "max_error 0.02")
+CASES = (
+    "exact",
+    "float16",
+    *(f"range_coded {error}" for error in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45)),
+    "max_error 0.02",
+)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def test_the_published_program_is_one_switch():
     assert (settings.model_type, settings.resize, settings.val_fraction) == ("resnet50.tv_in1k", 224, 0)
     assert (settings.accumulate, settings.gradients, settings.warmup_epochs, settings.lam) == (8, "sum", 3, 0.1)
     joint = parse_joint(["--published", "--dataset", ".", "--variant", "lite", "--accumulate", "2", "--resize", "256"])
-    assert (joint.model_type, joint.shared_optimizer, joint.optimizer) == ("resnet34.tv_in1k", "nag", "sgd")
+    assert (joint.model_type, joint.shared_optimizer, joint.optimizer) == ("resnet34.tv_in1k", "nag", None)
     assert (joint.accumulate, joint.resize) == (2, 256)
     for arguments in (["--no-pretrained"], ["--model_path", "w.pth"], ["--model_type", "vit_tiny_patch16_224"]):
         assert ".tv_in1k" not in parse_sequential(["--published", "--dataset", ".", *arguments]).model_type

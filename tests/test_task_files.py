@@ -111,7 +111,7 @@ def rewrite(folder, **entries):
         (damage_nan, "head/weight holds values that are not finite"),
         (damage_missing_tensor, "lacks the delta of conv1, whose gate is open"),
         (damage_extra_tensor, "delta/fc/weight"),
-        (lambda folder: rewrite(folder, format=99), "format version 99; this library reads version 1"),
+        (lambda folder: rewrite(folder, format=99), "format version 99; this library reads versions 1 and 2"),
         (lambda folder: rewrite(folder, method="finetune"), "which method 'finetune' does not have"),
         (lambda folder: rewrite(folder, method="finetune", options={}), "lacks the delta of"),
         (lambda folder: rewrite(folder, method="fintune"), "method='fintune'"),

@@ -82,6 +82,24 @@ def add_delta(
     return base + delta if specific == 1.0 else base + specific * delta
 
 
+def whole_steps(weights: Tensor, step: float | Tensor, dead: float | Tensor = 0.0) -> Tensor:
+    """Return the number of steps next to each weight; the first step starts ½ + ``dead`` steps from zero."""
+    return nn.functional.softshrink(weights / step, float(dead)).round_()
+
+
+class _Rounded(torch.autograd.Function):
+    """Whole steps of δ times a scale, with the gradient of δ (straight-through; Bengio et al., 2013)."""
+
+    @staticmethod
+    def forward(ctx, delta: Tensor, rounding: Tensor) -> Tensor:
+        step, scale, dead = rounding.to(delta.dtype)
+        return whole_steps(delta, step, dead).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
 class Encoded(Protocol):
     """A compressed delta, as made by :mod:`taps.storage.encoding`.
 
@@ -132,6 +150,24 @@ class Deltas(nn.Module):
             return self._encoded[name][0].decode(held.shape, held.dtype).to(held.device)
         return holder.source.to(held.device, held.dtype)
 
+    def used(self, name: str) -> Tensor:
+        """Return a delta as the unit uses it: rounded if :meth:`set_rounding` says so."""
+        rounding = getattr(self.get_submodule(name), "rounding", None)
+        return self[name] if rounding is None else _Rounded.apply(self[name], rounding)
+
+    def set_rounding(self, name: str, rounding: Tensor | None) -> None:
+        """Use a delta rounded to steps from now on, with a straight-through gradient, until it is encoded.
+
+        Args:
+            name: of the parameter.
+            rounding: step, scale (the value of a step) and dead zone in steps, shape (3,); ``None`` ends the rounding.
+        """
+        holder = self.get_submodule(name)
+        if rounding is not None:
+            holder.register_buffer("rounding", rounding.to(self[name].device, torch.float32))
+        elif hasattr(holder, "rounding"):
+            del holder.rounding
+
     def sums(self) -> dict[str, Tensor] | None:
         """Return W + δ by parameter if the sums are held, else ``None``."""
         if not self.holds_sums:
@@ -174,6 +210,7 @@ class Deltas(nn.Module):
         Raises:
             ValueError, RuntimeError: if the encoding does not decode to a delta of this shape.
         """
+        self.set_rounding(name, None)
         delta = self[name]
         delta.copy_(encoded.decode(delta.shape, delta.dtype))
         self.get_submodule(name).register_buffer("stored", encoded.data.to(delta.device))

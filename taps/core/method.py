@@ -62,6 +62,9 @@ class Phase:
             model and the task that returns this.
         begin: called once per task at the start of the phase, with the model and the task. Returns the parameters whose running
             averages of gradients are no longer valid.
+        each_step: called once per task before each step, with the model, the task and the part of the phase that is done, 0 to 1.
+        stored: called once per task at the end of an epoch, before validation, with the model and the task. Gives the task the
+            values that its file will hold, and returns a function that gives back its own, with which training goes on.
         forks: whether runs that differ only from this phase on may start from a common state, that just before ``begin``.
         extra_loss: function of the model and a batch; returns a context manager for the forward pass that yields a loss to add.
     """
@@ -78,6 +81,8 @@ class Phase:
     validates: bool = True
     competes: bool | Callable[[Model, str], bool] = False
     begin: Callable[[Model, str], Iterable[Tensor]] | None = None
+    each_step: Callable[[Model, str, float], None] | None = None
+    stored: Callable[[Model, str], Callable[[], None]] | None = None
     forks: bool = False
     extra_loss: Callable[[Model, Tensor], AbstractContextManager[ExtraLoss]] | None = None
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from taps.core.delta import Encoded
 from taps.core.execution import Execution, Place, State, TaskDict, evaluating, plain_state
 from taps.core.find import choose, declared_features, measured_features
 from taps.core.gate import Decision, Gate, propagate_skips
@@ -52,6 +53,7 @@ class Network(nn.Module):
         unskippable: for each unit that cannot be skipped, the reason.
         policies: for each task under a policy, (run, specific) of each unit.
         origins: the method of each task that was trained with another method than the model's.
+        encoded: for each task in whose file norms and head are encoded, these encodings by key of the file.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Network(nn.Module):
         self._still = () if train_base else tuple(_with_buffers(backbone))
         self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
         self.origins: dict[str, Origin] = {}
+        self.encoded: dict[str, dict[str, Encoded]] = {}
         self._fingerprint: tuple[tuple, str] | None = None
         #: the fingerprint of a base in another precision, and that of the base it was converted from
         self._converted: tuple[str, str] | None = None
@@ -251,6 +254,7 @@ class Network(nn.Module):
         """Remove everything that belongs to ``task``, even if it was only partly added."""
         self.policies.pop(task, None)
         self.origins.pop(task, None)
+        self.encoded.pop(task, None)
         for module in (*self._units, *self._norms):
             module.remove_task(task)
         if task in self.heads:

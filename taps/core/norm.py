@@ -5,11 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from taps.core.execution import Place, State, TaskDict, with_tensors
 from taps.core.unit import GatedUnit
+
+
+@dataclass(frozen=True)
+class Fading:
+    """A task's copy of a norm that gives way to the base's: share · own(x) + (1 − share) · base(x)."""
+
+    own: nn.Module
+    share: float
 
 
 class TaskNorm(Place):
@@ -50,6 +59,7 @@ class TaskNorm(Place):
         self.ready: dict[str | None, nn.Module] = {}
         self._contents: dict[int, tuple] = {}
         self._always: set[str] = set()
+        self._fading: dict[str, float] = {}
         self._feeder = (feeder,)  # in a tuple, so that it is not registered as a submodule
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -67,9 +77,14 @@ class TaskNorm(Place):
         """Make ``task`` use its copy whatever the policy says, as a task that was trained under another policy does."""
         self._always.add(task)
 
+    def fade(self, task: str, share: float) -> None:
+        """Let a task whose copy is not in use train with this share of it beside the base's norm, 0 ≤ share < 1."""
+        self._fading[task] = share if task in self.norms and self.active(task) is None else 0.0
+
     def remove_task(self, task: str) -> None:
         self.ready.pop(task, None)
         self._always.discard(task)
+        self._fading.pop(task, None)
         if task in self.norms:
             del self.norms[task]
 
@@ -105,14 +120,18 @@ class TaskNorm(Place):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def decision_for(self, task: str | None, x: Tensor | None) -> nn.Module | None:
+    def decision_for(self, task: str | None, x: Tensor | None) -> nn.Module | Fading | None:
+        if task is not None and self.training and self._fading.get(task):
+            return Fading(self.norms[task], self._fading[task])
         return self.active(task)
 
     def settled_decision(self, task: str | None) -> nn.Module:
         return self.active(task) or self.base
 
-    def sharing_key(self, norm: nn.Module | None) -> Hashable:
+    def sharing_key(self, norm: nn.Module | Fading | None) -> Hashable:
         """Return ``"base"`` or a key for the copy; in evaluation mode copies with equal contents have equal keys."""
+        if isinstance(norm, Fading):
+            return id(norm.own), norm.share
         if norm is None or norm is self.base:
             return "base"
         if norm.training:
@@ -128,7 +147,10 @@ class TaskNorm(Place):
     def uses_batch_statistics(self) -> bool:
         return self.base.training and next(self.base.buffers(), None) is not None
 
-    def compute(self, task: str | None, norm: nn.Module | None, args: tuple, kwargs: dict):
+    def compute(self, task: str | None, norm: nn.Module | Fading | None, args: tuple, kwargs: dict):
+        if isinstance(norm, Fading):
+            own = self.compute(task, norm.own, args, kwargs)
+            return norm.share * own + (1.0 - norm.share) * self.base(*args, **kwargs)
         norm = self.base if norm is None else norm
         if norm.training:
             if self.state.is_recomputing:  # this batch has already updated the statistics

@@ -87,7 +87,7 @@ class GatedUnit(Place):
             return deltas.sums() or {}
         factors = specific if isinstance(specific, Mapping) else dict.fromkeys(self.parameter_names, specific)
         return {
-            name: add_delta(parameter, deltas[name], factors[name], decision.delta_gradient)
+            name: add_delta(parameter, deltas.used(name), factors[name], decision.delta_gradient)
             for name, parameter in self.base_parameters().items()
         }
 

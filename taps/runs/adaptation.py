@@ -243,9 +243,7 @@ class Experiment:
             else:
                 model.add_task(task.name, num_classes=len(task.classes))
             if heads is not None:
-                stored = task_file.read_stored(heads / task.name)[1]
-                head = {name[5:]: tensor for name, tensor in stored.items() if name.startswith("head/")}
-                model.heads[task.name].load_state_dict(head)
+                model.heads[task.name].load_state_dict(task_file.read_head(heads / task.name))
             size = min(self.options.batch_size, len(task.train))
             if size < self.options.batch_size:
                 self.accelerator.print(f"{task.name}: batches of {size} images, for there are no more")

@@ -3,7 +3,7 @@
 #: norm policies: each task's own norms everywhere, its own only after tuned layers, or the base's
 NORMS = ("task", "follow", "frozen")
 #: ``"nag"`` is SGD with Nesterov momentum
-OPTIMIZERS = ("sgd", "nag", "adam", "adamw")
+OPTIMIZERS = ("sgd", "nag", "adam", "adamw", "split")
 #: how learning rates fall
 DECAYS = ("cosine", "poly", "step", "constant")
 #: how images are sampled in joint training

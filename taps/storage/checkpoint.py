@@ -128,7 +128,7 @@ def read_record(path: Path) -> dict | None:
 
 def restore_structure(path: Path, model: Network, tasks: Sequence[str]) -> None:
     """Match the structure of a checkpoint: drop deltas that it lacks, set those that it holds in an encoding
-    (:mod:`taps.methods.taps_budget`), and restore the structure of gates."""
+    and the rounding of others (:mod:`taps.methods.taps_budget`), and restore the structure of gates."""
     encodings = read_record(path).get("encodings", {})
     with safe_open(path, "pt", device="cpu") as file:
         names = set(file.keys())
@@ -140,6 +140,10 @@ def restore_structure(path: Path, model: Network, tasks: Sequence[str]) -> None:
                 unit.gates[task].restore_structure({name.removeprefix(gate) for name in names if name.startswith(gate)})
                 if task in unit.deltas and not any(name.startswith(prefix) for name in names):
                     del unit.deltas[task]
+                for name in {name.removeprefix(prefix) for name in names if name.startswith(prefix)}:
+                    if name.endswith(".rounding"):
+                        rounding = file.get_tensor(prefix + name)
+                        unit.deltas[task].set_rounding(name.removesuffix(".rounding"), rounding)
                 for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():
                     unit.deltas[task].set_encoded(
                         name, EncodedDelta(encoding, file.get_tensor(f"{prefix}{name}.stored"))

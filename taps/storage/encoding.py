@@ -5,8 +5,10 @@ The error of an encoded delta is ‖δ̂ − δ‖ / ‖δ‖ (Frobenius norms),
 =====================  ======================================================  ======================================
 ``float16``            half-precision numbers                                  2 bytes per weight
 ``bfloat16``           the same with float32's range                           2 bytes per weight
-``coded``              multiples of one step size, in a Huffman code           their entropy plus 2 to 8 %; below one
-                                                                               bit per weight, up to half more
+``range_coded``        multiples of one step size, in an adaptive range code   0 to 12 % less than the multiples' entropy
+                       (:mod:`taps.storage.range_code`)
+``coded``              the same in a Huffman code, in files of versions        their entropy plus 2 to 8 %; below one
+                       before 0.14, which are read                             bit per weight, up to half more
 ``low_rank``           two thin float16 matrices, the truncated SVD            2 · rank · (rows + columns)
 ``sparse16``           float16 values of the largest weights, and the gaps     2 bytes per kept weight, and positions
                        between them in a Rice code                             within 4 % of the least possible
@@ -25,11 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: largest multiples of the step that share a byte with their neighbours, or fill one; larger ones are stored separately
-_LARGEST = (1, 2, 3, 7, 127)
-
+from taps.core.delta import whole_steps
+from taps.storage import range_code
 
 _STEP = math.sqrt(12)  # × the error of rounding to steps, if these are small relative to the weights
+_DEAD, _COARSE = (
+    0.1,
+    0.5,
+)  # part of a step by which fewer weights are rounded up to the first, if the error may exceed this
+_LINE = 64  # values of a vector in a row of the matrix that is coded
 
 
 def error_of(delta: Tensor, decoded: Tensor) -> float:
@@ -50,7 +56,7 @@ def _matrix(shape: torch.Size) -> tuple[int, int]:
     return rows, math.prod(shape) // rows if rows else 0
 
 
-def _coded(delta: Tensor, max_error: float) -> Tensor:
+def _range_coded(delta: Tensor, max_error: float) -> Tensor:
     """Encode weights as k · scale: rounded to steps of √12 · ``max_error`` times their root mean square, scale by least squares.
 
     Uniform steps with an entropy code come within a quarter of a bit of the optimum for independent weights (Gish and Pierce,
@@ -59,47 +65,65 @@ def _coded(delta: Tensor, max_error: float) -> Tensor:
     flat = delta.float().flatten()
     step = float(flat.square().mean().sqrt()) * max(_STEP * max_error, 1e-4) if len(flat) else 0.0
     for _ in range(40):
-        steps = (flat / max(step, 1e-30)).round_().clamp_(-32767, 32767)
-        scale = (flat * steps).sum() / steps.square().sum().clamp(min=1e-30)
+        steps, scale = _steps(flat, step, max_error)
         if float((steps * scale - flat).norm()) <= max_error * float(flat.norm()):
             break
         step *= 0.97  # if weights are few, or all alike
-    code = steps.to(torch.int16).numpy()
-    found = _huffman(code, _best_largest(code))
-    return _bytes(scale.reshape(1), torch.frombuffer(bytearray(found), dtype=torch.uint8))
+    return code_steps(steps.view(delta.shape), scale)
 
 
-def _best_largest(code: np.ndarray) -> int:
-    """Return the largest digit that is expected to take the fewest bits: the digits' entropy, or one bit per byte if that is more,
-    and two bytes for each number that is stored separately."""
-    sizes = np.bincount(np.minimum(abs(code), _LARGEST[-1]), minlength=_LARGEST[-1] + 1)
-
-    def bits(largest: int) -> float:
-        counts = np.append(sizes[:largest], sizes[largest:].sum())
-        share = counts[counts > 0] / max(len(code), 1)
-        entropy = float(-(share * np.log2(share)).sum()) + 1.0 - sizes[0] / max(len(code), 1)  # and the signs
-        return len(code) * max(entropy, 1 / int(math.log(256, 2 * largest + 1))) + 16.0 * int(counts[-1])
-
-    return min(_LARGEST, key=bits)
+def _steps(flat: Tensor, step: float, max_error: float) -> tuple[Tensor, float]:
+    steps = whole_steps(flat, max(step, 1e-30), _dead(max_error)).clamp_(-32767, 32767)
+    return steps, float((flat * steps).sum() / steps.square().sum().clamp(min=1e-30))
 
 
-def _huffman(code: np.ndarray, largest: int) -> bytes:
-    """Return a byte with ``largest``, then, deflated, numbers as digits of base 2 · ``largest`` + 1, as many per byte as fit, and
-    the numbers behind the outermost digits with two bytes each."""
-    base = 2 * largest + 1
-    together = int(math.log(256, base))
-    digits = np.clip(code, -largest, largest) + largest
-    digits = np.pad(digits, (0, -len(digits) % together)).reshape(-1, together)
-    packed = (digits @ base ** np.arange(together)).astype(np.uint8)
-    beyond = code[abs(code) >= largest].astype("<i2")
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return bytes([largest]) + compressor.compress(packed.tobytes() + beyond.tobytes()) + compressor.flush()
+def _dead(max_error: float) -> float:
+    return _DEAD if max_error > _COARSE else 0.0
+
+
+def rounding_of(delta: Tensor, max_error: float) -> Tensor:
+    """Return step, scale and dead zone with which ``range_coded`` stores a delta, shape (3,), as
+    :meth:`taps.core.delta.Deltas.set_rounding` takes them; what it does to meet the bound where weights are few is left out."""
+    flat = delta.detach().float().flatten()
+    step = float(flat.square().mean().sqrt()) * max(_STEP * max_error, 1e-4)
+    return torch.tensor([max(step, 1e-30), _steps(flat, step, max_error)[1], _dead(max_error)])
+
+
+def estimated_bytes(delta: Tensor, max_error: float) -> tuple[float, Tensor]:
+    """Return about how many bytes ``range_coded`` takes, by the entropy of the steps, and the weights that it stands for."""
+    step, scale, dead = rounding_of(delta, max_error).tolist()
+    steps = whole_steps(delta.float(), step, dead)
+    counts = torch.bincount(steps.abs().clamp(max=4096).int().flatten())
+    share = counts[counts > 0] / max(steps.numel(), 1)
+    bits = steps.numel() * float(-(share * share.log2()).sum()) + steps.numel() - int(counts[0])
+    return bits / 8 + 12, steps * scale
+
+
+def code_steps(steps: Tensor, scale: float) -> Tensor:
+    """Return the bytes of whole multiples of ``scale``: the scale in float32, then their range code."""
+    code = range_code.pack(_as_matrix(steps.to(torch.int32).numpy()))
+    return _bytes(torch.tensor([scale]), torch.frombuffer(bytearray(code), dtype=torch.uint8))
+
+
+def _as_matrix(steps: np.ndarray) -> np.ndarray:
+    if steps.ndim > 1:
+        return steps.reshape(len(steps), -1)
+    return np.pad(steps.reshape(-1), (0, -steps.size % _LINE)).reshape(-1, _LINE)
+
+
+def _decode_range_coded(stored: Tensor, shape: torch.Size) -> Tensor:
+    count = math.prod(shape)
+    lines = _matrix(shape) if len(shape) > 1 else (math.ceil(count / _LINE), _LINE)
+    if len(stored) < 6:
+        raise ValueError("too few bytes for a range code")
+    steps = range_code.unpack(stored[4:].numpy().tobytes(), lines).reshape(-1)[:count]
+    return (torch.from_numpy(steps).float() * stored[:4].view(torch.float32)).view(shape)
 
 
 def _decode_coded(stored: Tensor, shape: torch.Size) -> Tensor:
     count = math.prod(shape)
     largest = int(stored[4]) if len(stored) > 4 else 0
-    if largest not in _LARGEST:
+    if largest not in (1, 2, 3, 7, 127):
         raise ValueError("the bytes are no numbers of steps")
     base = 2 * largest + 1
     together = int(math.log(256, base))
@@ -220,7 +244,7 @@ _FIXED: dict[str, Callable[[Tensor], Tensor]] = {
 
 #: name -> function from a delta and an error bound to bytes
 _BOUNDED: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "coded": _coded,
+    "range_coded": _range_coded,
     "low_rank": _low_rank,
     "sparse16": _sparse,
     "sparse32": _sparse32,
@@ -231,6 +255,7 @@ _DECODERS: dict[str, Callable[[Tensor, torch.Size], Tensor]] = {
     "float16": lambda stored, shape: stored.view(torch.float16).float().view(shape),
     "bfloat16": lambda stored, shape: stored.view(torch.bfloat16).float().view(shape),
     "coded": _decode_coded,
+    "range_coded": _decode_range_coded,
     "low_rank": _decode_low_rank,
     "sparse16": _decode_sparse(torch.float16),
     "sparse32": _decode_sparse(torch.float32),
@@ -278,7 +303,7 @@ def encode(delta: Tensor, max_error: float) -> EncodedDelta | None:
         ``None`` if no encoding is within the bound and smaller than the delta itself.
     """
     best: EncodedDelta | None = None
-    for name in ENCODINGS:
+    for name in (*_FIXED, *_BOUNDED):
         found = encode_as(name, delta, max_error)
         smaller = len(found.data) < (delta.nbytes if best is None else len(best.data))
         if smaller and error_of(delta, found.decode(delta.shape, delta.dtype)) <= max_error:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -124,12 +124,12 @@ def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         raise UserError(f"{path.parent} cannot be written to: {_line(error)}") from None
 
 
-def tensors_size(tensors: dict[str, Tensor]) -> int:
-    """Return the size in bytes of the file that :func:`write_tensors` would write without extra metadata."""
-    return len(save(_plain(tensors), metadata=_METADATA))
+def plain_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the contents of the file that :func:`write_tensors` would write without extra metadata."""
+    return save(_plain(tensors), metadata=_METADATA)
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

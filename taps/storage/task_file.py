@@ -9,10 +9,9 @@ Tensors of ``task.safetensors``:
   the order of the norms in ``task.json``;
 - ``head/<name>``: the head.
 
-In a compact file (``compact`` in ``task.json``) norms and head are float16, and batch norms have the base's running
-statistics: the task's own are folded into weight and bias, which gives the same outputs in evaluation mode.
-
-Few large tensors instead of many small ones keep the header small, so that the file is hardly larger than its contents.
+A compact file (``compact`` in ``task.json``) holds one tensor, ``packed``: these tensors with a deflated header
+(:mod:`taps.storage.packing`). Its norms and head are float16 or encoded (:mod:`taps.storage.norms_and_head`). Its format is 2;
+compact files of format 1, which versions before 0.14 wrote, hold such tensors without packing.
 """
 
 from __future__ import annotations
@@ -32,14 +31,17 @@ from taps.core.accounting import accounting
 from taps.core.gate import ConstantGate
 from taps.core.method import Method
 from taps.core.network import Network, Origin
-from taps.core.norm import TaskNorm, norm_tensors
+from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.storage.encoding import ENCODINGS, EncodedDelta, encode, encode_as, is_sparse
-from taps.storage.files import both, json_text, put_tensors, read_json, read_tensors, sha256, waiting
+from taps.storage.files import both, json_text, plain_bytes, put_tensors, read_json, read_tensors, sha256, waiting
+from taps.storage.norms_and_head import decoded, fill_columns, small_tensors, stored_norm
+from taps.storage.packing import pack, unpack
 
-FORMAT = 1
+FORMATS = (1, 2)
 TENSORS = "task.safetensors"
+PACKED = "packed"  # the only tensor of a compact file
 #: entries of task.json that follow from the model; all others are about the task
 STRUCTURE = (
     "format", "task", "method", "options", "norm", "layers", "base", "head", "bytes", "accounting", "norms", "policy",
@@ -119,22 +121,10 @@ def save(
     for key in about.keys() & _OPTIONAL.keys():
         if about[key] is not None:
             _check_kind(about[key], _OPTIONAL[key], f"the entry {key!r} of task.json")
-    tensors: dict[str, Tensor] = {}
-    encodings: dict[str, str] = {}
     made = origin(model, task)
     units = [unit for unit in model.units if unit.name in made.units]
-    for unit in units:
-        if task in unit.deltas and unit.gates[task].decide().uses_delta:
-            deltas = unit.deltas[task]
-            for name in unit.parameter_names:
-                key, encoded = f"delta/{unit.name}/{name}", deltas.encoded(name)
-                sparse = unit.gates[task].is_sparse and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32
-                if encoded is None and sparse:
-                    encoded = encode_as("sparse32", deltas[name])  # exact
-                tensors[key] = deltas[name] if encoded is None else encoded.data
-                encodings.update({} if encoded is None else {key: encoded.name})
-    norms = [norm for norm in model.task_norms if norm.active(task) is not None]
-    tensors.update(non_delta_tensors(model, task, norms, compact, units))
+    norms = active_norms(model, task)
+    tensors, encodings = contents(model, task, compact)
     head = model.heads[task]
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -147,7 +137,7 @@ def save(
         else None
     )
     description = {
-        "format": FORMAT,
+        "format": FORMATS[compact],
         "task": task,
         "method": made.method,
         "options": made.options,
@@ -172,11 +162,40 @@ def save(
         **about,
     }
     with both(folder / TENSORS, folder / "task.json") as (tensors_file, json_file):
-        put_tensors(tensors_file, tensors)
+        put_tensors(tensors_file, {PACKED: pack(tensors)} if compact else tensors)
         description["bytes"] = tensors_file.stat().st_size
         description["checksums"] = {"tensors": sha256(tensors_file), "description": _checksum(description)}
         json_file.write_text(json_text(description), encoding="utf-8", errors="backslashreplace")
     return folder
+
+
+def contents(model: Network, task: str, compact: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a task's file, and the names of their encodings by key."""
+    tensors: dict[str, Tensor] = {}
+    encodings: dict[str, str] = {}
+    units = [unit for unit in model.units if unit.name in origin(model, task).units]
+    for unit in units:
+        if task in unit.deltas and unit.gates[task].decide().uses_delta:
+            deltas = unit.deltas[task]
+            for name in unit.parameter_names:
+                key, encoded = f"delta/{unit.name}/{name}", deltas.encoded(name)
+                sparse = unit.gates[task].is_sparse and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32
+                if encoded is None and sparse:
+                    encoded = encode_as("sparse32", deltas[name])  # exact
+                tensors[key] = deltas[name] if encoded is None else encoded.data
+                encodings.update({} if encoded is None else {key: encoded.name})
+    small, small_encodings = small_tensors(model, task, active_norms(model, task), compact, units)
+    return {**tensors, **small}, {**encodings, **small_encodings}
+
+
+def active_norms(model: Network, task: str) -> list[TaskNorm]:
+    """Return the norms of which the task uses its own copy."""
+    return [norm for norm in model.task_norms if norm.active(task) is not None]
+
+
+def packed_size(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size in bytes of a compact file with these tensors."""
+    return len(plain_bytes({PACKED: pack(tensors)}))
 
 
 def _checksum(description: Mapping[str, object]) -> str:
@@ -204,42 +223,6 @@ def _delta_bytes(tensors: dict[str, Tensor], unit: GatedUnit) -> int:
     return sum(tensor.nbytes for tensor in own if tensor is not None)
 
 
-def non_delta_tensors(
-    model: Network, task: str, norms: Sequence[TaskNorm], compact: bool, units: Sequence[GatedUnit] | None = None
-) -> dict[str, Tensor]:
-    """Return the contents of a task's file besides deltas: its gates, its copies of these norms and its head."""
-    states = [
-        compact_norm(norm.norms[task], norm.base) if compact else norm_tensors(norm.norms[task]) for norm in norms
-    ]
-    small = _pack("norm", states)
-    small.update((f"head/{name}", tensor) for name, tensor in model.heads[task].state_dict().items())
-    gates = [unit.gates[task] for unit in (model.units if units is None else units)]
-    tensors = _pack("gate", [gate.state_dict() for gate in gates])
-    tensors.update(
-        (key, tensor.half() if compact and tensor.is_floating_point() else tensor) for key, tensor in small.items()
-    )
-    return tensors
-
-
-def compact_norm(norm: nn.Module, base: nn.Module) -> dict[str, Tensor]:
-    """Return a norm's tensors; for a batch norm, the weight and bias that with ``base``'s statistics are equivalent to its own,
-    y = w·√((v₀ + ε)/(v + ε))·(x − m₀)/√(v₀ + ε) + b + w·(m₀ − m)/√(v + ε)."""
-    tensors = norm_tensors(norm)
-    if not is_foldable(norm, base):
-        return tensors
-    spread, before = (norm.running_var + norm.eps).sqrt(), (base.running_var + base.eps).sqrt()
-    return {
-        "weight": norm.weight * (before / spread),
-        "bias": norm.bias + norm.weight * (base.running_mean - norm.running_mean) / spread,
-    }
-
-
-def is_foldable(norm: nn.Module, base: nn.Module) -> bool:
-    """Return whether a norm is an affine batch norm with running statistics."""
-    batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    return batch and norm.affine and norm.running_mean is not None and base.running_mean is not None
-
-
 def _encode(tensors: dict[str, Tensor], held: dict[str, str], task: str, max_error: float) -> dict[str, str]:
     """Replace unencoded deltas by the bytes of their smallest encoding; return encodings by key, and warn of exact deltas."""
     encodings, exact = {}, []
@@ -258,41 +241,6 @@ def _encode(tensors: dict[str, Tensor], held: dict[str, str], task: str, max_err
     return encodings
 
 
-def _pack(prefix: str, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    columns: dict[str, list[Tensor]] = {}
-    for state in states:
-        for name, tensor in state.items():
-            columns.setdefault(f"{prefix}/{name}", []).append(tensor.flatten())
-    return {name: torch.cat(parts) for name, parts in columns.items()}
-
-
-def _unpack(prefix: str, tensors: dict[str, Tensor], states: list[dict[str, Tensor]], path: Path) -> None:
-    """Fill the tensors of ``states`` from their packed columns, which are removed from ``tensors``."""
-    columns: dict[str, list[Tensor]] = {}
-    for state in states:
-        for name, tensor in state.items():
-            columns.setdefault(f"{prefix}/{name}", []).append(tensor)
-    for name, parts in columns.items():
-        packed = tensors.pop(name, None)
-        size = sum(part.numel() for part in parts)
-        if packed is None or packed.numel() != size:
-            raise UserError(
-                f"{path}: {name} should hold {size} values, it holds {0 if packed is None else packed.numel()}"
-            )
-        for part, values in zip(parts, packed.split([part.numel() for part in parts]), strict=True):
-            part.copy_(values.view_as(part))
-
-
-def _stored_norm(norm, task: str, compact: bool) -> dict[str, Tensor]:
-    """Return the tensors of a task's norm that files hold."""
-    copy = norm.norms[task]
-    if compact and is_foldable(copy, norm.base):
-        copy.running_mean.copy_(norm.base.running_mean)
-        copy.running_var.copy_(norm.base.running_var)
-        return {"weight": copy.weight, "bias": copy.bias}
-    return norm_tensors(copy)
-
-
 def read_description(folder: Path) -> dict:
     """Return the contents of ``folder/task.json``, checked for format and completeness.
 
@@ -303,8 +251,10 @@ def read_description(folder: Path) -> dict:
         raise UserError(f"{folder} is not a folder with a task.json and a task.safetensors")
     path = folder / "task.json"
     description = read_json(path)
-    if description.get("format") != FORMAT:
-        raise UserError(f"{path} has format version {description.get('format')!r}; this library reads version {FORMAT}")
+    if description.get("format") not in FORMATS:
+        raise UserError(
+            f"{path} has format version {description.get('format')!r}; this library reads versions 1 and 2: a newer one is needed"
+        )
     for key, kind in _ENTRIES.items():
         if key not in description:
             raise UserError(f"{path} is damaged: it lacks the entry {key!r}")
@@ -373,11 +323,43 @@ def read_stored(folder: Path) -> tuple[dict, dict[str, Tensor], Path]:
                     f"{path} has {size} bytes, task.json says {description['bytes']}: the two do not belong together"
                 )
             if attempt == 2 or read_description(folder) == description:  # else it was replaced meanwhile
-                return description, tensors, path
+                return description, _unpacked(tensors, description, path), path
         except (UserError, FileNotFoundError):
             if attempt == 2 or read_description(folder) == description:
                 raise
     raise UserError(f"{folder} is replaced all the time")
+
+
+def _unpacked(tensors: dict[str, Tensor], description: Mapping, path: Path) -> dict[str, Tensor]:
+    if description["format"] == 1:
+        return tensors
+    packed = tensors.get(PACKED)
+    if len(tensors) != 1 or packed is None or packed.dtype != torch.uint8:
+        raise UserError(f"{path} does not hold the packed tensors of format version 2")
+    try:
+        return unpack(packed)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def read_head(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a stored task's linear head, by name."""
+    description, tensors, path = read_stored(folder)
+    encodings, linear = description.get("encodings", {}), description["head"].get("linear") or {}
+    shape = torch.Size([linear.get("out_features", 0), linear.get("in_features", 0)])
+    head = {key: tensor for key, tensor in tensors.items() if key.startswith("head/")}
+    for key in head.keys() & encodings.keys():
+        head[key] = _decoded([], "", key, EncodedDelta(encodings[key], head[key]), shape, path)
+    return {key.removeprefix("head/"): tensor for key, tensor in head.items()}
+
+
+def _decoded(
+    norms: Sequence[TaskNorm], task: str, key: str, encoded: EncodedDelta, shape: torch.Size | None, path: Path
+) -> Tensor:
+    try:
+        return decoded(norms, task, key, encoded, shape)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: {key} is damaged: {(str(error).splitlines() or [''])[0]}") from None
 
 
 def _check_sums(description: Mapping, path: Path) -> None:
@@ -420,7 +402,8 @@ def load(model: Network, folder: Path, task: str, head: nn.Module | None, traina
         _check_entry(
             linear, {"in_features": int, "out_features": int, "bias": bool}, "head.linear", folder / "task.json"
         )
-        if tensors.get("head/weight", torch.empty(0)).shape != (linear["out_features"], linear["in_features"]):
+        shape = (linear["out_features"], linear["in_features"])
+        if "head/weight" not in encodings and tensors.get("head/weight", torch.empty(0)).shape != shape:
             raise UserError(f"{path}: head/weight is missing or of another shape than task.json says")
         head = nn.Linear(linear["in_features"], linear["out_features"], linear["bias"])
     try:
@@ -543,8 +526,13 @@ def _fill(
                 norm.use_always(task)
     model.heads[task] = head.to(like.device, model.head_type(is_own=False)).train(model.training)
     by_name = {unit.name: unit for unit in model.units}
-    _unpack("gate", tensors, [by_name[name].gates[task].state_dict() for name in listed], path)
-    _unpack("norm", tensors, [_stored_norm(norm, task, compact) for norm in norms], path)
+    fill_columns("gate", tensors, [by_name[name].gates[task].state_dict() for name in listed], path)
+    small = {key: EncodedDelta(name, tensors[key]) for key, name in encodings.items() if not key.startswith("delta/")}
+    for key, one in small.items():
+        shape = head.state_dict()[key[5:]].shape if key[5:] in head.state_dict() else None
+        tensors[key] = _decoded(norms, task, key, one, shape, path)
+    model.encoded[task] = small
+    fill_columns("norm", tensors, [stored_norm(norm, task, compact) for norm in norms], path)
     for unit in model.units:
         if task not in unit.deltas and unit.gates[task].decide().uses_delta:
             raise UserError(f"{path} lacks the delta of {unit.name}, whose gate is open")

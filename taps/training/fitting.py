@@ -63,7 +63,7 @@ def fit(
     lam: float = 1.0,
     budget: int | str | None = None,
     criterion: Criterion = nn.functional.cross_entropy,
-    optimizer: str | Callable[[list[dict]], torch.optim.Optimizer] = "sgd",
+    optimizer: str | Callable[[list[dict]], torch.optim.Optimizer] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -89,8 +89,9 @@ def fit(
         budget: instead of ``lam``, the size of the task's file (``"3%"`` of the base, ``"600KB"``), for a model with
             ``method="taps_budget"``.
         criterion: mean loss of a batch from outputs and labels.
-        optimizer: ``"sgd"``, ``"nag"``, ``"adam"``, ``"adamw"``, or a function from parameter groups (dicts with ``params``,
-            ``lr`` and ``weight_decay``) to an optimiser.
+        optimizer: ``"sgd"``, ``"nag"``, ``"adam"``, ``"adamw"``, ``"split"`` (SGD for deltas, Adam for norms and head), or a
+            function from parameter groups (dicts with ``params``, ``lr`` and ``weight_decay``) to an optimiser. By default
+            ``"sgd"``, with a budget ``"split"``.
         folder: receives the task's files, the epochs' numbers and the checkpoint; ``None``: nothing is kept.
         resume: continue the run in ``folder`` from its checkpoint, or start it if there is none.
         overwrite: replace an earlier run in ``folder``.
@@ -131,7 +132,7 @@ def fit(
     if budget is None:
         budget = model.method.budget
     if callable(optimizer):
-        recipe["make_optimizer"], optimizer = optimizer, "sgd"
+        recipe["make_optimizer"], optimizer = optimizer, None
     if isinstance(preprocessing, Mapping):
         stored_transform(preprocessing)  # refuses what is incomplete
     plan = Recipe(epochs=epochs, lam=lam, budget=budget, optimizer=optimizer, **recipe)

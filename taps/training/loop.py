@@ -131,6 +131,7 @@ def run_phases(
         rows = run.numbers(phase)
         is_last = run.progress.epoch + 1 == recipe.epochs
         is_best = validate is None and is_last
+        undo = [] if phase.stored is None else [phase.stored(model, task) for task in tasks]
         if validate is not None and (is_last or run.validates_now()):
             with run.averaged():
                 found, number = validate()
@@ -146,6 +147,8 @@ def run_phases(
         if on_epoch is not None and run.accelerator.is_main_process:
             with run.averaged():
                 on_epoch(rows, is_best)
+        for give_back in () if is_last else undo:
+            give_back()
         done = run.progress
         run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, risen=done.risen)
         if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
@@ -347,6 +350,11 @@ class _Run:
             self.model.state.temperature = phase.temperature
             for group in self.optimizers[phase.optimizer].param_groups:
                 group["lr"] = group["initial_lr"] * self._decay(phase)
+        if phase.each_step is not None:
+            begun = sum(earlier.epochs for earlier in self.phases[: self.phases.index(phase)])
+            part = (epoch + self.progress.batch / self.batches - begun) / phase.epochs
+            for task in self.tasks:
+                phase.each_step(self.model, task, min(max(part, 0.0), 1.0))
         gates = [gate for task in self.tasks for gate in self.model.gates(task)]
         if self.accelerator.device.type != "cpu":
             for kind in {type(gate) for gate in gates}:  # before norms ask for decisions one by one

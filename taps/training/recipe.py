@@ -14,6 +14,7 @@ from taps.errors import UserError
 from taps.settings.adaptation import Optimization, Schedule
 from taps.settings.choices import DECAYS
 from taps.settings.declare import check_values, setting
+from taps.training.split_optimizer import SplitOptimizer
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,13 @@ def make_optimizer(
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("role", "delta")
         return made
-    if recipe.optimizer in ("sgd", "nag"):
-        nesterov = recipe.optimizer == "nag" and recipe.momentum > 0
+    optimizer = recipe.optimizer or ("sgd" if model.method.budget is None else "split")
+    if optimizer == "split":
+        return SplitOptimizer(groups, recipe.momentum, recipe.betas)
+    if optimizer in ("sgd", "nag"):
+        nesterov = optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
     for group in groups:
         group["eps"] = recipe.gate_epsilon if group["role"] == "gate" else 1e-8
     return kind(groups, lr=recipe.lr, betas=recipe.betas)
