@@ -462,8 +462,8 @@ class TaskModel(Network):
             max_error: store each delta in the fewest bytes that keep ‖δ̂ − δ‖ / ‖δ‖ within this, 0..1
                 (:mod:`taps.storage.encoding`); deltas for which no encoding does are stored exactly, with a warning.
                 ``None``: store everything exactly.
-            compact: store norms and head in float16 and fold batch statistics into weights and biases (rounded to about
-                a thousandth), as a budget requires.
+            compact: pack all tensors in one, with norms and head in float16 (rounded to about a thousandth) and batch statistics
+                folded into weights and biases; after training with a budget norms and head as it has encoded them.
 
         Returns:
             The folder.
