@@ -138,6 +138,40 @@ def test_a_norms_error_is_at_most_half_a_step_of_its_channels_weight(model):
         assert all(torch.equal(tensor, own[name]) for name, tensor in norm.norms["a"].state_dict().items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_keeps_its_size(model, dtype, tmp_path):
+    model.to(dtype)
+    budget = parse_budget("8%", model)
+    round_within(model, "a", budget)
+    store(model, "a", budget)
+    path = model.save_task("a", tmp_path, compact=True) / "task.safetensors"
+    assert path.stat().st_size <= budget
+
+
+def test_norms_that_start_at_zero_and_whole_numbers_in_a_head_are_kept():
+    """As the last norm of a residual block may start, and as a head may hold an order of classes."""
+    net = NETWORKS["resnet"].make()
+    for name, module in net.named_modules():
+        if name.endswith("bn2"):
+            torch.nn.init.zeros_(module.weight)
+    model = taps.adapt(net, "taps_budget", norm="task")
+    head = torch.nn.Linear(net.num_features, 3)
+    head.register_buffer("order", torch.arange(70_000, 70_003))
+    model.add_task("a", head=head)
+    torch.manual_seed(0)
+    for norm in model.task_norms:
+        torch.nn.init.uniform_(norm.norms["a"].weight, 0.05, 1.5)
+    norms = active_norms(model, "a")
+    before = [norm.norms["a"].weight.detach().clone() for norm in norms]
+    for step in (0.002, 0.05):
+        undo = set_small(model, "a", norms, encoded_small(model, "a", norms, step))
+        for norm, own in zip(norms, before, strict=True):
+            assert (norm.norms["a"].weight - own).abs().max() <= 0.51 * step * max(float(norm.base.weight.max()), 0.05)
+        assert head.order.tolist() == [70_000, 70_001, 70_002]
+        undo()
+
+
 def test_too_small_a_size_names_the_smallest_and_what_takes_it(model):
     smallest = min_bytes(model, "a")
     with pytest.raises(ValueError, match=rf"the smallest file takes {smallest:,}: [\d,]+ for the head, the rest for"):

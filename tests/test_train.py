@@ -665,6 +665,14 @@ def test_unknown_optimizer():
         run_phases(perceptron(), "a", *loader(), Recipe(optimizer="sdg"), Accelerator(cpu=True))
 
 
+def test_a_budget_is_kept_where_no_layer_fits(accelerator, tmp_path):
+    budget = min_bytes(perceptron("taps_budget", norm="task"), "a") + 10
+    model, rows = run(accelerator, Recipe(epochs=6, lr=0.1, budget=budget), perceptron("taps_budget", norm="task"))
+    assert rows[-1]["tuned_layers"] == 0.0
+    path = model.save_task("a", tmp_path, compact=True) / "task.safetensors"
+    assert path.stat().st_size <= budget
+
+
 def test_split_is_sgd_for_deltas_and_adam_for_norms_and_heads():
     """Step by step the optimisers of torch, each for its own parameters."""
     torch.manual_seed(0)

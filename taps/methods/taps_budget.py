@@ -366,8 +366,8 @@ def store(model: Network, task: str, budget: int) -> Callable[[], None]:
     return set_small(model, task, norms, encoded)
 
 
-def _stored(model: Network, task: str, budget: int) -> Callable[[], None]:
-    return store(model, task, budget) if _is_stored(model, task) else lambda: None
+def _stored(model: Network, task: str, budget: int, always: bool = False) -> Callable[[], None]:
+    return store(model, task, budget) if always or _is_stored(model, task) else lambda: None
 
 
 def _is_stored(model: Network, task: str) -> bool:
@@ -403,7 +403,9 @@ def open_choose_round(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
 
     def round_phase(length: float, trains: tuple[str, ...], beyond: float) -> Phase:
         begin = partial(_begin_rounding, budget=size, beyond=beyond)
-        stored = partial(_stored, budget=size)
+        stored = partial(
+            _stored, budget=size, always=length == 0.0
+        )  # the last epoch, even if no delta is left to round
         return Phase("round", length, penalty=0.0, trains=trains, competes=_is_stored, begin=begin, stored=stored)
 
     return (

@@ -27,6 +27,7 @@ from taps.storage.encoding import EncodedDelta, code_steps, encode_as
 
 #: the encoded columns of norms
 _COLUMNS = ("weight", "bias")
+_SMALL = 1e-3  # median of weights below which a norm is taken for one that starts at zero, as the last of a residual block may
 #: relative error of an encoded head for each unit of the norms' step
 _HEAD_ERROR = 6.0
 
@@ -58,7 +59,7 @@ def _norms_and_head(model: Network, task: str, norms: Sequence[TaskNorm], compac
 
 def _holds(norms: Sequence[TaskNorm], task: str, key: str, encoded: Encoded, tensor: Tensor) -> bool:
     try:
-        return torch.equal(decoded(norms, task, key, encoded, tensor.shape), tensor.cpu().float())
+        return torch.equal(decoded(norms, task, key, encoded, tensor.shape).to(tensor.dtype), tensor.cpu())
     except (ValueError, RuntimeError):  # of a norm or a head that has been replaced
         return False
 
@@ -105,7 +106,8 @@ def _base_column(norms: Sequence[TaskNorm], task: str, name: str) -> tuple[Tenso
             weight = getattr(norm.base, "weight", None)
             size = torch.ones_like(own) if weight is None else weight.detach().cpu().float().flatten().abs()
             bases.append(own)
-            scales.append(size.clamp(min=max(0.25 * float(size.median()), 1e-6)))
+            middle = float(size.median()) if len(size) else 0.0
+            scales.append(size.clamp(min=0.25 * middle if middle >= _SMALL else 50 * _SMALL))
     return torch.cat(bases or [torch.empty(0)]), torch.cat(scales or [torch.empty(0)])
 
 
@@ -116,7 +118,10 @@ def set_small(
     """Give a task's norms and head the values that these encodings hold; return a function that gives back their own."""
     modules = [norm.norms[task] for norm in norms] + [model.heads[task]]
     before = [(tensor, tensor.detach().clone()) for module in modules for tensor in module.state_dict().values()]
-    values = {key: tensor.half() for key, tensor in _norms_and_head(model, task, norms, True).items()}
+    values = {
+        key: tensor.half() if tensor.is_floating_point() else tensor.clone()
+        for key, tensor in _norms_and_head(model, task, norms, True).items()
+    }
     for key, one in encoded.items():
         values[key] = decoded(norms, task, key, one, values[key].shape)
     fill_columns("norm", values, [stored_norm(norm, task, True) for norm in norms], Path())

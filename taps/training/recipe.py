@@ -146,7 +146,10 @@ def make_optimizer(
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("role", "delta")
         return made
-    optimizer = recipe.optimizer or ("sgd" if model.method.budget is None else "split")
+    half = any(
+        own.dtype == torch.float16 for group in groups for own in group["params"]
+    )  # in which Adam's squares vanish
+    optimizer = recipe.optimizer or ("sgd" if model.method.budget is None or half else "split")
     if optimizer == "split":
         return SplitOptimizer(groups, recipe.momentum, recipe.betas)
     if optimizer in ("sgd", "nag"):
