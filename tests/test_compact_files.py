@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import taps
 from taps.core.execution import evaluating
-from taps.methods.taps_budget import check_size, min_bytes, parse_budget, round_within, store
+from taps.methods.taps_budget import check_size, keep_within, min_bytes, parse_budget, round_within, store
 from taps.storage import packing, range_code
 from taps.storage.norms_and_head import encoded_small, set_small
 from taps.storage.task_file import active_norms
@@ -170,6 +170,25 @@ def test_norms_that_start_at_zero_and_whole_numbers_in_a_head_are_kept():
             assert (norm.norms["a"].weight - own).abs().max() <= 0.51 * step * max(float(norm.base.weight.max()), 0.05)
         assert head.order.tolist() == [70_000, 70_001, 70_002]
         undo()
+
+
+@torch.no_grad()
+def test_what_is_saved_while_deltas_are_rounded_answers_as_the_model(model, tmp_path):
+    """… as does a task that is settled then; what a file holds keeps its size when it is stored again."""
+    budget = parse_budget("8%", model)
+    keep_within(model, "a", budget)
+    x = torch.randn(2, *model.shape)
+    own = model(x, "a")
+    model.save_task("a", tmp_path / "early")
+    model.load_task(tmp_path / "early", name="b")
+    torch.testing.assert_close(model(x, "b"), own, rtol=1e-5, atol=1e-6)
+    round_within(model, "a", budget)
+    sizes = []
+    for _ in range(2):
+        store(model, "a", budget)
+        path = model.save_task("a", tmp_path / "a", compact=True) / "task.safetensors"
+        sizes.append(path.stat().st_size)
+    assert sizes[0] == sizes[1] <= budget
 
 
 def test_too_small_a_size_names_the_smallest_and_what_takes_it(model):

@@ -183,8 +183,9 @@ class Deltas(nn.Module):
         """
         for name, parameter in base.items():
             holder: Any = self.get_submodule(name)
-            delta = self[name].detach()
+            delta = self[name].detach() if self.holds_sums else self.used(name).detach()
             if not self.holds_sums:
+                self.set_rounding(name, None)
                 del holder.delta
                 holder.source = None if name in self._encoded else delta
             holder.sum = nn.Parameter(parameter.detach() + delta, requires_grad=False)

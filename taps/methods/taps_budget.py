@@ -188,8 +188,8 @@ def _sampled(delta: Tensor) -> Tensor:
 def _fixed_bytes(model: Network, unit: GatedUnit, task: str, step: float) -> int:
     """Return the bytes of an open unit besides its weights: its header entries and the norms that follow it."""
     norms = [norm for norm in model.task_norms if norm.follows(unit) and task in norm.norms]
-    columns = [one for key, one in encoded_small(model, task, norms, step).items() if key.startswith("norm/")]
-    return _ENTRY * len(unit.parameter_names) + sum(one.data.numel() for one in columns)
+    columns = encoded_small(model, task, norms, step, with_head=False)
+    return _ENTRY * len(unit.parameter_names) + sum(one.data.numel() for one in columns.values())
 
 
 def _measure(unit: GatedUnit, task: str, hull: list[_Choice], index: int, fixed: int, known: set[int]) -> None:
@@ -339,7 +339,9 @@ def _round(model: Network, task: str, levels: dict[str, float | None]) -> list[s
         unit.gates[task].set(level is not None)
         for name in () if level is None else unit.parameter_names:
             found = None if level is None else _encode(level, unit.deltas[task][name].detach())
-            if found is not None:
+            if found is None:
+                unit.deltas[task].set_rounding(name, None)
+            else:
                 unit.deltas[task].set_encoded(name, found)
     return [name for name, level in levels.items() if level is not None]
 
@@ -351,9 +353,10 @@ def store(model: Network, task: str, budget: int) -> Callable[[], None]:
         A function that gives them back their own.
     """
     norms = active_norms(model, task)
-    tensors, _ = contents(model, task, compact=True)
+    tensors, encodings = contents(model, task, compact=True)
     if packed_size(tensors) <= budget:
-        return set_small(model, task, norms, {})
+        known = model.encoded.get(task, {})
+        return set_small(model, task, norms, {key: known[key] for key in encodings.keys() & known.keys()})
     encoded: dict[str, Encoded] = {}
     for step in _STEPS:
         encoded = encoded_small(model, task, norms, step)

@@ -95,7 +95,7 @@ def estimated_bytes(delta: Tensor, max_error: float) -> tuple[float, Tensor]:
     steps = whole_steps(delta.float(), step, dead)
     counts = torch.bincount(steps.abs().clamp(max=4096).int().flatten())
     share = counts[counts > 0] / max(steps.numel(), 1)
-    bits = steps.numel() * float(-(share * share.log2()).sum()) + steps.numel() - int(counts[0])
+    bits = steps.numel() * float(-(share * share.log2()).sum()) + steps.numel() - int(counts[:1].sum())
     return bits / 8 + 12, steps * scale
 
 
@@ -107,7 +107,7 @@ def code_steps(steps: Tensor, scale: float) -> Tensor:
 
 def _as_matrix(steps: np.ndarray) -> np.ndarray:
     if steps.ndim > 1:
-        return steps.reshape(len(steps), -1)
+        return steps.reshape(_matrix(torch.Size(steps.shape)))
     return np.pad(steps.reshape(-1), (0, -steps.size % _LINE)).reshape(-1, _LINE)
 
 

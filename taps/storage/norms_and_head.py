@@ -64,7 +64,9 @@ def _holds(norms: Sequence[TaskNorm], task: str, key: str, encoded: Encoded, ten
         return False
 
 
-def encoded_small(model: Network, task: str, norms: Sequence[TaskNorm], step: float) -> dict[str, Encoded]:
+def encoded_small(
+    model: Network, task: str, norms: Sequence[TaskNorm], step: float, with_head: bool = True
+) -> dict[str, Encoded]:
     """Return encodings of a task's norms and head, by key of its file; ``step``: of a norm, in parts of a channel's weight."""
     found: dict[str, Encoded] = {}
     for key, tensor in _norms_and_head(model, task, norms, True).items():
@@ -74,7 +76,7 @@ def encoded_small(model: Network, task: str, norms: Sequence[TaskNorm], step: fl
             base, scale = _base_column(norms, task, name)
             steps = ((value - base) / (step * scale)).round_().clamp_(-32767, 32767)
             found[key] = EncodedDelta("range_coded", code_steps(steps, step))
-        elif kind == "head" and tensor.is_floating_point() and value.dim() > 1:
+        elif kind == "head" and with_head and tensor.is_floating_point() and value.dim() > 1:
             found[key] = encode_as("range_coded", value, min(_HEAD_ERROR * step, 0.9))
     return found
 

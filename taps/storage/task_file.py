@@ -179,10 +179,11 @@ def contents(model: Network, task: str, compact: bool) -> tuple[dict[str, Tensor
             deltas = unit.deltas[task]
             for name in unit.parameter_names:
                 key, encoded = f"delta/{unit.name}/{name}", deltas.encoded(name)
-                sparse = unit.gates[task].is_sparse and is_sparse(deltas[name]) and deltas[name].dtype == torch.float32
+                used = deltas.used(name)  # in the middle of training it may be rounded
+                sparse = unit.gates[task].is_sparse and is_sparse(used) and used.dtype == torch.float32
                 if encoded is None and sparse:
-                    encoded = encode_as("sparse32", deltas[name])  # exact
-                tensors[key] = deltas[name] if encoded is None else encoded.data
+                    encoded = encode_as("sparse32", used)  # exact
+                tensors[key] = used if encoded is None else encoded.data
                 encodings.update({} if encoded is None else {key: encoded.name})
     small, small_encodings = small_tensors(model, task, active_norms(model, task), compact, units)
     return {**tensors, **small}, {**encodings, **small_encodings}
@@ -358,7 +359,7 @@ def _decoded(
 ) -> Tensor:
     try:
         return decoded(norms, task, key, encoded, shape)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path}: {key} is damaged: {(str(error).splitlines() or [''])[0]}") from None
 
 

@@ -368,6 +368,8 @@ class _Run:
         if phase.forks and self.fork is not None and not self.fork.is_file():
             self.save(self.fork)
         self.progress.started += 1
+        if phase.begin is not None:
+            self._share_buffers()  # sizes of norms follow from running statistics, on which all processes must agree
         for task in self.tasks if phase.begin is not None else ():
             for parameter in phase.begin(self.model, task):
                 for optimizer in self.optimizers.values():
