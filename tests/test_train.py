@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 import taps
+from taps.core.execution import evaluating
 from taps.core.method import SETTLED, Method, Phase
 from taps.data.classification.images import EpochSampler
 from taps.errors import DivergedError
@@ -671,6 +672,32 @@ def test_a_budget_is_kept_where_no_layer_fits(accelerator, tmp_path):
     assert rows[-1]["tuned_layers"] == 0.0
     path = model.save_task("a", tmp_path, compact=True) / "task.safetensors"
     assert path.stat().st_size <= budget
+
+
+def test_what_is_validated_is_what_is_kept(accelerator, tmp_path):
+    """Of competing epochs the outputs at validation are, to the bit, those of the file that is saved then."""
+    model, x, seen = perceptron("taps_budget", norm="task"), torch.randn(4, 5), []
+    recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, 118))
+    batches, sampler = loader()
+
+    def validate():
+        with evaluating(model):
+            seen.append(model(x, "a").detach())
+        return {"a": {"val_error": 0.0}}, float(len(seen))
+
+    def keep(rows, best):
+        if best:
+            model.save_task("a", tmp_path / str(len(seen)), compact=True)
+
+    run_phases(model, "a", batches, sampler, recipe, accelerator, validate=validate, on_epoch=keep)
+    kept = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    assert len(kept) >= 2
+    for path in kept:
+        fresh = perceptron("taps_budget", norm="task")
+        fresh.remove_task("a")
+        fresh.load_task(path)
+        with evaluating(fresh):
+            assert torch.equal(fresh(x, "a"), seen[int(path.name) - 1])
 
 
 def test_split_is_sgd_for_deltas_and_adam_for_norms_and_heads():

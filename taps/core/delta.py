@@ -82,9 +82,11 @@ def add_delta(
     return base + delta if specific == 1.0 else base + specific * delta
 
 
-def whole_steps(weights: Tensor, step: float | Tensor, dead: float | Tensor = 0.0) -> Tensor:
-    """Return the number of steps next to each weight; the first step starts ½ + ``dead`` steps from zero."""
-    return nn.functional.softshrink(weights / step, float(dead)).round_()
+def whole_steps(weights: Tensor, step: Any, dead: Any) -> Tensor:
+    """Return the number of steps next to each weight; the first step starts ½ + ``dead`` steps from zero; both are floats or
+    scalars on the weights' device."""
+    steps = weights / step
+    return steps.sub_(steps.clamp(-dead, dead)).round_()  # nothing here waits for a device
 
 
 class _Rounded(torch.autograd.Function):
@@ -183,7 +185,7 @@ class Deltas(nn.Module):
         """
         for name, parameter in base.items():
             holder: Any = self.get_submodule(name)
-            delta = self[name].detach() if self.holds_sums else self.used(name).detach()
+            delta = self.used(name).detach()
             if not self.holds_sums:
                 self.set_rounding(name, None)
                 del holder.delta

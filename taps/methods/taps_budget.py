@@ -337,8 +337,10 @@ def _round(model: Network, task: str, levels: dict[str, float | None]) -> list[s
     for unit in model.units:
         level = levels.get(unit.name)
         unit.gates[task].set(level is not None)
-        for name in () if level is None else unit.parameter_names:
-            found = None if level is None else _encode(level, unit.deltas[task][name].detach())
+        if level is None:
+            continue
+        for name in unit.parameter_names:
+            found = _encode(level, unit.deltas[task][name].detach())
             if found is None:
                 unit.deltas[task].set_rounding(name, None)
             else:
@@ -406,9 +408,8 @@ def open_choose_round(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
 
     def round_phase(length: float, trains: tuple[str, ...], beyond: float) -> Phase:
         begin = partial(_begin_rounding, budget=size, beyond=beyond)
-        stored = partial(
-            _stored, budget=size, always=length == 0.0
-        )  # the last epoch, even if no delta is left to round
+        # The last epoch is stored even if no delta is left to round.
+        stored = partial(_stored, budget=size, always=length == 0.0)
         return Phase("round", length, penalty=0.0, trains=trains, competes=_is_stored, begin=begin, stored=stored)
 
     return (

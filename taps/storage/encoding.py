@@ -5,7 +5,7 @@ The error of an encoded delta is ‖δ̂ − δ‖ / ‖δ‖ (Frobenius norms),
 =====================  ======================================================  ======================================
 ``float16``            half-precision numbers                                  2 bytes per weight
 ``bfloat16``           the same with float32's range                           2 bytes per weight
-``range_coded``        multiples of one step size, in an adaptive range code   0 to 12 % less than the multiples' entropy
+``range_coded``        multiples of one step size, in an adaptive range code   the multiples' entropy, or up to 11 % less
                        (:mod:`taps.storage.range_code`)
 ``coded``              the same in a Huffman code, in files of versions        their entropy plus 2 to 8 %; below one
                        before 0.14, which are read                             bit per weight, up to half more

@@ -27,7 +27,8 @@ from taps.storage.encoding import EncodedDelta, code_steps, encode_as
 
 #: the encoded columns of norms
 _COLUMNS = ("weight", "bias")
-_SMALL = 1e-3  # median of weights below which a norm is taken for one that starts at zero, as the last of a residual block may
+#: median of weights below which a norm is taken for one that starts at zero, as the last of a residual block may
+_SMALL = 1e-3
 #: relative error of an encoded head for each unit of the norms' step
 _HEAD_ERROR = 6.0
 

@@ -137,7 +137,7 @@ def save(
         else None
     )
     description = {
-        "format": FORMATS[compact],
+        "format": 2 if compact else 1,
         "task": task,
         "method": made.method,
         "options": made.options,

@@ -352,9 +352,9 @@ class _Run:
                 group["lr"] = group["initial_lr"] * self._decay(phase)
         if phase.each_step is not None:
             begun = sum(earlier.epochs for earlier in self.phases[: self.phases.index(phase)])
-            part = (epoch + self.progress.batch / self.batches - begun) / phase.epochs
+            passed = epoch + self.progress.batch / self.batches - begun
             for task in self.tasks:
-                phase.each_step(self.model, task, min(max(part, 0.0), 1.0))
+                phase.each_step(self.model, task, min(max(passed / phase.epochs, 0.0), 1.0) if phase.epochs else 1.0)
         gates = [gate for task in self.tasks for gate in self.model.gates(task)]
         if self.accelerator.device.type != "cpu":
             for kind in {type(gate) for gate in gates}:  # before norms ask for decisions one by one

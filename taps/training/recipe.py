@@ -146,9 +146,8 @@ def make_optimizer(
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("role", "delta")
         return made
-    half = any(
-        own.dtype == torch.float16 for group in groups for own in group["params"]
-    )  # in which Adam's squares vanish
+    # In float16 the squares of Adam vanish.
+    half = any(own.dtype == torch.float16 for group in groups for own in group["params"])
     optimizer = recipe.optimizer or ("sgd" if model.method.budget is None or half else "split")
     if optimizer == "split":
         return SplitOptimizer(groups, recipe.momentum, recipe.betas)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-#: roles whose gradients are of very different sizes, which Adam makes alike, and the factor on the learning rate for it
+#: roles that Adam trains, and the factor on their learning rate: the demo's rates are 0.02 for SGD and 0.003 for Adam
 ADAPTIVE, FACTOR = ("norm", "head"), 0.15
 
 
 class SplitOptimizer(torch.optim.Optimizer):
-    """SGD with momentum for deltas, Adam for norms and heads.
+    """SGD with momentum for deltas and all other roles, Adam for norms and heads.
 
-    SGD changes few directions of a weight much and the others little, which takes a third fewer bits at the same error than
-    Adam's changes, alike in all weights. Norms and heads take few bits, and learn faster with Adam.
+    Adam changes all weights of a layer about as much, SGD some far more than others: in the demo SGD's deltas take 14 to 42 % fewer
+    bits than Adam's at the same error (0.24 to 0.7). Norms and heads are small, and Adam trains them to a higher accuracy.
 
     Args:
         groups: parameter groups with ``lr``, ``initial_lr``, ``weight_decay`` and ``role``.
@@ -39,9 +39,8 @@ class SplitOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
         loss, start = None if closure is None else closure(), 0
-        for part, length in zip(
-            self._parts, self._lengths, strict=True
-        ):  # both work on this optimiser's groups and state
+        for part, length in zip(self._parts, self._lengths, strict=True):
+            # Both work on this optimiser's groups and state, which load_state_dict replaces.
             part.param_groups, part.state = self.param_groups[start : start + length], self.state
             part.step()
             start += length
