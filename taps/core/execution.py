@@ -314,6 +314,18 @@ class Place(nn.Module):
         """Return the decision for a task if it depends neither on the input nor on chance, else ``None``."""
         raise NotImplementedError
 
+    def settled_key(self, task: str | None) -> Hashable | None:
+        """Return the :meth:`sharing_key` of the settled decision, ``None`` if there is none."""
+        ready = None if self.training else self.ready.get(task)
+        if ready is not None:
+            return self.ready_key(ready)
+        decision = self.settled_decision(task)
+        return None if decision is None else self.sharing_key(decision)
+
+    def ready_key(self, ready: nn.Module) -> Hashable | None:
+        """Return the sharing key of a module in :attr:`ready`."""
+        return "base" if ready is self.base else None
+
     def uses_batch_statistics(self) -> bool:
         """Return whether outputs depend on the other samples in the batch, so that each task's samples must run separately."""
         return False

@@ -136,13 +136,20 @@ class TaskNorm(Place):
             return "base"
         if norm.training:
             return id(norm)
-        tensors = [tensor for tensor in (*norm.parameters(), *norm.buffers()) if tensor.dim()]
+        if norm._modules:
+            held = (*norm.parameters(), *norm.buffers())
+        else:  # the same, in a fraction of the time
+            held = (*norm._parameters.values(), *norm._buffers.values())
+        tensors = [tensor for tensor in held if tensor is not None and tensor.dim()]
         version = tuple((id(tensor), tensor._version) for tensor in tensors)
         known = self._contents.get(id(norm))
         if known is None or known[0] != version:
             contents = hash(tuple(tensor.detach().float().cpu().numpy().tobytes() for tensor in tensors))
             known = self._contents[id(norm)] = (version, contents)
         return known[1]
+
+    def ready_key(self, ready: nn.Module) -> Hashable | None:
+        return self.sharing_key(ready)
 
     def uses_batch_statistics(self) -> bool:
         return self.base.training and next(self.base.buffers(), None) is not None

@@ -37,9 +37,15 @@ class SharedPass:
         self.tasks = tuple(tasks)
         self.records: dict[Hashable, list[_Record]] = {}
         self.is_inside = False
+        #: ids of the tensors that several tasks may get: the call's own and outputs in the records, which keep them alive
+        self.common: set[int] = set()
         self._keys: dict[tuple[int, str], Hashable | None] = {}
         self._of_places: dict[tuple[int, str], Hashable | None] = {}
         self._of_modules: dict[tuple[int, str], Hashable | None] = {}
+
+    def may_be_common(self, inputs: list) -> bool:
+        """Return whether other tasks may have given a module the same tensors as these, rather than equal ones."""
+        return all(id(x) in self.common or not isinstance(x, Tensor) or isinstance(x, nn.Parameter) for x in inputs)
 
     def key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
         """Return a key for what a module computes for a task; ``None`` if its parts must be looked up one by one."""
@@ -50,10 +56,12 @@ class SharedPass:
 
     def _find_key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
         places = view.places(module)
+        if not places:
+            return () if view.is_common(module) else None
         key = self._sharing_key(module, places, task)
-        if key is None or len(places) == 1 or (not places and view.is_common(module)):
+        if key is None or len(places) == 1:
             return key
-        same = places and all(self._sharing_key(module, places, other) == key for other in self.tasks)
+        same = all(self._sharing_key(module, places, other) == key for other in self.tasks)
         return key if same else None
 
     def _sharing_key(self, module: nn.Module, places: Sequence[Place], task: str) -> Hashable | None:
@@ -67,8 +75,7 @@ class SharedPass:
         for place in places:
             known = (id(place), task)
             if known not in self._of_places:
-                decision = place.settled_decision(task)
-                self._of_places[known] = None if decision is None else place.sharing_key(decision)
+                self._of_places[known] = place.settled_key(task)
             if self._of_places[known] is None:
                 return None
             found.append(self._of_places[known])
@@ -161,6 +168,7 @@ class SharedView:
     def run(self, execution: OneOfSeveral, args: tuple, kwargs: dict):
         """Call the network with the execution of one of several tasks."""
         self.check_copies(args, kwargs)
+        execution.shared.common.update(map(id, tensors((args, kwargs))))
         return self.state.run(execution, self.of(self.root), args, kwargs)
 
     def check_copies(self, args: tuple, kwargs: dict) -> None:
@@ -250,28 +258,33 @@ class _Remembering:
             return run(*args, **kwargs)
         module, execution = self._module, call.execution  # type: ignore[attr-defined]
         shared = execution.shared
-        key = None if shared.is_inside else shared.key(view, module, execution.task)
-        if key is None:
-            own = isinstance(module, Place) or id(module) in view.differing
-            execution.has_differed |= own and not shared.is_inside
+        if shared.is_inside:
             return run(*args, **kwargs)
-        execution.has_differed |= id(module) in view.differing
+        is_own = id(module) in view.differing
+        key = None if is_own else shared.key(view, module, execution.task)
+        if key is None:
+            execution.has_differed |= is_own or isinstance(module, Place)
+            return run(*args, **kwargs)
         inputs = _leaves(args) if not kwargs else flatten((args, kwargs))[0]
-        records = shared.records.setdefault((id(module), key), [])
-        for record in records:
-            if record.serves(inputs, by_value=not execution.has_differed):
-                execution.reused(module)
-                return record.output
-        record = _Record(inputs)
+        record = None
+        if not execution.has_differed or shared.may_be_common(inputs):
+            records = shared.records.setdefault((id(module), key), [])
+            for known in records:
+                if known.serves(inputs, by_value=not execution.has_differed):
+                    execution.reused(module)
+                    return known.output
+            record = _Record(inputs)
         shared.is_inside = True
         try:
             output = run(*args, **kwargs)
         finally:
             shared.is_inside = False
-        parts = [output] if isinstance(output, Tensor) else flatten(output)[0]
-        if all(isinstance(part, Tensor) for part in parts):
-            record.answered(output, parts)
-            records.append(record)
+        if record is not None:
+            parts = [output] if isinstance(output, Tensor) else flatten(output)[0]
+            if all(isinstance(part, Tensor) for part in parts):
+                record.answered(output, parts)
+                records.append(record)
+                shared.common.update(map(id, parts))
         return output
 
 
@@ -393,8 +406,7 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
     for task in tasks:
         keys: dict[Place, Hashable] = {}
         for place in places:
-            decision = place.settled_decision(task)
-            keys[place] = (None if decision is None else place.sharing_key(decision)) or (task,)  # type: ignore[arg-type]
+            keys[place] = place.settled_key(task) or (task,)
         names = {module: (module, *(keys[place] for place in inner)) for module, inner in modules.items()}
         memo: dict[int, object] = {**tensors_of, **{id(m): copies[name] for m, name in names.items() if name in copies}}
         for place in places:
