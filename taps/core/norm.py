@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -136,10 +137,9 @@ class TaskNorm(Place):
             return "base"
         if norm.training:
             return id(norm)
-        if norm._modules:
-            held = (*norm.parameters(), *norm.buffers())
-        else:  # the same, in a fraction of the time
-            held = (*norm._parameters.values(), *norm._buffers.values())
+        # Without inner modules the dictionaries give the same tensors in a fraction of the time.
+        plain = (norm._parameters.values(), norm._buffers.values())
+        held = chain(norm.parameters(), norm.buffers()) if norm._modules else chain(*plain)
         tensors = [tensor for tensor in held if tensor is not None and tensor.dim()]
         version = tuple((id(tensor), tensor._version) for tensor in tensors)
         known = self._contents.get(id(norm))
