@@ -104,6 +104,9 @@ class ClassBenchmark(Benchmark):
 def open_classes(options: MultiTaskSettings, accelerator: Accelerator) -> ClassBenchmark:
     with accelerator.local_main_process_first():
         tasks = opening.read_data(options.dataset, options)
+    several = [task.name for task in tasks if task.has_several_labels]
+    if several:
+        raise UserError(f"task {several[0]}: images with several labels are for train_sequential.py")
     if options.tasks:
         known = [task.name for task in tasks]
         wrong = [name for name in options.tasks if name not in known]

@@ -1,4 +1,4 @@
-"""Accuracy of a classification task, over all images and per class."""
+"""Accuracy of a classification task, or average precision where images have several labels, in all and per class."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Tested:
     """What a task's test found.
 
     Attributes:
-        accuracy: share of the images whose most probable class is right, in percent.
+        accuracy: share of the images whose most probable class is right, in percent; for several labels per image, the mean of
+            the labels' average precisions.
         top5: share of the images with the right class among the five most probable ones, in percent; ``None`` for at most five
-            classes.
-        confusion: number of images by class (row) and predicted class (column).
+            classes, and for several labels.
+        per_class: the same by class; ``None`` for a class without images.
+        confusion: number of images by class (row) and predicted class (column); ``None`` for several labels.
     """
 
     accuracy: float
     top5: float | None
-    confusion: list[list[int]]
+    per_class: list[float | None]
+    confusion: list[list[int]] | None
 
     def describe(self, classes: Sequence[str]) -> dict:
-        """Return the contents of ``test.json``; a class without images has no accuracy."""
-        per_class = {
-            name: 100.0 * row[index] / sum(row) if sum(row) else None
-            for index, (name, row) in enumerate(zip(classes, self.confusion, strict=True))
-        }
+        """Return the contents of ``test.json``."""
+        per_class = dict(zip(classes, self.per_class, strict=True))
         return {"accuracy": self.accuracy, "top5": self.top5, "per_class": per_class, "confusion": self.confusion}
 
 
@@ -64,8 +64,37 @@ def accuracy_by_class(
         confusion.update(output.argmax(1), labels)
         if top5 is not None:
             top5.update(output, labels)
-    best = None if top5 is None else 100.0 * float(top5.compute())
-    return Tested(100.0 * float(top1.compute()), best, confusion.compute().int().tolist())
+    best, found = None if top5 is None else 100.0 * float(top5.compute()), confusion.compute().int().tolist()
+    per_class = [100.0 * row[index] / sum(row) if sum(row) else None for index, row in enumerate(found)]
+    return Tested(100.0 * float(top1.compute()), best, per_class, found)
+
+
+def average_precision(
+    model: TaskModel,
+    task: str,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    num_classes: int,
+    limit_batches: int | None = None,
+    title: str = "",
+) -> Tested:
+    """Average precision of each label, and the mean over the labels that some image has; like :func:`accuracy_by_class` for images
+    with several labels."""
+    from torchmetrics.functional.classification import binary_average_precision
+
+    found = [
+        (output.float().cpu(), labels.cpu())
+        for output, labels in _outputs(model, task, loader, accelerator, limit_batches, title)
+    ]
+    output, labels = torch.cat([o for o, _ in found]), torch.cat([y for _, y in found]).int()
+    per_class = [
+        100.0 * float(binary_average_precision(output[:, index].sigmoid(), labels[:, index]))
+        if labels[:, index].any()
+        else None
+        for index in range(num_classes)
+    ]
+    known = [value for value in per_class if value is not None]
+    return Tested(sum(known) / len(known) if known else 0.0, None, per_class, None)
 
 
 @torch.no_grad()

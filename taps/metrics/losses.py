@@ -51,6 +51,29 @@ class CrossEntropy:
         return cross_entropy(output, labels, weights, label_smoothing=self.smoothing)
 
 
+class BinaryCrossEntropy:
+    """Mean binary cross-entropy of a task whose images have several labels, over images and labels.
+
+    Args:
+        smoothing: share of each target that is ½ instead, 0..1.
+        weights: factor on the loss of each label where an image has it, or ``None``.
+    """
+
+    def __init__(self, smoothing: float = 0.0, weights: Sequence[float] | None = None) -> None:
+        self.smoothing, self.weights = smoothing, weights
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        weights = None if self.weights is None else output.new_tensor(self.weights)
+        targets = (1.0 - self.smoothing) * labels.to(output.dtype) + self.smoothing / 2
+        return binary_cross_entropy_with_logits(output, targets, pos_weight=weights)
+
+
+def positive_weights(labels: Sequence[tuple[int, ...]]) -> list[float]:
+    """Return for each label the number of samples without it by that with it; 1 for labels that no sample or every sample has."""
+    counts = [sum(column) for column in zip(*labels, strict=True)]
+    return [(len(labels) - count) / count if 0 < count < len(labels) else 1.0 for count in counts]
+
+
 def balanced_weights(labels: Iterable[int], classes: int) -> list[float]:
     """Return the weight of each class, the mean number of samples per class divided by its own; 1 for classes without samples."""
     counts = Counter(labels)

@@ -59,7 +59,8 @@ def curves(metrics: Iterable[Mapping]) -> Figure:
                 right.plot(*zip(*known, strict=True), color=color, linestyle=line, marker=".", markersize=3)
         handles.append(Line2D([], [], color=color, label=task))
     left.set_ylabel("training loss")
-    right.set_ylabel("accuracy %")
+    has_classes = any(row.get("train_error") is not None for rows in by_task.values() for row in rows)
+    right.set_ylabel("accuracy %" if has_classes else "mean average precision %")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -113,7 +113,9 @@ def sizes(summary: Mapping, in_bytes: bool = False) -> Figure:
     left.bar_label(bars, [f"{value:.1f}" for value in values], label_type="center", color="white", fontsize=8)
     left.set_xlim(0, 100)
     left.set_xticks(range(0, 101, 20))
-    left.set_xlabel(f"accuracy on the test split, %  (mean {summary['mean_accuracy']:.1f}, dashed)")
+    left.set_xlabel(
+        f"{summary.get('metric', 'accuracy')} on the test split, %  (mean {summary['mean_accuracy']:.1f}, dashed)"
+    )
     key, unit = ("bytes", "MB") if in_bytes else ("parameters", "M")
     millions = [row[key] / 1e6 for row in rows.values()]
     bars = right.barh(names, millions, color=TUNED, height=0.7)

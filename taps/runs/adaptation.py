@@ -25,8 +25,8 @@ from taps.data.classification.images import (
 from taps.data.classification.mixed_batches import make_task_loader
 from taps.errors import UserError
 from taps.methods.taps_budget import check_size, parse_budget
-from taps.metrics.accuracy import Tested, accuracy_by_class
-from taps.metrics.losses import CrossEntropy, balanced_weights
+from taps.metrics.accuracy import Tested, accuracy_by_class, average_precision
+from taps.metrics.losses import BinaryCrossEntropy, CrossEntropy, balanced_weights, positive_weights
 from taps.networks.preprocessing import Preprocessing, ToRGB
 from taps.plots import layers as layer_plots
 from taps.plots import style
@@ -78,6 +78,8 @@ def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list
             raise UserError(f"task {task.name}: there is one class ({task.classes[0]}); a task needs at least two")
         if len(task.train) == 1:
             raise UserError(f"task {task.name}: one training image is not enough")
+        if task.has_several_labels and (options.mixup or options.cutmix):
+            raise UserError(f"task {task.name}: --mixup and --cutmix are not for images with several labels")
         prepared.append(task)
     return prepared
 
@@ -104,8 +106,9 @@ def measure(
     transform, classes = prepare.transform(False, task.stretch), len(task.classes)
     loader, _ = make_loader(samples, transform, options.batch_size, train=False, workers=options.workers)
     loader = accelerator.prepare_data_loader(loader)
+    score = average_precision if task.has_several_labels else accuracy_by_class
     with evaluating(model):
-        return accuracy_by_class(model, task.name, loader, accelerator, classes, options.limit_batches, title)
+        return score(model, task.name, loader, accelerator, classes, options.limit_batches, title)
 
 
 def _digests(tasks: Sequence[TaskData]) -> dict[str, str]:
@@ -294,8 +297,11 @@ class Experiment:
         options = self.options
         return self.prepare.transform(True, task.stretch, task.flip, options.auto_augment, options.random_erasing)
 
-    def _criterion(self, task: TaskData) -> CrossEntropy:
+    def _criterion(self, task: TaskData) -> CrossEntropy | BinaryCrossEntropy:
         balanced = self.options.class_weights == "balanced"
+        if task.has_several_labels:
+            positive = positive_weights([label for _, label in task.train]) if balanced else None
+            return BinaryCrossEntropy(self.options.label_smoothing, positive)
         weights = balanced_weights((label for _, label in task.train), len(task.classes)) if balanced else None
         return CrossEntropy(self.options.label_smoothing, weights)
 
@@ -318,7 +324,7 @@ class Experiment:
                 about = {
                     "classes": list(task.classes),
                     "preprocessing": self.prepare.describe(task.stretch),
-                    "metric": "accuracy",
+                    "metric": task_file.AVERAGE_PRECISION if task.has_several_labels else "accuracy",
                     "epoch": row["epoch"],
                     "val_error": row.get("val_error"),
                     "provenance": self._provenance(task),
@@ -395,7 +401,7 @@ class Experiment:
                 about["provenance"] = self._provenance(task)
                 model.save_task(task.name, path, about, compact=self.compact)
                 write_json(path / "test.json", result.describe(task.classes))
-                if len(task.classes) <= MOST_CLASSES:
+                if result.confusion is not None and len(task.classes) <= MOST_CLASSES:
                     style.save(confusion(result.confusion, task.classes, task.name), path / "confusion.png")
                 if model.train_base or not self.folder.fingerprints_path.is_file():
                     write_json(self.folder.fingerprints_path, certificate.fingerprints(model))
@@ -454,12 +460,16 @@ def epoch_line(rows: list[dict], epochs: int, units: int, is_best: bool, left: f
     first = rows[0]
     name = first["task"] if len(rows) == 1 else f"{len(rows)} tasks"
     best = " (best so far)" if is_best and first["epoch"] < epochs else " (best)" if is_best else ""
-    validation = f", {100 - mean('val_error'):.2f} % validation{best}" if "val_error" in first else ""
+    validation = f"{100 - mean('val_error'):.2f} % validation{best}" if "val_error" in first else ""
+    if first["train_error"] is None:  # images with several labels
+        numbers = f"mAP {validation}  " if validation else ""
+    else:
+        numbers = f"accuracy {100 - mean('train_error'):.2f} % train{validation and f', {validation}'}  "
     tuned = round(mean("tuned_layers") * units, 1 if len(rows) > 1 else None)
     seconds = sum(row["seconds"] for row in rows)
     return (
         f"{name} {first['epoch']}/{epochs} {first['phase']}: loss {mean('train_loss'):.3f}  "
-        f"accuracy {100 - mean('train_error'):.2f} % train{validation}  tuned {tuned}/{units}  {duration(seconds)}, "
+        f"{numbers}tuned {tuned}/{units}  {duration(seconds)}, "
         f"{duration(left)} left"
     )
 

@@ -117,7 +117,7 @@ def test(
     options: AdaptationSettings,
     accelerator: Accelerator,
 ) -> float:
-    """Return the accuracy of one task on its test split, in percent."""
+    """Return the accuracy of one task on its test split, or its mean average precision, in percent."""
     if list(task.classes) != description.get("classes", list(task.classes)):
         raise UserError(f"task {task.name}: the data's classes are not those the task was trained on")
     if given.skip_bad_images or options.skip_bad_images:
@@ -145,7 +145,9 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
     ]
     if existing:
         raise UserError(f"{existing[0]} exists; export to another folder or remove it")
-    labels = {name: {key: model.about(name).get(key) for key in ("classes", "preprocessing")} for name in names}
+    labels = {
+        name: {key: model.about(name).get(key) for key in ("classes", "preprocessing", "metric")} for name in names
+    }
     files.write_json(target / "labels.json", labels)
     say(f"{target / 'labels.json'}: class names and preprocessing of each task")
     image = torch.zeros(2, 3, options.input_size, options.input_size)

@@ -91,9 +91,10 @@ class Job:
                 self.experiment.accelerator.print(f"{self.label}{line}", flush=True)
             else:
                 self.bar.n = row["epoch"]
-                accuracy = 100 - row.get("val_error", row["train_error"])
+                error = row.get("val_error", row["train_error"])
+                accuracy = "" if error is None else f"{100 - error:.2f} %, "
                 tuned = round(row["tuned_layers"] * self.units)
-                self.bar.set_postfix_str(f"{row['phase']}, {accuracy:.2f} %, tuned {tuned}/{self.units}")
+                self.bar.set_postfix_str(f"{row['phase']}, {accuracy}tuned {tuned}/{self.units}")
         self.rows = max(self.rows, len(rows))
 
     def finish(self) -> None:

@@ -20,6 +20,7 @@ from taps.data.seeded import leave_signals_to_the_main_process
 from taps.errors import UserError
 from taps.runs.setup import pick_device
 from taps.settings.prediction import PredictSettings
+from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel, load
 
 
@@ -157,13 +158,15 @@ def _reason(message: str) -> str:
 
 
 def ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple[tuple[str, float], ...]]:
-    """Return the ``top`` classes of each sample with their probabilities."""
+    """Return the ``top`` classes of each sample with their probabilities; those of several labels are independent."""
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise UserError(f"task {task!r} does not classify images: its output is not (images, classes)")
     names = model.about(task).get("classes") or []
     if len(names) != output.shape[1]:
         names = [str(index) for index in range(output.shape[1])]
-    values, indices = output.float().softmax(1).cpu().topk(min(top, output.shape[1]))
+    separate = model.about(task).get("metric") == AVERAGE_PRECISION
+    probabilities = output.float().sigmoid() if separate else output.float().softmax(1)
+    values, indices = probabilities.cpu().topk(min(top, output.shape[1]))
     return [
         tuple((names[index], value) for index, value in zip(own, of, strict=True))
         for own, of in zip(indices.tolist(), values.tolist(), strict=True)

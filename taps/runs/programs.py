@@ -54,6 +54,11 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
         if isinstance(own, JointSettings) and len(tasks[own.seed]) < 2:
             name = tasks[own.seed][0].name
             raise UserError(f"joint training needs at least two tasks, {name} is one; use train_sequential.py")
+        several = [task.name for task in tasks[own.seed] if task.has_several_labels]
+        if isinstance(own, JointSettings) and several:
+            raise UserError(
+                f"task {several[0]}: images with several labels are for tasks trained one by one; use train_sequential.py"
+            )
         if own.budget is not None:
             check_budget(own, adapted(own, make_base(own), train_base), tasks[own.seed])
     with StopSignals() as stop, sweep.shared_start(settings, accelerator) as fork:

@@ -15,7 +15,7 @@ class Data(Settings):
     """The image data."""
 
     title: ClassVar[str] = "data"
-    dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), folders of classes, CSV files with path,label, a folder that holds several of the first, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
+    dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), folders of classes, CSV files with path,label or path,labels, a folder that holds several of the first, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
     cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped*", bool)
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
     resize: int | None = setting(None, "shorter side of evaluation images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size, 256 for 224")
@@ -93,7 +93,7 @@ class Augmentation(Settings):
     title: ClassVar[str] = "training"
     auto_augment: str | None = setting(None, "policy of timm: rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 (AugMix), original or 3a (AutoAugment)", metavar="POLICY", aliases=("--aa",), shown="none")
     random_erasing: float = setting(0.0, "probability of erasing a part of a training image", float, low=0, high=1, metavar="P", aliases=("--reprob",))
-    class_weights: str = setting("none", "balanced: weigh each class in the loss by the inverse of its number of images", choices=("none", "balanced"))
+    class_weights: str = setting("none", "balanced: weigh each class in the loss by the inverse of its number of images; of several labels, those that an image has by how many images lack them", choices=("none", "balanced"))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 from taps.core.accounting import is_tuned
 from taps.errors import UserError
 from taps.storage.files import write_text
-from taps.storage.task_file import read_description
+from taps.storage.task_file import AVERAGE_PRECISION, read_description
 
 PREFIX = "hf-hub:"
 _TIMEOUT = 5.0  # seconds
@@ -159,13 +159,14 @@ def upload(folder: Path, repository: str, private: bool = False, message: str | 
 def model_card(description: dict, repository: str) -> str:
     """Return a model card in Markdown from the contents of a ``task.json``."""
     base, account, classes = description["base"], description["accounting"], description.get("classes") or []
+    precise = description.get("metric") == AVERAGE_PRECISION
     accuracy, images = description.get("accuracy"), (description.get("provenance") or {}).get("images", {})
     tuned = [row["name"] for row in description["units"] if is_tuned(row)]
     architecture = str(base.get("model", base["name"])).removeprefix(PREFIX)
     rows = {
         "base": f"`{architecture}`, fingerprint `{base['fingerprint'][:16]}`",
         "method": f"`{description['method']}`, norms `{description['norm']}`",
-        "test accuracy": "not tested" if accuracy is None else f"{accuracy:.2f} %",
+        f"test {description.get('metric') or 'accuracy'}": "not tested" if accuracy is None else f"{accuracy:.2f} %",
         "classes": f"{len(classes)}: {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''}" if classes else "–",
         "images": ", ".join(f"{count} {split}" for split, count in images.items()) or "–",
         "size": f"{description['bytes']:,} bytes, {100 * description['bytes'] / (4 * base['parameters']):.1f} % of the base",
@@ -190,7 +191,7 @@ from PIL import Image
 
 model = taps.load("{PREFIX}{repository}")
 image = model.transform("{description["task"]}")(Image.open("photo.jpg"))
-probabilities = model(image[None], task="{description["task"]}").softmax(1)
+probabilities = model(image[None], task="{description["task"]}").{"sigmoid()" if precise else "softmax(1)"}
 ```
 
 |  |  |

@@ -40,6 +40,8 @@ from taps.storage.norms_and_head import decoded, fill_columns, small_tensors, st
 from taps.storage.packing import pack, unpack
 
 FORMATS = (1, 2)
+#: ``metric`` of a task whose images have several labels: each has a probability of its own
+AVERAGE_PRECISION = "mean average precision"
 TENSORS = "task.safetensors"
 PACKED = "packed"  # the only tensor of a compact file
 #: entries of task.json that follow from the model; all others are about the task
@@ -285,6 +287,7 @@ _OPTIONAL = {
     "encodings": dict,
     "classes": [str],
     "accuracy": float,
+    "metric": str,
     "preprocessing": dict,
     "delta_bytes": dict,
     "provenance": dict,

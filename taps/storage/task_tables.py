@@ -10,6 +10,7 @@ from tabulate import tabulate
 from taps.core.accounting import is_tuned
 from taps.errors import UserError
 from taps.storage.library import Library
+from taps.storage.task_file import AVERAGE_PRECISION
 
 
 def list_table(library: Library) -> str:
@@ -29,7 +30,9 @@ def list_table(library: Library) -> str:
                 f"{base['name']} {base['fingerprint'][:8]}",
             )
         )
-    heads = ("task", "accuracy %", "tuned layers", "parameters", "bytes", "method", "norm", "base")
+    precise = {description.get("metric") == AVERAGE_PRECISION for description in library.descriptions.values()}
+    metric = "mAP %" if precise == {True} else "score %" if True in precise else "accuracy %"
+    heads = ("task", metric, "tuned layers", "parameters", "bytes", "method", "norm", "base")
     return _table(heads, rows, "lrrrrlll")
 
 
@@ -43,7 +46,7 @@ def show_table(description: dict) -> str:
         "base": f"{base['name']}, fingerprint {base['fingerprint']}",
         "method": f"{description['method']}, norm={description['norm']}, options {description['options']}",
         "classes": names,
-        "accuracy": "not tested" if accuracy is None else f"{accuracy:.2f} %",
+        description.get("metric") or "accuracy": "not tested" if accuracy is None else f"{accuracy:.2f} %",
         "stored": f"{description['bytes']:,} bytes: deltas {account['delta_parameters']:,}, norms "
         f"{account['norm_parameters']:,}, head {account['head_parameters']:,} parameters",
         "tuned": f"{account['tuned_units']} of {account['units']} layers",

@@ -23,6 +23,7 @@ from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.losses import CrossEntropy
 from taps.networks.preprocessing import Preprocessing, stored_transform
 from taps.storage.run_folder import RunFolder
+from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel
 from taps.training.loop import Criterion, is_classification, mixing
 from taps.training.recipe import Recipe
@@ -146,7 +147,7 @@ def fit(
     own = (task, outputs, plan.seed, accelerator, default)
     train = UserLoader(train_loader, "train_loader", *own, has_norms=norms)
     validation = None if val_loader is None else UserLoader(val_loader, "val_loader", *own)
-    about = _description(model, task, train_loader, train, outputs, classes, preprocessing)
+    about = _description(model, task, train_loader, train, outputs, classes, preprocessing, criterion)
     plan.phases(model)
     mixing(plan, model, [task])
     if budget is not None:
@@ -208,9 +209,10 @@ def _plain(recipe: Recipe) -> dict:
     return {name: value for name, value in asdict(recipe).items() if isinstance(value, simple)}
 
 
-def _description(model, task, given, train, outputs, classes, preprocessing) -> dict:
+def _description(model, task, given, train, outputs, classes, preprocessing, criterion) -> dict:
     """Return what ``task.json`` will say about the task's classes and images."""
-    about: dict = {"metric": "accuracy" if train.has_classes else None}
+    binary = isinstance(criterion, nn.BCEWithLogitsLoss) or criterion is nn.functional.binary_cross_entropy_with_logits
+    about: dict = {"metric": "accuracy" if train.has_classes else AVERAGE_PRECISION if binary else None}
     names = classes if classes is not None else getattr(getattr(given, "dataset", None), "classes", None)
     if names is not None and len(names) == outputs:
         about["classes"] = [str(name) for name in names]

@@ -2,20 +2,20 @@
 
 A task is a folder with ``train/<class>/*`` and ``test/<class>/*``, optionally ``val/<class>/*`` (or ``validation``, ``valid``); a
 root may hold several such folders. Without ``test/``, ``val/`` is tested on; a plain folder of classes is divided. A task can
-also be a CSV file with the columns ``path,label`` and optionally ``split``. DomainNet is recognised by its official lists
-(:mod:`taps.data.classification.domainnet`).
+also be a CSV file with the columns ``path,label`` and optionally ``split``, or with several labels per image. DomainNet is
+recognised by its official lists (:mod:`taps.data.classification.domainnet`).
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taps.data.classification import domainnet
-from taps.data.classification.images import TaskData, choose_stratified, hidden_images, is_hidden, list_images
+from taps.data.classification.images import Sample, TaskData, choose_stratified, hidden_images, is_hidden, list_images
 from taps.data.seeded import mix_seed
 from taps.errors import UserError
 
@@ -187,7 +187,9 @@ def split_test(task: TaskData, reading: Reading) -> TaskData:
 def read_table(path: Path, reading: Reading | None = None) -> TaskData:
     """One task from a CSV file with the columns ``path`` and ``label``, and optionally ``split`` (train, val, test).
 
-    Paths are relative to the file's folder. Labels are the sorted names, by value if all are numbers.
+    Paths are relative to the file's folder. Labels are the sorted names, by value if all are numbers. Images may have several
+    labels, or none: a column ``labels`` instead of ``label`` has their names, separated by ``;`` or ``|``; or each label has a
+    column of its own with 0 and 1.
 
     Raises:
         UserError: with the line, if a column, a value or all images of a split are missing.
@@ -201,22 +203,19 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
             rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {str(error).splitlines()[0]}") from None
-    for name in ("path", "label"):
-        if name not in columns:
-            raise UserError(f"{path} has no column {name!r}; its first line has to name the columns path,label")
-    splits: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
+    if "path" not in columns:
+        raise UserError(f"{path} has no column 'path'; its first line has to name the columns path,label")
+    classes, label_of = _labels(path, columns, rows)
+    splits: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
     for line, row in rows:
         said = row.get("split", "").lower()
         split = dict.fromkeys(_VALIDATION, "val").get(said, said or "train")
-        if not row["path"] or not row["label"] or split not in splits:
-            wrong = "path or label is missing" if split in splits else f"split {split!r} is not train, val or test"
-            raise UserError(f"{path}, line {line}: {wrong}")
-        splits[split].append((str(path.parent / row["path"]), row["label"]))
-    names = {label for split in splits.values() for _, label in split}
-    numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
-    classes = sorted(names, key=int) if numbers else sorted(names)
-    label = {name: index for index, name in enumerate(classes)}
-    samples = {split: tuple((image, label[name]) for image, name in found) for split, found in splits.items()}
+        if split not in splits:
+            raise UserError(f"{path}, line {line}: split {split!r} is not train, val or test")
+        if not row["path"]:
+            raise UserError(f"{path}, line {line}: path or label is missing")
+        splits[split].append((str(path.parent / row["path"]), label_of(line, row)))
+    samples = {split: tuple(found) for split, found in splits.items()}
     if not samples["train"]:
         raise UserError(f"{path} lists no training images")
     task = TaskData(
@@ -229,6 +228,46 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
         is_listed=True,
     )
     return task if task.test else split_test(task, reading)
+
+
+def _labels(path: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict]]) -> tuple[list[str], Callable]:
+    """Return the names of a table's labels, and a function from a row's line and values to its label."""
+    if "label" in columns:
+        names = {row["label"] for _, row in rows} - {""}
+        numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+        classes = sorted(names, key=int) if numbers else sorted(names)
+        position = {name: index for index, name in enumerate(classes)}
+
+        def one(line: int, row: dict) -> int:
+            if not row["label"]:
+                raise UserError(f"{path}, line {line}: path or label is missing")
+            return position[row["label"]]
+
+        return classes, one
+    if "labels" in columns:
+
+        def named(row: dict) -> set[str]:
+            return {name.strip() for name in re.split(r"[;|]", row["labels"])} - {""}
+
+        classes = sorted({name for _, row in rows for name in named(row)})
+        return classes, lambda line, row: tuple(int(name in named(row)) for name in classes)
+    classes = [name for name in columns if name and name not in ("path", "split")]
+
+    def several(line: int, row: dict) -> tuple[int, ...]:
+        wrong = next((name for name in classes if row.get(name) not in ("0", "1")), None)
+        if wrong is not None:
+            raise UserError(
+                f"{path}, line {line}: column {wrong!r} is {row.get(wrong, '')!r}; without a column label or labels, each column "
+                "is a label and has 0 or 1"
+            )
+        return tuple(int(row[name]) for name in classes)
+
+    if len(classes) < 2:
+        raise UserError(
+            f"{path} has no column 'label'; its first line has to name the columns path,label, or path,labels for images with "
+            "several labels"
+        )
+    return classes, several
 
 
 def task_name(text: str) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,7 +38,8 @@ EXTENSIONS = (
 #: folders that operating systems and notebooks add
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
 
-Sample = tuple[str, int]
+#: a path and its label, or for images with several labels a 0 or 1 for each
+Sample = tuple[str, int | tuple[int, ...]]
 T = TypeVar("T")
 
 
@@ -48,7 +50,7 @@ class TaskData:
     Attributes:
         name: the task's name.
         classes: class names by label.
-        train, test: (path, label) pairs.
+        train, test: (path, label) pairs; for several labels per image, the label is a tuple with a 0 or 1 for each class.
         val: the same for validation, or ``None`` if the data has no validation split.
         stretch: resize images to the square input without keeping their aspect ratio (sets cropped to objects).
         flip: whether a mirrored image still belongs to its class.
@@ -67,6 +69,11 @@ class TaskData:
     notes: tuple[str, ...] = ()
     is_listed: bool = False
     known_digest: str | None = None
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether images may have several labels, or none."""
+        return bool(self.train) and isinstance(self.train[0][1], tuple)
 
     def digest(self) -> str:
         """Return a hash of the names and labels of the images for training and testing, wherever the data lies."""
@@ -145,7 +152,8 @@ class LargeImageError(UnreadableImageError):
 
 
 class ImageSet(Dataset):
-    """Images and labels by (index, epoch); the random transform of an image depends on the seed and the epoch."""
+    """Images and labels by (index, epoch); the random transform of an image depends on the seed and the epoch. Several labels are
+    a tensor of zeros and ones, shape (classes,)."""
 
     def __init__(self, samples: Sequence[Sample], transform: v2.Compose, seed: int = 0) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
@@ -153,13 +161,14 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int | Tensor]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         path, label = self.samples[index]
         with torch.random.fork_rng(devices=[]):
             # only the CPU's generator: torch.manual_seed would also reset the accelerator's
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            return read_image(path, self.transform), label
+            image = read_image(path, self.transform)
+        return image, torch.tensor(label, dtype=torch.float32) if isinstance(label, tuple) else label
 
 
 class EpochSampler(Sampler):
@@ -203,10 +212,19 @@ def make_loader(
 
 
 def choose_stratified(samples: Sequence[Sample], fraction: float, seed: int) -> set[Sample]:
-    """Choose a random share of the samples, the same in each class; each class keeps at least one sample that is not chosen."""
+    """Choose a random share of the samples, the same in each class; each class keeps at least one sample that is not chosen.
+
+    A sample with several labels counts for the rarest of them.
+    """
+    counts = Counter(
+        index for _, label in samples if isinstance(label, tuple) for index, own in enumerate(label) if own
+    )
     by_class: dict[int, list[Sample]] = {}
     for sample in samples:
-        by_class.setdefault(sample[1], []).append(sample)
+        label = sample[1]
+        if isinstance(label, tuple):
+            label = min((index for index, own in enumerate(label) if own), key=lambda index: counts[index], default=-1)
+        by_class.setdefault(label, []).append(sample)
     generator = torch.Generator().manual_seed(mix_seed(seed, len(samples)))
     chosen: set[Sample] = set()
     owed = 0.0  # the remainder is carried over to the next class, so that many small classes add up to the right number
