@@ -43,8 +43,6 @@ def squares(tmp_path_factory):
         table.writerow(("path", "labels", "split"))
         said = (";".join(c for c, own in zip(COLOURS, has, strict=True) if own) for _, has, _ in rows)
         table.writerows((row[0], names, row[2]) for row, names in zip(rows, said, strict=True))
-            (path, ";".join(c for c, own in zip(COLOURS, has, strict=False) if own), split) for path, has, split in rows
-        )
     with (root / "wide.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("path", *COLOURS, "split"))
