@@ -114,16 +114,18 @@ ROWS = (
     Row("mask", "1 bit", lr=3e-3, optimizer="adam"),
     Row("mask", "1 bit", lr=3e-3, optimizer="adam", norms="base"),
     Row("gradients", "1 %", lr=1e-2, optimizer="adam"),
-    Row("taps_budget", "0.1%", optimizer="split"),
-    Row("taps_budget", "0.3%", optimizer="split"),
-    Row("taps_budget", "1%", optimizer="split"),
-    Row("taps_budget", "3%", optimizer="split"),
+    Row("taps_budget", "0.1%", lr=0.01, optimizer="split"),
+    Row("taps_budget", "0.3%", lr=0.01, optimizer="split"),
+    Row("taps_budget", "1%", lr=0.01, optimizer="split"),
+    Row("taps_budget", "3%", lr=0.01, optimizer="split"),
     Row("taps_budget", "10%", lr=3e-3, optimizer="adam"),
     Row("taps_budget", "35%", lr=3e-3, optimizer="adam"),
     Row("taps_budget", "50%", lr=3e-3, optimizer="adam"),
 )
-CONTROLS = tuple(Row("taps_budget", "3%", optimizer="split", layers=layers) for layers in ("random", "first", "last"))
-TUNED = {"sgd": (0.01, 0.02, 0.05), "split": (0.01, 0.02, 0.05), "adam": (1e-3, 3e-3, 1e-2)}
+CONTROLS = tuple(
+    Row("taps_budget", "3%", lr=0.01, optimizer="split", layers=layers) for layers in ("random", "first", "last")
+)
+TUNED = {"sgd": (0.01, 0.02, 0.05), "split": (0.005, 0.01, 0.02), "adam": (1e-3, 3e-3, 1e-2)}
 SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
 
 
@@ -290,7 +292,7 @@ def bytes_of(row: Row, model: taps.TaskModel, task: str) -> int:
 def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     """Run all tasks of one row and seed; returns accuracies, bytes, seconds and drift."""
     torch.set_num_threads(given.threads)
-    accelerator = Accelerator(cpu=True, rng_types=[])
+    accelerator = Accelerator(cpu=given.device == "cpu", rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **of_network(base))
     own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
@@ -306,6 +308,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         "tasks": {},
     }
     probe, answers = torch.randn(4, 3, given.input_size, given.input_size, generator=torch.manual_seed(0)), {}
+    probe = probe.to(accelerator.device)
     tasks = tasks_of(given, seed)
     for task in tasks:
         tested = task.val if given.tune else task.test
@@ -484,6 +487,7 @@ def main() -> None:
     parser.add_argument("--controls", action="store_true", help="also run budgets whose layers are not chosen")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default: 1)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all processes (default: cpu)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "quality")

@@ -122,6 +122,7 @@ class Method:
             decision (run and specific are 0.0 or 1.0) and the method's options.
         gates_learn_under_policy: whether gates made by ``policy_gate`` learn while the network is trained under a policy.
         budget: for methods that keep a budget, the default size of task files (``"10%"``).
+        decay: how learning rates fall unless a recipe says otherwise, one of :data:`taps.settings.choices.DECAYS`.
         name: name under which the method is registered.
     """
 
@@ -139,6 +140,7 @@ class Method:
     policy_gate: Callable[..., Gate] | None = None
     gates_learn_under_policy: bool = False
     budget: str | None = None
+    decay: str = "cosine"
     select_options: tuple[str, ...] = ()
     name: str = ""
 

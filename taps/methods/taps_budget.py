@@ -456,5 +456,6 @@ register(
         options=OPTIONS,
         norms=("follow", "task", "frozen"),
         budget="10%",
+        decay="poly",  # norms and heads learn longer, for deltas that are rounded
     ),
 )

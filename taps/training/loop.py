@@ -421,7 +421,7 @@ class _Run:
         """Return the learning-rate factor of the phase's optimiser in this epoch, counting only epochs that use it."""
         own = [epoch for epoch, other in enumerate(self.epochs) if other.optimizer == phase.optimizer]
         done = sum(epoch < self.progress.epoch for epoch in own)
-        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1))
+        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1), self.model.method.decay)
 
     def _read(self, number: Tensor) -> float | Tensor:
         """Return a scalar: its value if reading it is free, else the scalar itself, so that no step waits for the device."""

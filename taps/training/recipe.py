@@ -32,7 +32,7 @@ class Recipe(Optimization, Schedule):
         gate_epsilon: ε of adam and adamw for gates.
         betas: β of adam and adamw.
         decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"poly"``, with power 0.9; ``"step"``,
-            by the factor ``decay_rate`` every ``decay_epochs``; or ``"constant"``.
+            by the factor ``decay_rate`` every ``decay_epochs``; or ``"constant"``. ``None``: as the method has it.
         compile: run training steps through ``torch.compile``; validation is short and not compiled.
         step_per_task: take an optimiser step after each task's loss, instead of one after the sum of all.
         mixed: run a batch of several tasks in one forward pass; otherwise task by task, which needs only the memory of one.
@@ -54,7 +54,7 @@ class Recipe(Optimization, Schedule):
     gate_weight_decay: float = setting(0.0, "", float, low=0)
     gate_epsilon: float = setting(1e-8, "", float, low=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    decay: str = setting("cosine", "", choices=DECAYS)
+    decay: str | None = setting(None, "", choices=DECAYS)
     decay_epochs: float = setting(1.0, "", float, low=0, above=True)
     decay_rate: float = setting(0.5, "", float, low=0, above=True)
     compile: bool = False
@@ -89,8 +89,10 @@ class Recipe(Optimization, Schedule):
             raise UserError(f"method {model.method.name!r} has a schedule without phases; it needs one at least")
         return phases
 
-    def learning_rate(self, epoch: int, epochs: int | None = None) -> float:
+    def learning_rate(self, epoch: int, epochs: int | None = None, decay: str = "cosine") -> float:
         """Return the factor on ``lr`` in the 0-based ``epoch`` of ``epochs`` (all of the recipe's, or those of its optimiser).
+
+        ``decay`` is the method's, for recipes that have none of their own.
 
         ``"cosine"``: ½(1 + cos(π·epoch/epochs)); ``"poly"``: (1 − epoch/epochs)^0.9;
         ``"step"``: decay_rate^⌊epoch/decay_epochs⌋; ``"constant"``: 1. The first
@@ -100,11 +102,12 @@ class Recipe(Optimization, Schedule):
         if epoch < rising:
             return (epoch + 1) / (rising + 1)
         epoch, epochs = epoch - rising, max(epochs - rising, 1)
-        if self.decay == "constant":
+        decay = self.decay or decay
+        if decay == "constant":
             return 1.0
-        if self.decay == "poly":
+        if decay == "poly":
             return (1.0 - epoch / epochs) ** 0.9
-        if self.decay == "step":
+        if decay == "step":
             return self.decay_rate ** math.floor(epoch / self.decay_epochs + 1e-9)
         return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
 
