@@ -29,7 +29,7 @@ import timm  # noqa: E402
 
 import taps  # noqa: E402
 
-LAYERS = {"resnet": r"conv|fc|downsample\.0", "vit": "qkv|proj|fc1|fc2"}
+LAYERS = {"resnet": r"conv\d|downsample\.0", "vit": "qkv|proj|fc1|fc2"}
 
 
 def plain(name: str, trains: bool) -> nn.Module:
@@ -67,7 +67,7 @@ def lora(name: str) -> nn.Module:
     layers = next(pattern for kind, pattern in LAYERS.items() if kind in name)
     net = timm.create_model(name, num_classes=100)
     head = "fc" if "resnet" in name else "head"
-    config = peft.LoraConfig(r=8, target_modules=rf".*({layers})[^.]*$", exclude_modules=[head], modules_to_save=[head])
+    config = peft.LoraConfig(r=8, target_modules=rf"(.*\.)?({layers})$", exclude_modules=[head], modules_to_save=[head])
     return peft.get_peft_model(net, config)
 
 

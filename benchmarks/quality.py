@@ -25,24 +25,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
+import itertools
 import multiprocessing
 import random
-import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.layers import freeze_batch_norm_2d
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import taps  # noqa: E402
 from taps.core.accounting import accounting  # noqa: E402
 from taps.core.execution import evaluating  # noqa: E402
-from taps.core.find import find_layers, is_norm  # noqa: E402
+from taps.core.method import SETTLED, Phase  # noqa: E402
 from taps.data.classification.folders import find_tasks  # noqa: E402
 from taps.data.classification.images import TaskData, make_loader, split_validation  # noqa: E402
 from taps.data.generated.demo import make_demo, read_demo  # noqa: E402
@@ -64,43 +60,7 @@ from taps.storage.task_file import contents, packed_size  # noqa: E402
 from taps.training.loop import run_phases  # noqa: E402
 from taps.training.recipe import Recipe  # noqa: E402
 
-TASK = "task"  # name of a rival's only task
-
-
-_NORMS = {"own": "", "base": ", frozen norms", "shared": ", as documented"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        method: a method of :func:`taps.core.find`, or a rival's name.
-        setting: rank, share of the weights, λ or budget, as shown in the table.
-        lr: learning rate; ``optimizer``: as in :class:`taps.training.recipe.Recipe`.
-        scale: scale of a rival's weights: LoRA's α/rank, or the factor on the differences of chosen weights.
-        norms: norms of a rival: ``"own"``; ``"base"``, frozen; or ``"shared"``, the base's, including running statistics.
-        layers: for a control, the order in which layers receive a budget's bytes: ``"random"``, ``"first"`` or ``"last"``.
-    """
-
-    method: str
-    setting: str = ""
-    lr: float = 0.02
-    optimizer: str = "sgd"
-    scale: float = 1.0
-    norms: str = "own"
-    layers: str | None = None
-
-    @property
-    def name(self) -> str:
-        control = f", {self.layers} layers" if self.layers else ""
-        return f"{self.method} {self.setting}{_NORMS[self.norms]}{control}".strip()
-
-    @property
-    def number(self) -> float:
-        """The rank, share or λ in the setting."""
-        return float(re.search(r"[\d.]+", self.setting)[0])
-
+from rivals import AFTERWARDS, TASK, Row, code_afterwards, rival, use_adapter  # noqa: E402  isort: skip
 
 ROWS = (
     Row("finetune", lr=3e-3, optimizer="adam"),
@@ -114,6 +74,12 @@ ROWS = (
     Row("mask", "1 bit", lr=3e-3, optimizer="adam"),
     Row("mask", "1 bit", lr=3e-3, optimizer="adam", norms="base"),
     Row("gradients", "1 %", lr=1e-2, optimizer="adam"),
+    Row("coded", "0.3%", lr=3e-3, optimizer="adam"),
+    Row("coded", "1%", lr=3e-3, optimizer="adam"),
+    Row("coded", "3%", lr=3e-3, optimizer="adam"),
+    Row("bitdelta", lr=3e-3, optimizer="adam"),
+    Row("compeft", "5 %", lr=3e-3, optimizer="adam"),
+    Row("compeft", "20 %", lr=3e-3, optimizer="adam"),
     Row("taps_budget", "0.1%", lr=0.01, optimizer="split"),
     Row("taps_budget", "0.3%", lr=0.01, optimizer="split"),
     Row("taps_budget", "1%", lr=0.01, optimizer="split"),
@@ -126,122 +92,7 @@ CONTROLS = tuple(
     Row("taps_budget", "3%", lr=0.01, optimizer="split", layers=layers) for layers in ("random", "first", "last")
 )
 TUNED = {"sgd": (0.01, 0.02, 0.05), "split": (0.005, 0.01, 0.02), "adam": (1e-3, 3e-3, 1e-2)}
-SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0)}
-
-
-class _Kept(torch.autograd.Function):
-    """1[m ≥ τ] with a straight-through gradient."""
-
-    @staticmethod
-    def forward(ctx, scores: Tensor) -> Tensor:
-        return (scores >= 0.05).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class Mask(nn.Module):
-    """W ⊙ 1[m ≥ τ]: Piggyback's mask, with m₀ = 2τ as published."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.learned = nn.Parameter(torch.full_like(weight, 0.1))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * _Kept.apply(self.learned)
-
-
-class Chosen(nn.Module):
-    """W + scale · δ at the weights in ``where``; a gradient step on δ counts scale² times."""
-
-    def __init__(self, where: Tensor, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.register_buffer("where", where)
-        self.learned = nn.Parameter(torch.zeros(where.shape))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * self.learned * self.where
-
-
-def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed: int) -> dict[str, Tensor]:
-    """Return by layer the weights of each output whose gradients over all training images are the largest."""
-    net = copy.deepcopy(net).requires_grad_(True).eval()
-    torch.manual_seed(seed)
-    head = nn.Linear(net.num_features, len(task.classes))
-    for x, y in loader:
-        nn.functional.cross_entropy(head(net(x)), y).backward()
-    found = {}
-    for layer in find_layers(net):
-        size = layer.module.weight.grad.flatten(1).abs()
-        kept = size.topk(max(round(share * size.shape[1]), 1), dim=1).indices
-        found[layer.name] = torch.zeros_like(size).scatter_(1, kept, 1.0).view_as(layer.module.weight)
-    return found
-
-
-def inject_lora(row: Row, net: nn.Module, adapters: Sequence[str]) -> nn.Module:
-    """Return the network with LoRA by peft on every layer that is not grouped, once per adapter.
-
-    Raises:
-        UserError: if peft is missing.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("rows of LoRA need peft: pip install peft") from None
-    rank = int(row.number)
-    names = [layer.name for layer in find_layers(net) if getattr(layer.module, "groups", 1) == 1]
-    config = LoraConfig(r=rank, lora_alpha=int(rank * row.scale), target_modules=names)
-    features = net.num_features
-    for adapter in adapters:
-        net = inject_adapter_in_model(config, net, adapter_name=adapter)
-    net.num_features = features
-    return net
-
-
-def use_adapter(model: nn.Module, name: str) -> None:
-    """Train and use only the adapter of this name; a network without adapters is left unchanged."""
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.set_adapter(name)
-
-
-def rival(
-    row: Row, net: nn.Module, adapters: Sequence[str], task: TaskData, loader, seed: int
-) -> tuple[taps.TaskModel, int]:
-    """Return a rival as a model without a task, and the bytes of a task's own weights besides norms and head.
-
-    Raises:
-        UserError: if a package is missing.
-    """
-    net.requires_grad_(False)
-    layers, features = find_layers(net), net.num_features
-    if row.norms == "base":
-        net = freeze_batch_norm_2d(net)
-    if row.method == "lora":
-        net = inject_lora(row, net, adapters)
-        size = sum(2 * own.numel() for name, own in net.named_parameters() if "lora_" in name) // len(adapters)
-    elif row.method == "mask":
-        for layer in layers:
-            parametrize.register_parametrization(layer.module, "weight", Mask(layer.module.weight))
-        size = sum(layer.module.weight.numel() for layer in layers) // 8
-    else:
-        chosen = largest_gradients(net, task, loader, row.number / 100, seed)
-        size = 0
-        for layer in layers:
-            where = chosen[layer.name]
-            parametrize.register_parametrization(layer.module, "weight", Chosen(where, row.scale))
-            size += 2 * int(where.sum()) + math.ceil(entropy(where.numel(), int(where.sum())) / 8)
-    learned = [own for name, own in net.named_parameters() if "lora_" in name or name.endswith("learned")]
-    if row.norms == "own":
-        learned += [own for module in net.modules() if is_norm(module) for own in module.parameters()]
-    model = taps.adapt(net, "hard_sharing", train_base=True)
-    model.backbone.requires_grad_(False)
-    for parameter in learned:
-        parameter.requires_grad_(True)
-    model.num_features = features
-    return model, size
+SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0), "compeft": (1.0, 2.0, 4.0)}
 
 
 @contextmanager
@@ -274,19 +125,18 @@ def controlled(layers: str | None, seed: int) -> Iterator[None]:
         taps_budget.allocate = chosen
 
 
-def entropy(count: int, kept: int) -> float:
-    """Return the bits that identify ``kept`` of ``count`` weights: log₂ of the number of ways to choose them."""
-    return (math.lgamma(count + 1) - math.lgamma(kept + 1) - math.lgamma(count - kept + 1)) / math.log(2)
+def bytes_of(row: Row, model: taps.TaskModel, task: str, of_deltas: int = 0) -> int:
+    """Return the bytes of a task of this library's methods: its file with a budget, else float16 and folded norms.
 
-
-def bytes_of(row: Row, model: taps.TaskModel, task: str) -> int:
-    """Return the bytes of a task of this library's methods: its file with a budget, else float16 and folded norms."""
-    if row.method == "taps_budget":
+    ``of_deltas``: bytes of the deltas if they were coded in another way.
+    """
+    if model.method.budget is not None:
         with tempfile.TemporaryDirectory() as folder:
             return (model.save_task(task, folder, compact=True) / "task.safetensors").stat().st_size
     account = accounting(model, task)
     norms = account["norm_parameters"] // 2  # weight and bias, with statistics folded in
-    return 2 * (account["delta_parameters"] + norms + account["head_parameters"])
+    deltas = of_deltas or 2 * account["delta_parameters"]
+    return deltas + 2 * (norms + account["head_parameters"])
 
 
 def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
@@ -295,7 +145,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     accelerator = Accelerator(cpu=given.device == "cpu", rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **of_network(base))
-    own = taps.adapt(copy.deepcopy(base), row.method) if row.method in taps.METHODS else None
+    method = {"coded": "taps_budget", **dict.fromkeys(AFTERWARDS[1:], "finetune")}.get(row.method, row.method)
+    own = taps.adapt(copy.deepcopy(base), method) if method in taps.METHODS else None
     blank = taps.adapt(copy.deepcopy(base), "norm_only" if row.norms == "own" else "linear_probe")
     shared = None
     result = {
@@ -309,7 +160,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     }
     probe, answers = torch.randn(4, 3, given.input_size, given.input_size, generator=torch.manual_seed(0)), {}
     probe = probe.to(accelerator.device)
-    tasks = tasks_of(given, seed)
+    tasks = [task for task in tasks_of(given, seed) if given.only in (None, task.name)]
     for task in tasks:
         tested = task.val if given.tune else task.test
         quiet = {"workers": 0, "seed": seed}
@@ -330,15 +181,20 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
                 model, extra = rival(row, copy.deepcopy(base), [TASK], task, plain, seed)
             torch.manual_seed(seed)
         model.add_task(name, num_classes=len(task.classes))
-        size = parse_budget(row.setting, model) if row.method == "taps_budget" else None
+        size = parse_budget(row.setting, model) if method == "taps_budget" else None
+        whole = (Phase("open", given.epochs, penalty=0.0, trains=SETTLED),)
         lam = row.number if row.method == "taps" else 0.0
         recipe = Recipe(
             epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, lam=lam,
             budget=size, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
+            plan=whole if row.method == "coded" else None, decay="cosine" if row.method == "coded" else None,
         )  # fmt: skip
         started = time.perf_counter()
         with controlled(row.layers, seed):
             run_phases(model, name, loader, sampler, recipe, accelerator)
+        if row.method in AFTERWARDS:
+            plain, _ = make_loader(task.train, prepare.transform(False, task.stretch), 64, train=False)
+            extra = code_afterwards(row, model, name, plain, size)
         trained = time.perf_counter()
         with evaluating(model):
             found = accuracy_by_class(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
@@ -350,7 +206,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             size = packed_size(contents(blank, TASK, compact=True)[0]) + extra
             blank.remove_task(TASK)
         else:
-            size = bytes_of(row, model, name)
+            size = bytes_of(row, model, name, extra)
         result["tasks"][task.name] = {
             "accuracy": score, "bytes": size, "train_seconds": trained - started, "test_seconds": evaluated - trained,
         }  # fmt: skip
@@ -432,7 +288,8 @@ def table(lines: list[dict]) -> str:
 
 
 def picture(lines: list[dict], path: Path) -> None:
-    """Plot accuracy against bytes on a logarithmic axis; methods with several settings are lines, one per kind of norms."""
+    """Plot accuracy against bytes on a logarithmic axis; methods with several settings are lines, one per kind of norms. The legend
+    has the setting of methods with one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -444,25 +301,40 @@ def picture(lines: list[dict], path: Path) -> None:
     for index, (family, own) in enumerate(families.items()):
         own = sorted(own, key=lambda line: line["percent_of_base"])
         ours, control = family == "taps_budget", family.startswith("taps_budget,")
-        for line in own:
-            name, _, after = line["row"].partition(", ")
-            setting = after.split()[0] if control else name.partition(" ")[2]
-            place = (line["percent_of_base"], line["accuracy"])
-            axes.annotate(setting, place, xytext=(4, -11), textcoords="offset points", fontsize=7, color="dimgray")
+        label = family if len(own) > 1 or control else own[0]["row"]
+        for line in own if len(own) > 1 else ():
+            setting, percent = line["row"].partition(",")[0].partition(" ")[2], line["percent_of_base"]
+            if any(percent < other["percent_of_base"] < 1.8 * percent for other in own):
+                continue  # the next one's label would be written across it
+            place = (percent, line["accuracy"])
+            away = {"xytext": (0, 9), "ha": "center"} if ours else {"xytext": (5, -11)}
+            axes.annotate(setting, place, textcoords="offset points", fontsize=8, color="dimgray", **away)
         axes.errorbar(
             [line["percent_of_base"] for line in own], [line["accuracy"] for line in own],
-            [line["spread"] or 0 for line in own], marker="o" if ours else "sD^v<>P*X"[index % 9], capsize=3,
-            linewidth=2.5 if ours else 1, color="black" if ours or control else f"C{index}", label=family,
+            [line["spread"] or 0 for line in own], marker="o" if ours else "sDv<>P*Xhp"[index % 10], capsize=3,
+            linewidth=2.5 if ours else 1, color="black" if ours or control else f"C{index}", label=label,
             markerfacecolor="white" if control else None, zorder=3 if ours else 2,
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
     axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="bytes a task, of the base network's", ylabel="mean test accuracy, %")
+    axes.set(xlabel="bytes per task, % of the base's", ylabel="mean test accuracy, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
+
+
+def together(results: Iterator[dict | str]) -> Iterator[dict | str]:
+    """Join the results of a row's and seed's tasks that were run one by one."""
+    for _, own in itertools.groupby(
+        results, lambda one: one if isinstance(one, str) else (one["row"], one["seed"], one["lr"])
+    ):
+        first, *more = own
+        for other in more:
+            if isinstance(first, dict):
+                first["tasks"].update(other["tasks"])
+        yield first
 
 
 def _job(job: tuple[Row, int, argparse.Namespace]) -> dict | str:
@@ -488,6 +360,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default: 1)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all processes (default: cpu)")
+    parser.add_argument(
+        "--by_task",
+        action="store_true",
+        help="one job per task, where tasks have nothing in common; does not measure the drift",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "quality")
@@ -510,9 +387,13 @@ def main() -> None:
         ]
     results, missing = [], []
     started = time.perf_counter()
-    jobs = [(row, seed, given) for seed in given.seeds for row in rows]
+    given.only, jobs = None, []
+    for seed, row in itertools.product(given.seeds, rows):
+        apart = given.by_task and row.norms != "shared"
+        names = [task.name for task in tasks_of(given, seed)] if apart else [None]
+        jobs += [(row, seed, argparse.Namespace(**{**vars(given), "only": name})) for name in names]
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-        for result in pool.imap(_job, jobs):
+        for result in together(pool.imap(_job, jobs)):
             if isinstance(result, str):
                 missing.append(result)
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,23 @@ class Phase:
     extra_loss: Callable[[Model, Tensor], AbstractContextManager[ExtraLoss]] | None = None
 
 
+class Defaults(NamedTuple):
+    """How a method's runs train unless a recipe says otherwise.
+
+    Attributes:
+        optimizer: one of :data:`taps.settings.choices.OPTIMIZERS`.
+        decay: how learning rates fall, one of :data:`taps.settings.choices.DECAYS`.
+    """
+
+    optimizer: str = "sgd"
+    decay: str = "cosine"
+
+
+def as_published(model: Model, lengths: Lengths) -> Defaults:
+    """Return SGD whose learning rate follows a cosine."""
+    return Defaults()
+
+
 def one_phase(model: Model, lengths: Lengths) -> tuple[Phase, ...]:
     """Return a single phase, for training without gates to decide."""
     return (Phase("train", lengths.epochs),)
@@ -122,7 +139,7 @@ class Method:
             decision (run and specific are 0.0 or 1.0) and the method's options.
         gates_learn_under_policy: whether gates made by ``policy_gate`` learn while the network is trained under a policy.
         budget: for methods that keep a budget, the default size of task files (``"10%"``).
-        decay: how learning rates fall unless a recipe says otherwise, one of :data:`taps.settings.choices.DECAYS`.
+        defaults: function of a model and the lengths of a run; returns how it trains unless a recipe says otherwise.
         name: name under which the method is registered.
     """
 
@@ -140,7 +157,7 @@ class Method:
     policy_gate: Callable[..., Gate] | None = None
     gates_learn_under_policy: bool = False
     budget: str | None = None
-    decay: str = "cosine"
+    defaults: Callable[[Model, Lengths], Defaults] = as_published
     select_options: tuple[str, ...] = ()
     name: str = ""
 

@@ -12,6 +12,7 @@ unit's base weights, so that layers with few weights get more bits. Otherwise un
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from taps.core.delta import Encoded
-from taps.core.method import SETTLED, Lengths, Method, Phase
+from taps.core.method import SETTLED, Defaults, Lengths, Method, Phase
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
@@ -380,6 +381,10 @@ def _is_stored(model: Network, task: str) -> bool:
     return any(task in unit.deltas and bool(unit.deltas[task].encodings) for unit in model.units)
 
 
+#: bits per weight of the base from which rounding leaves nothing to learn
+_MANY_BITS = 2.0
+
+
 #: parts of the epochs in which chosen units learn, and in which they are rounded
 _SETTLE, _ROUND = 1 / 2, 1 / 6
 
@@ -392,9 +397,7 @@ def open_choose_round(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
     """Return the phases: a third of the epochs with every unit open, then training of the units that fit the budget (settle),
     then rounding, for which norms and head compensate: in the last sixth of the epochs if it is coarse, in the last twelfth if
     it is noticeable, else in the last step."""
-    asked = lengths.budget if lengths.budget is not None else model.method.budget
-    size = None if asked is None else parse_budget(asked, model)
-    epochs = lengths.epochs
+    size, epochs = _size(model, lengths), lengths.epochs
     if size is None:
         return (Phase("train", epochs, penalty=0.0, trains=SETTLED),)
 
@@ -421,6 +424,20 @@ def open_choose_round(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
         round_phase(_ROUND * epochs / 2, SETTLED, _NOTICED),
         round_phase(0.0, ("norm", "head"), -1.0),
     )
+
+
+def _size(model: Network, lengths: Lengths) -> int | None:
+    """Return the bytes that a run has to keep, or the method's."""
+    asked = lengths.budget if lengths.budget is not None else model.method.budget
+    return None if asked is None else parse_budget(asked, model)
+
+
+def by_bits(model: Network, lengths: Lengths) -> Defaults:
+    """Return how to train for a size. Learning rates fall late where weights have few bits, since norms and head then learn while
+    deltas are rounded."""
+    size = _size(model, lengths)
+    bits = math.inf if size is None else 8 * size / model.base_parameters
+    return Defaults("split", "poly" if bits < _MANY_BITS else "cosine")
 
 
 def fade_norms(model: Network, task: str, part: float, begins: float = 1.0, ends: float = 1.0) -> None:
@@ -456,6 +473,6 @@ register(
         options=OPTIONS,
         norms=("follow", "task", "frozen"),
         budget="10%",
-        decay="poly",  # norms and heads learn longer, for deltas that are rounded
+        defaults=by_bits,
     ),
 )

@@ -192,7 +192,7 @@ class _Run:
         self.name = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
         self.accelerator, self.state_path, self.stop, self.fork = accelerator, state_path, stop, fork
         self.criteria = dict(criterion) if isinstance(criterion, Mapping) else dict.fromkeys(tasks, criterion)
-        self.phases = recipe.phases(model)
+        self.phases, self.decay = recipe.phases(model), model.method.defaults(model, recipe).decay
         self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
         recipes = {"main": recipe, **recipe.others}
         self.recipes = {name: recipes[name] for name in dict.fromkeys(phase.optimizer for phase in self.phases)}
@@ -421,7 +421,7 @@ class _Run:
         """Return the learning-rate factor of the phase's optimiser in this epoch, counting only epochs that use it."""
         own = [epoch for epoch, other in enumerate(self.epochs) if other.optimizer == phase.optimizer]
         done = sum(epoch < self.progress.epoch for epoch in own)
-        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1), self.model.method.decay)
+        return self.recipes[phase.optimizer].learning_rate(done, max(len(own), 1), self.decay)
 
     def _read(self, number: Tensor) -> float | Tensor:
         """Return a scalar: its value if reading it is free, else the scalar itself, so that no step waits for the device."""

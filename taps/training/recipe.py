@@ -149,9 +149,10 @@ def make_optimizer(
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("role", "delta")
         return made
+    defaults = model.method.defaults(model, recipe)
     # In float16 the squares of Adam vanish.
     half = any(own.dtype == torch.float16 for group in groups for own in group["params"])
-    optimizer = recipe.optimizer or ("sgd" if model.method.budget is None or half else "split")
+    optimizer = recipe.optimizer or ("sgd" if half else defaults.optimizer)
     if optimizer == "split":
         return SplitOptimizer(groups, recipe.momentum, recipe.betas)
     if optimizer in ("sgd", "nag"):

@@ -99,13 +99,13 @@ class SplitOptimizer(_Optimizer):
             for group in groups
         ]
         deltas = [group for group in scaled if group["role"] == "delta"]
-        adaptive = [group for group in scaled if group["role"] in ADAPTIVE]
+        with_adam = [group for group in scaled if group["role"] in ADAPTIVE]
         others = [group for group in scaled if group["role"] not in ("delta", *ADAPTIVE)]
         self._parts: list[torch.optim.Optimizer] = []
         if deltas:
             self._parts.append(NormalizedMomentum(deltas, betas=betas))
-        if adaptive:
-            self._parts.append(torch.optim.Adam(adaptive, betas=betas))
+        if with_adam:
+            self._parts.append(torch.optim.Adam(with_adam, betas=betas))
         if others:
             self._parts.append(torch.optim.SGD(others, lr=1.0, momentum=momentum))
         self._lengths = [len(part.param_groups) for part in self._parts]
