@@ -230,7 +230,7 @@ def code_afterwards(row: Row, model: taps.TaskModel, task: str, loader, size: in
 
 @torch.no_grad()
 def measure_statistics(model: taps.TaskModel, task: str, loader) -> None:
-    """Replace the running statistics of a task's batch norms by those of its training images."""
+    """Replace the running statistics of a task's batch norms by those of its training images; the model ends in evaluation mode."""
     norms = [
         inner
         for norm in model.task_norms
@@ -238,7 +238,7 @@ def measure_statistics(model: taps.TaskModel, task: str, loader) -> None:
         for inner in own.modules()
         if isinstance(inner, nn.modules.batchnorm._BatchNorm)
     ]
-    before = [(norm.momentum, norm.training) for norm in norms]
+    before = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -248,6 +248,6 @@ def measure_statistics(model: taps.TaskModel, task: str, loader) -> None:
     for x, _ in loader:
         if len(x) > 1:
             model(x.to(device), task=task)
-    for norm, (momentum, training) in zip(norms, before, strict=True):
+    for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
-        norm.train(training)
+    model.eval()
