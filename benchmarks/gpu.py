@@ -226,6 +226,9 @@ def main() -> None:
         "",
         f"`make bench-gpu` with version {taps.__version__} and torch {torch.__version__}.",
         "Times are relative to the first row of each group, medians of steps measured in turn.",
+        "",
+        "With small batches a step takes as long as launching its operations, to which learning gates add; with large ones",
+        "as long as the arithmetic. `taps, settled` has closed the first half of the layers, and the ten tasks share that half.",
     ]
     heads = ["step, batch size", "network", "time", "images a second", "memory, MB"]
     for name in given.models:

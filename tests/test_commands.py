@@ -140,13 +140,22 @@ def test_budget(tree, here, tmp_path):
 
 
 def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
-    """Each equals a separate run of that size, stopped or not; a size can be added later."""
+    """Each equals a separate run of that size, stopped or not; a size can be added later. One with few bits per weight, whose
+    learning rates fall later, begins by itself.
+    """
     arguments = trained_arguments(tree / "paint", "--epochs", 3, "--budget")
     curve = tmp_path / "results/run"
-    done = here("train_sequential.py", *arguments, "100KB", "170KB", cwd=tmp_path)
+    done = here("train_sequential.py", *arguments, "60KB", "100KB", "170KB", cwd=tmp_path)
     assert "picture: results/run/trade_off.png" in done.stdout
-    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "170kb", "summary.csv", "trade_off.png"]
-    assert {row["phase"] for row in read_run(curve / "170kb").metrics} == {"settle", "round"}
+    assert sorted(path.name for path in curve.iterdir()) == [
+        "100kb",
+        "170kb",
+        "60kb",
+        "summary.csv",
+        "trade_off.png",
+    ]
+    phases = {size: {row["phase"] for row in read_run(curve / size).metrics} for size in ("60kb", "100kb", "170kb")}
+    assert phases == {"170kb": {"settle", "round"}, **dict.fromkeys(("60kb", "100kb"), {"open", "settle", "round"})}
     done = here("evaluate.py", "results/run", cwd=tmp_path, check=2)
     assert "results/run holds several runs; name one of them, e.g. results/run/100kb" in done.stderr
     here("train_sequential.py", *arguments, "170KB", "--experiment_name", "alone", cwd=tmp_path)
@@ -155,7 +164,14 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     done = here("train_sequential.py", *arguments, "100KB", "130KB", cwd=tmp_path, check=2)
     assert "exists; continue it or add runs with --resume" in done.stderr
     here("train_sequential.py", *arguments, "130KB", "100KB", "--resume", cwd=tmp_path)
-    assert sorted(path.name for path in curve.iterdir()) == ["100kb", "130kb", "170kb", "summary.csv", "trade_off.png"]
+    assert sorted(path.name for path in curve.iterdir()) == [
+        "100kb",
+        "130kb",
+        "170kb",
+        "60kb",
+        "summary.csv",
+        "trade_off.png",
+    ]
 
 
 def test_published_habit_of_selecting_on_test_is_said(tree, here, tmp_path):

@@ -93,10 +93,12 @@ class Defaults(NamedTuple):
     Attributes:
         optimizer: one of :data:`taps.settings.choices.OPTIMIZERS`.
         decay: how learning rates fall, one of :data:`taps.settings.choices.DECAYS`.
+        adaptive: roles that Adam trains if the optimiser is ``"split"``.
     """
 
     optimizer: str = "sgd"
     decay: str = "cosine"
+    adaptive: tuple[str, ...] = ("norm", "head")
 
 
 def as_published(model: Model, lengths: Lengths) -> Defaults:

@@ -108,7 +108,8 @@ def run_phases(
             the best so far.
         state_path: checkpoint file, written every ``recipe.save_epochs`` epochs, after a best or last epoch, and when stopped.
         resume: continue from ``state_path``.
-        fork: a file with the state just before a phase with ``forks``; written if it is missing, else the run starts from it.
+        fork: a file with the state just before a phase with ``forks``; written if it is missing, else the run starts from it. Runs
+            that their method trains in different ways use different files beside it.
         stop: signals that end the run.
         done: epochs that the model has been trained for, after which training goes on; ``best``: their best number.
 
@@ -122,7 +123,7 @@ def run_phases(
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
     run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop, fork)
-    run.progress.epoch, run.progress.best = done, best
+    run.progress.epoch, run.progress.best, fork = done, best, run.fork
     if resume or (fork is not None and fork.is_file()):
         run.resume(state_path if resume else fork)
     while run.progress.epoch < recipe.epochs and not run.has_stalled():
@@ -192,7 +193,10 @@ class _Run:
         self.name = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
         self.accelerator, self.state_path, self.stop, self.fork = accelerator, state_path, stop, fork
         self.criteria = dict(criterion) if isinstance(criterion, Mapping) else dict.fromkeys(tasks, criterion)
-        self.phases, self.decay = recipe.phases(model), model.method.defaults(model, recipe).decay
+        defaults = model.method.defaults(model, recipe)
+        self.phases, self.decay = recipe.phases(model), defaults.decay
+        if fork is not None:
+            self.fork = fork.with_stem("_".join((fork.stem, defaults.optimizer, defaults.decay, *defaults.adaptive)))
         self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
         recipes = {"main": recipe, **recipe.others}
         self.recipes = {name: recipes[name] for name in dict.fromkeys(phase.optimizer for phase in self.phases)}
