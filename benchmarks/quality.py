@@ -85,8 +85,8 @@ ROWS = (
     Row("taps_budget", "1%", lr=0.01, optimizer="split"),
     Row("taps_budget", "3%", lr=0.01, optimizer="split"),
     Row("taps_budget", "10%", lr=0.01, optimizer="split"),
-    Row("taps_budget", "35%", lr=3e-3, optimizer="adam"),
-    Row("taps_budget", "50%", lr=3e-3, optimizer="adam"),
+    Row("taps_budget", "35%", lr=0.01, optimizer="split"),
+    Row("taps_budget", "50%", lr=0.01, optimizer="split"),
 )
 CONTROLS = tuple(
     Row("taps_budget", "3%", lr=0.01, optimizer="split", layers=layers) for layers in ("random", "first", "last")

@@ -155,7 +155,7 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
         "trade_off.png",
     ]
     phases = {size: {row["phase"] for row in read_run(curve / size).metrics} for size in ("60kb", "100kb", "170kb")}
-    assert phases == {"170kb": {"settle", "round"}, **dict.fromkeys(("60kb", "100kb"), {"open", "settle", "round"})}
+    assert phases == {"170kb": {"settle", "round"}, **{key: {"open", "settle", "round"} for key in ("60kb", "100kb")}}
     done = here("evaluate.py", "results/run", cwd=tmp_path, check=2)
     assert "results/run holds several runs; name one of them, e.g. results/run/100kb" in done.stderr
     here("train_sequential.py", *arguments, "170KB", "--experiment_name", "alone", cwd=tmp_path)

@@ -480,9 +480,10 @@ def test_where_all_can_be_kept_finely_nothing_is_closed():
 
 
 @pytest.mark.parametrize(("room", "kept", "still"), [(128, 1, 6), (140, 1, 3), (200, 1, 1), (290, 2, 3), (500, 2, 1)])
-def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerator, tmp_path):
+def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerator, tmp_path, monkeypatch):
     """The run is stopped before or after the choice, or after rounding coarse, noticeable or all deltas; the coarser the
     rounding, the earlier deltas become the values that files will hold."""
+    monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
     recipe = Recipe(epochs=6, lr=0.1, budget=with_room(perceptron("taps_budget", norm="task"), room))
     whole, rows = run(accelerator, recipe, perceptron("taps_budget", norm="task"))
     assert [row["phase"] for row in rows] == ["open", "open", "settle", "settle", "settle", "round"]
@@ -518,8 +519,9 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
 
 
 @pytest.mark.parametrize(("room", "first"), [(128, 10), (140, 11), (200, 12)])
-def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator, tmp_path):
+def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator, tmp_path, monkeypatch):
     """Of twelve epochs, the first one that competes is the best here, and its file keeps the budget."""
+    monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
     model, numbers, saved = perceptron("taps_budget", norm="task"), iter(range(100, 0, -1)), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, room))
     batches, sampler = loader()
@@ -675,8 +677,9 @@ def test_a_budget_is_kept_where_no_layer_fits(accelerator, tmp_path):
     assert path.stat().st_size <= budget
 
 
-def test_what_is_validated_is_what_is_kept(accelerator, tmp_path):
+def test_what_is_validated_is_what_is_kept(accelerator, tmp_path, monkeypatch):
     """Of competing epochs the outputs at validation are, to the bit, those of the file that is saved then."""
+    monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
     model, x, seen = perceptron("taps_budget", norm="task"), torch.randn(4, 5), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, 128))
     batches, sampler = loader()

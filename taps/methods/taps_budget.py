@@ -433,11 +433,11 @@ def _size(model: Network, lengths: Lengths) -> int | None:
 
 
 def by_bits(model: Network, lengths: Lengths) -> Defaults:
-    """Return how to train for a size. Learning rates fall late where weights have few bits, since norms and head then learn while
-    deltas are rounded."""
+    """Return how to train for a size: for few bits per weight, deltas of which few weights change much, and rates that fall late,
+    since norms and head learn while deltas are rounded; for many, by Adam as in full fine-tuning."""
     size = _size(model, lengths)
     bits = math.inf if size is None else 8 * size / model.base_parameters
-    return Defaults("split", "poly" if bits < _MANY_BITS else "cosine")
+    return Defaults("split", "poly") if bits < _MANY_BITS else Defaults("split", "cosine", ("delta", "norm", "head"))
 
 
 def fade_norms(model: Network, task: str, part: float, begins: float = 1.0, ends: float = 1.0) -> None:

@@ -68,7 +68,7 @@ class Optimization(Settings):
     epochs: int = setting(30, "passes over the training images", int, low=1, metavar="N")
     accumulate: int = setting(1, "batches per optimiser step", int, low=1, metavar="N")
     gradients: str = setting("mean", "of the batches of a step: their mean, or their sum", choices=("mean", "sum"))
-    optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas and adam for norms and heads, both at 0.3 times the learning rate", choices=OPTIMIZERS, shown="sgd; with --budget split")
+    optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas (with --budget above 2 bits per weight: adam) and adam for norms and heads, at 0.3 times the learning rate", choices=OPTIMIZERS, shown="sgd; with --budget split")
     lr: float = setting(0.01, "learning rate of the first epoch, which then follows a cosine; with --budget it falls almost linearly", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
