@@ -302,13 +302,12 @@ def picture(lines: list[dict], path: Path) -> None:
         own = sorted(own, key=lambda line: line["percent_of_base"])
         ours, control = family == "taps_budget", family.startswith("taps_budget,")
         label = family if len(own) > 1 or control else own[0]["row"]
-        for line in own if len(own) > 1 else ():
+        for line in own if len(own) > 1 and not ours else ():  # the axis has the size of ours
             setting, percent = line["row"].partition(",")[0].partition(" ")[2], line["percent_of_base"]
             if any(percent < other["percent_of_base"] < 1.8 * percent for other in own):
                 continue  # the next one's label would be written across it
             place = (percent, line["accuracy"])
-            away = {"xytext": (0, 9), "ha": "center"} if ours else {"xytext": (5, -11)}
-            axes.annotate(setting, place, textcoords="offset points", fontsize=8, color="dimgray", **away)
+            axes.annotate(setting, place, xytext=(5, -11), textcoords="offset points", fontsize=8, color="dimgray")
         axes.errorbar(
             [line["percent_of_base"] for line in own], [line["accuracy"] for line in own],
             [line["spread"] or 0 for line in own], marker="o" if ours else "sDv<>P*Xhp"[index % 10], capsize=3,
