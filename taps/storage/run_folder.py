@@ -344,8 +344,9 @@ def summarise(descriptions: Mapping[str, dict]) -> dict:
     """Return the part of ``summary.json`` that is computed from the tasks' descriptions, including accuracies."""
     accounts = [description["accounting"] for description in descriptions.values()]
     metrics = {description.get("metric") or "accuracy" for description in descriptions.values()}
+    named = {} if metrics == {"accuracy"} else {"metric": metrics.pop() if len(metrics) == 1 else "score"}
     return {
-        "metric": metrics.pop() if len(metrics) == 1 else "score",
+        **named,
         "mean_accuracy": sum(description["accuracy"] for description in descriptions.values()) / len(descriptions),
         "parameters_x_base": accounting.parameters_x_base(accounts),
         "parameters_x_base_with_heads": accounting.parameters_x_base(accounts, heads=True),
@@ -393,7 +394,7 @@ def read_tasks(path: Path) -> dict[str, dict]:
 
 def short_metric(summary: Mapping) -> str:
     """Return the name of the numbers that a summary calls accuracies: ``accuracy``, ``mAP``, or ``score`` if there are both."""
-    metric = summary.get("metric", "accuracy")  # not stored before version 0.15
+    metric = summary.get("metric", "accuracy")
     return "mAP" if metric == task_file.AVERAGE_PRECISION else metric
 
 
