@@ -238,6 +238,9 @@ def test_a_table_is_a_task(tmp_path):
         ("path,label,split\na.png,1,dev\n", "own.csv, line 2: split 'dev' is not train, val or test"),
         ("path,label,split\na.png,1,test\n", "own.csv lists no training images"),
         ("path,label\n", "own.csv lists no training images"),
+        ("path,cat,dog\na.png,1,2\n", "own.csv, line 2: column 'dog' is '2'; .* each column is a label and has 0 or 1"),
+        ("path,cat\na.png,1\n", "own.csv has no column 'label'"),
+        ("path,labels,split\na.png,x;y,dev\n", "own.csv, line 2: split 'dev' is not train, val or test"),
     ],
 )
 def test_a_wrong_table_is_one_line(text, message, tmp_path):

@@ -431,3 +431,31 @@ def test_several_rows_a_sample():
     x = torch.randn(4, 3, 6)
     mixed = model(x, ["c", "d", "c", "d"])
     torch.testing.assert_close(mixed[1::2], model(x[1::2], "d"))
+
+
+@pytest.mark.parametrize("predicts", ["predict", "predictor"])
+def test_a_pass_keeps_nothing_that_only_one_task_can_ask_for(predicts, monkeypatch):
+    """Of tasks that differ from the first layer on no output is kept, however many there are."""
+    from taps.multitask import shared_pass
+
+    kept, known = [], shared_pass.SharedPass.__init__
+
+    def watched(self, tasks):
+        known(self, tasks)
+        kept.append(self)
+
+    monkeypatch.setattr(shared_pass.SharedPass, "__init__", watched)
+    counts = []
+    for number in (2, 4):
+        torch.manual_seed(0)
+        model = taps.adapt(NETWORKS["resnet"].make(), "finetune")
+        for index in range(number):
+            model.add_task(f"t{index}", num_classes=3)
+            for parameter in model.roles(f"t{index}")["delta"].values():
+                nn.init.normal_(parameter, std=0.01)
+        model.eval()
+        ask = model.predict if predicts == "predict" else model.predictor()
+        with torch.no_grad():
+            ask(torch.randn(2, 3, 32, 32))
+        counts.append(sum(len(records) for records in kept[-1].records.values()))
+    assert counts == [0, 0]

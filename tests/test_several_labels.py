@@ -62,20 +62,6 @@ def test_both_kinds_of_tables_say_the_same(squares):
     assert label.tolist() == list(named.train[0][1])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("path,cat,dog\na.png,1,2\n", "own.csv, line 2: column 'dog' is '2'; .* each column is a label and has 0 or 1"),
-        ("path,cat\na.png,1\n", "own.csv has no column 'label'"),
-        ("path,labels,split\na.png,x;y,dev\n", "own.csv, line 2: split 'dev' is not train, val or test"),
-    ],
-)
-def test_a_wrong_table_is_one_line(text, message, tmp_path):
-    (tmp_path / "own.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        find_tasks([tmp_path / "own.csv"])
-
-
 def test_rare_labels_are_divided_too():
     samples = [(str(number), (1, int(number % 10 == 0))) for number in range(100)]
     chosen = choose_stratified(samples, 0.3, seed=0)

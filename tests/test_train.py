@@ -739,6 +739,18 @@ def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads():
         torch.testing.assert_close(one.detach().double(), other.detach().double(), rtol=0, atol=5e-6)
 
 
+def test_a_state_of_another_optimiser_is_refused():
+    weight = nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    before = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    before.step()
+    group = {"params": [weight], "lr": 0.1, "initial_lr": 0.1, "weight_decay": 0.0, "role": "delta"}
+    split = SplitOptimizer([group], 0.9, (0.9, 0.999))
+    state = {"state": before.state_dict()["state"], "param_groups": split.state_dict()["param_groups"]}
+    with pytest.raises(ValueError, match="was written with another optimiser"):
+        split.load_state_dict(state)
+
+
 def test_deltas_are_trained_as_they_will_be_stored():
     """Straight-through: outputs are those of the rounded delta, its gradient that of the exact one; encoding ends it."""
     model = perceptron("taps_budget", norm="task")

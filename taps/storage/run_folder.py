@@ -343,10 +343,9 @@ def find_runs(root: str | Path, like: Run | None = None) -> dict[str, Run]:
 def summarise(descriptions: Mapping[str, dict]) -> dict:
     """Return the part of ``summary.json`` that is computed from the tasks' descriptions, including accuracies."""
     accounts = [description["accounting"] for description in descriptions.values()]
-    metrics = {description.get("metric") or "accuracy" for description in descriptions.values()}
-    named = {} if metrics == {"accuracy"} else {"metric": metrics.pop() if len(metrics) == 1 else "score"}
+    metric = task_file.common_metric(descriptions.values())
     return {
-        **named,
+        **({} if metric == "accuracy" else {"metric": metric}),
         "mean_accuracy": sum(description["accuracy"] for description in descriptions.values()) / len(descriptions),
         "parameters_x_base": accounting.parameters_x_base(accounts),
         "parameters_x_base_with_heads": accounting.parameters_x_base(accounts, heads=True),
@@ -392,12 +391,6 @@ def read_tasks(path: Path) -> dict[str, dict]:
     return {name: library.descriptions[name] for name in names}
 
 
-def short_metric(summary: Mapping) -> str:
-    """Return the name of the numbers that a summary calls accuracies: ``accuracy``, ``mAP``, or ``score`` if there are both."""
-    metric = summary.get("metric", "accuracy")
-    return "mAP" if metric == task_file.AVERAGE_PRECISION else metric
-
-
 def table(summary: dict, in_bytes: bool = False) -> str:
     """Return the summary as text: one row per task, then the mean and the total size.
 
@@ -405,7 +398,9 @@ def table(summary: dict, in_bytes: bool = False) -> str:
     """
     width = max(len("task"), *(len(name) for name in summary["tasks"]))
     parameters = "" if in_bytes else "  parameters"
-    lines = [f"{'task':{width}}  {short_metric(summary) + ' %':>10}  tuned layers %{parameters}       bytes"]
+    lines = [
+        f"{'task':{width}}  {summary.get('metric', 'accuracy') + ' %':>10}  tuned layers %{parameters}       bytes"
+    ]
     for name, row in summary["tasks"].items():
         count = "" if in_bytes else f"  {row['parameters']:10,}"
         lines.append(

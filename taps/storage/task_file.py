@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ from taps.storage.packing import pack, unpack
 FORMATS = (1, 2)
 #: ``metric`` of a task whose images have several labels: each has a probability of its own
 AVERAGE_PRECISION = "mean average precision"
+
+
+def common_metric(descriptions: Iterable[Mapping]) -> str:
+    """Return what the accuracies of these tasks are: ``accuracy``, ``mAP``, or ``score`` if there are both."""
+    names = {"mAP" if own.get("metric") == AVERAGE_PRECISION else "accuracy" for own in descriptions}
+    return names.pop() if len(names) == 1 else "score"
+
+
 TENSORS = "task.safetensors"
 PACKED = "packed"  # the only tensor of a compact file
 #: entries of task.json that follow from the model; all others are about the task

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from taps.core.accounting import is_tuned
 from taps.errors import UserError
 from taps.storage.library import Library
-from taps.storage.task_file import AVERAGE_PRECISION
+from taps.storage.task_file import common_metric
 
 
 def list_table(library: Library) -> str:
@@ -30,9 +30,16 @@ def list_table(library: Library) -> str:
                 f"{base['name']} {base['fingerprint'][:8]}",
             )
         )
-    precise = {description.get("metric") == AVERAGE_PRECISION for description in library.descriptions.values()}
-    metric = "mAP %" if precise == {True} else "score %" if True in precise else "accuracy %"
-    heads = ("task", metric, "tuned layers", "parameters", "bytes", "method", "norm", "base")
+    heads = (
+        "task",
+        f"{common_metric(library.descriptions.values())} %",
+        "tuned layers",
+        "parameters",
+        "bytes",
+        "method",
+        "norm",
+        "base",
+    )
     return _table(heads, rows, "lrrrrlll")
 
 

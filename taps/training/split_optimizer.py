@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
+
+from taps.errors import UserError
 
 #: factor on the learning rate, which is one for SGD, of the other two
 FACTOR = 0.3
@@ -13,6 +16,8 @@ LAYERWISE = 0.25
 
 
 class _Optimizer(torch.optim.Optimizer):
+    """An optimiser whose scalars keep their precision when they are loaded."""
+
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -118,6 +123,20 @@ class SplitOptimizer(_Optimizer):
             self._parts.append(torch.optim.SGD(others, lr=1.0, momentum=momentum))
         self._lengths = [len(part.param_groups) for part in self._parts]
         super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state.
+
+        Raises:
+            UserError: if a part's is another optimiser's, as before version 0.15.
+        """
+        super().load_state_dict(state_dict)
+        entries = {NormalizedMomentum: "mean", torch.optim.Adam: "exp_avg", torch.optim.SGD: "momentum_buffer"}
+        groups = iter(self.param_groups)
+        for part, length in zip(self._parts, self._lengths, strict=True):
+            parameters = [p for group in islice(groups, length) for p in group["params"]]
+            if any(self.state.get(p) and entries[type(part)] not in self.state[p] for p in parameters):
+                raise UserError("the checkpoint was written with another optimiser; start again with --overwrite")
 
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
         loss, start = None if closure is None else closure(), 0
