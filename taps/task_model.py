@@ -21,6 +21,8 @@ from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
 from taps.networks import backbones, preprocessing
 from taps.networks.classifier import attach_head, without_classifier
+from taps.networks.heads import make_head
+from taps.networks.origin import origin_of, rebuild
 from taps.storage import hub, run_folder, task_file
 from taps.storage.files import write_tensors
 from taps.storage.library import Library, TaskCache
@@ -194,7 +196,7 @@ def _build_base(folder: Path, described: dict, weights: str | Path | None) -> nn
     pixels = origin.get("input_size")  # known only from the settings of earlier versions
     if isinstance(pixels, int) and backbones.needs_image_size(origin["model"], pixels):
         origin = {**origin, "options": {"img_size": pixels}}
-    return backbones.rebuild(origin, weights or origin.get("path"))
+    return rebuild(origin, weights or origin.get("path"))
 
 
 def _host(descriptions: Mapping[str, dict]) -> dict:
@@ -221,7 +223,7 @@ class TaskModel(Network):
     """
 
     def __init__(self, net: nn.Module, *args, **kwargs) -> None:
-        self._base_origin = backbones.origin_of(net)
+        self._base_origin = origin_of(net)
         self._preprocessing = preprocessing.of_network(net)
         super().__init__(net, *args, **kwargs)
         self._about: dict[str, dict] = {}
@@ -485,7 +487,7 @@ class TaskModel(Network):
         Args:
             folder: holds ``task.json`` and ``task.safetensors``.
             name: a name for the task in this model; ``None`` keeps the stored one.
-            head: receives the stored head; needed only if that is not a linear layer.
+            head: receives the stored head; needed only if that is a module of the user's own.
             trainable: whether the task may be trained further. By default it is frozen and holds only the tensors that it uses.
 
         Returns:
@@ -503,7 +505,7 @@ class TaskModel(Network):
     def _load(self, folder: Path, task: str, head: nn.Module | None = None, trainable: bool = False) -> None:
         """Load a task from its files, with what ``task.json`` says about it."""
         with torch.inference_mode(False):  # inference tensors could not be used elsewhere
-            description = task_file.load(self, folder, task, head, trainable, METHODS.get)
+            description = task_file.load(self, folder, task, head, trainable, METHODS.get, make_head)
         kept = ("classes", "preprocessing") if trainable else None
         self._about.setdefault(task, _about(description, kept))
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import taps
 from taps.networks import backbones
+from taps.networks.origin import origin_of, rebuild
 from taps.runs.setup import load_run
 
 OLD = ROOT / "tests" / "files" / "0.9.0" / "run"
@@ -530,9 +531,9 @@ def test_a_name_is_a_network():
 def test_an_origin_makes_the_network_again():
     torch.manual_seed(3)
     net = backbones.create_backbone("test_vit", pretrained=False, img_size=64)
-    origin = {**backbones.origin_of(net), "seed": 3}
+    origin = {**origin_of(net), "seed": 3}
     before = torch.get_rng_state()
-    again = backbones.rebuild(json.loads(json.dumps(origin)))
+    again = rebuild(json.loads(json.dumps(origin)))
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(net.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)

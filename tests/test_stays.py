@@ -498,6 +498,8 @@ def test_all_phases_give_a_table_and_pictures(made, here, tmp_path, method, netw
         "los": ["kappa", "mad"],
         "pheno": ["auc_macro", "auc_micro"],
     }
+    model = taps.load(run / "retrain_000")
+    assert model.predict(torch.zeros(1, 76, 64))["pheno"].shape == (1, 25, 64)
     assert (run / "predictions.png").is_file()
     assert (run / "policy.png").is_file() == (method in ("adashare", "dynashare"))
     assert "stays are longer than 64 hours" in done.stdout

@@ -9,6 +9,7 @@ from conftest import run_here
 from safetensors.torch import load_file
 from test_mtl import SMALL, same
 
+import taps
 from taps.data.generated.scenes import SceneRecipe, make_scenes
 
 VIT = (
@@ -46,6 +47,10 @@ def test_sub_tasks_leave_a_table_reuse_and_small_files(complete):
     own = json.loads((run / "retrain_000/summary.json").read_text())["own_weights"]
     assert own["normals"] == 0.0
     assert all(0 < own[task] <= 0.05 for task in ("semseg", "depth"))
+    maps = taps.load(run / "retrain_000").predict(torch.zeros(1, 3, 32, 32))
+    assert {task: tuple(own.shape) for task, own in maps.items()} == {
+        "depth": (1, 1, 4, 4), "normals": (1, 3, 4, 4), "semseg": (1, 7, 4, 4),
+    }  # fmt: skip
     reuse = json.loads((run / "reuse.json").read_text())
     assert [row["error"] for row in reuse["rows"]] == [0.0, 0.02, 0.05, 0.1, 0.2]
     assert reuse["base_task"] == "normals"

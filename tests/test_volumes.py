@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import taps
 from options import parse_mtl
 from taps.data.checks import check
 from taps.data.generated.brain_volumes import CATEGORIES, NUMBERS, SHARED, BrainRecipe, make_brain, make_brains
@@ -424,6 +425,8 @@ def test_all_phases_give_a_table_and_pictures(made, here, tmp_path, method):
         **{name: ["mae", "r2"] for name in NUMBERS},
     }
     assert "take no part in it" in done.stdout
+    model = taps.load(run / "retrain_000")
+    assert set(model.predict(torch.zeros(1, 1, 16, 16, 16))) == set(summary["tasks"])
     assert (run / "predictions.png").is_file()
     assert (run / "policy.png").is_file() == (method != "taps")
     if method == "adashare":

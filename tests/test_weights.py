@@ -19,6 +19,7 @@ from safetensors.torch import save, save_file
 
 import taps
 from taps.networks.classifier import drop_last_layer
+from taps.networks.origin import origin_of, rebuild
 from taps.networks.weights import load_weights
 from taps.storage.state_dict import read_state_dict
 
@@ -358,15 +359,15 @@ def test_networks_and_files_on_the_hub(hub, tmp_path):
     source.reset_classifier(0)
     net = taps.create_backbone("hf-hub:me/net").eval()
     assert same(net, source)
-    assert taps.networks.backbones.origin_of(net)["model"] == "hf-hub:me/net"
-    again = taps.networks.backbones.rebuild(taps.networks.backbones.origin_of(net)).eval()
+    assert origin_of(net)["model"] == "hf-hub:me/net"
+    again = rebuild(origin_of(net)).eval()
     assert same(again, source)
     net, said = load(SMALL, "hf-hub:me/net/model.safetensors")
     assert same(net, source)
     assert "fc (10 classes) is left out" in said
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert same(taps.networks.backbones.rebuild(taps.networks.backbones.origin_of(net)).eval(), source)
+        assert same(rebuild(origin_of(net)).eval(), source)
     with pytest.raises(ValueError, match=r"hf-hub:me/net/nothing\.pth is neither cached nor can it be downloaded"):
         load(SMALL, "hf-hub:me/net/nothing.pth")
     with pytest.raises(ValueError, match="'hf-hub:me/net' is not hf-hub:user/repository/file"):
@@ -382,7 +383,7 @@ def test_a_tag_names_the_weights_of_a_published_comparison(hub):
     net = taps.create_backbone("resnet34.tv_in1k")
     source.reset_classifier(0)
     assert same(net.eval(), source.eval())
-    assert taps.networks.backbones.origin_of(net)["model"] == "resnet34.tv_in1k"
+    assert origin_of(net)["model"] == "resnet34.tv_in1k"
 
 
 def test_a_file_on_the_web(tmp_path, monkeypatch):

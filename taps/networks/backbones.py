@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import timm
-import torch
 from torch import nn
 
 from taps.errors import UserError, unknown
@@ -69,51 +67,6 @@ def _with_origin(net: nn.Module, name: str, weights: str, options: dict, path: s
     )
     net.taps_origin = {"model": full, "weights": weights, **file, "options": plain}  # type: ignore[assignment]
     return net
-
-
-def origin_of(net: nn.Module) -> dict:
-    """Return how a network was made, for :func:`rebuild`; empty if that is not known.
-
-    Keys: ``model``, a timm name; ``weights``: ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with its ``file``
-    name); ``options`` of ``timm.create_model``.
-    """
-    if "taps_origin" in net.__dict__:
-        return dict(net.taps_origin)  # type: ignore[arg-type]
-    config = getattr(net, "pretrained_cfg", None) or {}
-    if not config.get("architecture") or not type(net).__module__.startswith("timm."):
-        return {}
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-    size = getattr(getattr(net, "patch_embed", None), "img_size", None)
-    resized = isinstance(size, tuple) and size[-1] != config["input_size"][-1]
-    return {"model": name, "weights": "pretrained", "options": {"img_size": size[-1]} if resized else {}}
-
-
-def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
-    """Make the backbone that :func:`origin_of` describes, or one of its kind with the weights in ``path``.
-
-    Raises:
-        UserError: if the description is incomplete, or the weights are neither here nor can be downloaded.
-    """
-    name, weights, options = origin.get("model"), origin.get("weights"), origin.get("options") or {}
-    if (
-        not isinstance(name, str)
-        or not isinstance(options, Mapping)
-        or not all(isinstance(key, str) for key in options)
-    ):
-        raise UserError("the task does not say which network it was made for; give base= with that network")
-    if path is None and weights == "file" and str(origin.get("file")).startswith((PREFIX, "https://")):
-        path = str(origin["file"])
-    if path is None and weights == "file":
-        raise UserError(
-            f"the base is {name} with the weights in {origin.get('file')}, a file that is not part of the task; "
-            "give base= with that file or the network"
-        )
-    if path is None and weights == "random" and not isinstance(origin.get("seed"), int):
-        raise UserError(f"the base is {name} with random weights that no seed repeats; give base= with the network")
-    with torch.random.fork_rng(devices=[]):
-        if weights == "random" and path is None:
-            torch.default_generator.manual_seed(origin["seed"])
-        return create_backbone(name, pretrained=weights != "random", path=path, **options)
 
 
 def is_known(name: object) -> bool:

@@ -44,7 +44,6 @@ def as_deeplab(net: ResNet, is_random: bool) -> ResNet:
         dilation = max((convolution.dilation for convolution in wide), default=(1, 1))
         for convolution in wide:
             convolution.dilation = convolution.padding = dilation
-    net.taps_origin = {}  # type: ignore[assignment]  # what it says describes timm's network
     for module in net.modules() if is_random else ():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
@@ -86,16 +85,26 @@ def create_dense_backbone(
             net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **patches, **any_size)
         except TypeError:
             net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **patches)
-        return TokenMap(net)
+        made = TokenMap(net)
+        return _with_origin(made, net, {"image_size": list(size), **patches})
     options = {"channels": tuple(channels)} if channels else {}
     stride = {"output_stride": output_stride} if output_stride != 32 else {}
     try:
         net = create_backbone(name, pretrained, path, global_pool="", **stride, **options)
-        dilated = deeplab and output_stride < 32 and isinstance(net, ResNet)
-        return as_deeplab(net, is_random=path is None and not pretrained) if dilated else net
     except (TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         wanted = f"output stride {output_stride}" + (
             f" and channels {' '.join(map(str, channels))}" if channels else ""
         )
         raise UserError(f"{name} cannot be made with {wanted} ({reason}); try --output_stride 32") from None
+    if deeplab and output_stride < 32 and isinstance(net, ResNet):
+        as_deeplab(net, is_random=path is None and not pretrained)
+    widths = {"channels": list(channels)} if channels else {}
+    return _with_origin(net, net, {"output_stride": output_stride, "deeplab": deeplab, **widths})
+
+
+def _with_origin(net: nn.Module, inner: nn.Module, options: dict) -> nn.Module:
+    """Say how a network of maps was made; ``inner`` is timm's network in it."""
+    origin: dict = inner.taps_origin  # type: ignore[assignment]
+    net.taps_origin = {**origin, "kind": "maps", "options": options}  # type: ignore[assignment]
+    return net

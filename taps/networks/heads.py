@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from timm.models.convnext import ConvNeXtBlock
@@ -42,6 +42,10 @@ class ASPP(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "in_channels": in_channels, "out_channels": out_channels, "width": width, "rates": list(rates),
+            "dropout": dropout, "dimensions": dimensions, "causal": causal,
+        }  # fmt: skip
         convolution = CONVOLUTIONS[dimensions]
 
         def dilated(rate: int) -> nn.Module:
@@ -89,9 +93,10 @@ class ConvNeXtHead(nn.Module):
         super().__init__()
         if width % 16:
             raise UserError(f"--head_width {width} of a convnext head is no multiple of 16")
+        self.arguments = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "depth": depth}
         self.project = nn.Conv2d(in_channels, width, 1)
         self.unfold = nn.PixelShuffle(4)
-        self.blocks = nn.Sequential(*(ConvNeXtBlock(width // 16) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(width // 16, ls_init_value=1.0) for _ in range(depth)))
         self.answer = nn.Conv2d(width // 16, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,9 +125,34 @@ class HourHead(nn.Module):
         self, in_channels: int, out_channels: int, hours: int, stride: int = 1, shifted: bool = False, **options
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "in_channels": in_channels, "out_channels": out_channels, "hours": hours, "stride": stride, "shifted": shifted,
+            **{key: list(value) if key == "rates" else value for key, value in options.items()},
+        }  # fmt: skip
         self.hours, self.stride, self.shifted = hours, stride, shifted
         self.answers = ASPP(in_channels, out_channels * stride, dimensions=1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         answers = self.answers(x).unflatten(1, (-1, self.stride)).transpose(2, 3).flatten(2)
         return answers[..., int(self.shifted) :][..., : self.hours]
+
+
+HEADS: dict[str, Callable[..., nn.Module]] = {"ASPP": ASPP, "ConvNeXtHead": ConvNeXtHead, "HourHead": HourHead}
+
+
+def make_head(description: Mapping) -> nn.Module | None:
+    """Return the head that a task file describes by its ``type`` and ``arguments``, on the meta device; ``None`` if it is not one
+    of these.
+
+    Raises:
+        UserError: if the arguments do not make such a head.
+    """
+    make, arguments = HEADS.get(description["type"]), description.get("arguments")
+    if make is None or not isinstance(arguments, Mapping):
+        return None
+    try:
+        with torch.device("meta"):
+            return make(**arguments)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the description of a head of type {description['type']} is damaged: {reason}") from None

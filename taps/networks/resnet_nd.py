@@ -153,4 +153,8 @@ def create_volume_backbone(
     """
     if name not in RESNETS:
         raise unknown("network for volumes", name, RESNETS)
-    return ResNet(name, 3, in_channels, tuple(channels) if channels else (64, 128, 256, 512), output_stride, pool=True)
+    widths = tuple(channels) if channels else (64, 128, 256, 512)
+    net = ResNet(name, 3, in_channels, widths, output_stride, pool=True)
+    options = {"in_channels": in_channels, "channels": list(widths), "output_stride": output_stride}
+    net.taps_origin = {"model": name, "kind": "volumes", "weights": "random", "options": options}  # type: ignore[assignment]
+    return net

@@ -27,10 +27,15 @@ def create_series_backbone(
         UserError: for an unknown name, or a TCN with ``causal=False``.
     """
     widths = tuple(channels) if channels else (64, 128, 256, 512)
-    if name == "tcn":
-        if not causal:
-            raise UserError("a tcn never looks ahead; leave --no-causal out, or take a resnet")
-        return TCN(in_channels, widths)
-    if name not in RESNETS:
+    options = {"in_channels": in_channels, "channels": list(widths), "causal": causal, "output_stride": output_stride}
+    if name != "tcn" and name not in RESNETS:
         raise unknown("network for series", name, [*RESNETS, "tcn"])
-    return ResNet(name, 1, in_channels, widths, output_stride, causal=causal)
+    if name == "tcn" and not causal:
+        raise UserError("a tcn never looks ahead; leave --no-causal out, or take a resnet")
+    net = (
+        TCN(in_channels, widths)
+        if name == "tcn"
+        else ResNet(name, 1, in_channels, widths, output_stride, causal=causal)
+    )
+    net.taps_origin = {"model": name, "kind": "series", "weights": "random", "options": options}  # type: ignore[assignment]
+    return net

@@ -61,6 +61,8 @@ STRUCTURE = (
 _VERIFIED: set[tuple[int, int, int, int, str]] = set()
 #: returns the method of a name, or ``None``
 FindMethod = Callable[[str], Method | None]
+#: returns the head that a description (``type`` and ``arguments``) tells how to make, on the meta device, or ``None``
+MakeHead = Callable[[Mapping], nn.Module | None]
 
 
 def plain_entries(about: Mapping[str, object]) -> dict:
@@ -159,7 +161,7 @@ def save(
             "parameters": model.base_parameters,
             **(base or {}),
         },
-        "head": {"type": type(head).__name__, "linear": linear},
+        "head": {"type": type(head).__name__, "linear": linear, **_arguments(head)},
         "bytes": 0,
         "accounting": accounting(model, task),
         "norms": [norm.name for norm in norms],
@@ -177,6 +179,12 @@ def save(
         description["checksums"] = {"tensors": sha256(tensors_file), "description": _checksum(description)}
         json_file.write_text(json_text(description), encoding="utf-8", errors="backslashreplace")
     return folder
+
+
+def _arguments(head: nn.Module) -> dict:
+    """What a head of this library was made with, for :data:`MakeHead`; nothing for others."""
+    made_with = getattr(head, "arguments", None)
+    return {} if made_with is None else {"arguments": dict(made_with)}
 
 
 def contents(model: Network, task: str, compact: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -392,7 +400,15 @@ def _check_sums(description: Mapping, path: Path) -> None:
         )
 
 
-def load(model: Network, folder: Path, task: str, head: nn.Module | None, trainable: bool, find: FindMethod) -> dict:
+def load(
+    model: Network,
+    folder: Path,
+    task: str,
+    head: nn.Module | None,
+    trainable: bool,
+    find: FindMethod,
+    make_head: MakeHead,
+) -> dict:
     """Read one task and return its description; see :meth:`taps.task_model.TaskModel.load_task`."""
     model.check_new_task(task)
     description, tensors, path = read_stored(folder)
@@ -406,18 +422,18 @@ def load(model: Network, folder: Path, task: str, head: nn.Module | None, traina
         if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if head is None:
-        linear = description["head"].get("linear")
-        if linear is None:
-            raise UserError(
-                f"{folder}: the head is a {description['head']['type']}; give load_task a head= of its shape"
-            )
-        _check_entry(
-            linear, {"in_features": int, "out_features": int, "bias": bool}, "head.linear", folder / "task.json"
-        )
-        shape = (linear["out_features"], linear["in_features"])
-        if "head/weight" not in encodings and tensors.get("head/weight", torch.empty(0)).shape != shape:
-            raise UserError(f"{path}: head/weight is missing or of another shape than task.json says")
-        head = nn.Linear(linear["in_features"], linear["out_features"], linear["bias"])
+        head = _linear(description, tensors, folder, path) or make_head(description["head"])
+    if head is None:
+        raise UserError(f"{folder}: the head is a {description['head']['type']}; give load_task a head= of its shape")
+    if any(parameter.is_meta for parameter in head.parameters()):
+        wrong = [
+            key
+            for key, value in head.state_dict().items()
+            if f"head/{key}" not in encodings and tensors.get(f"head/{key}", torch.empty(0)).shape != value.shape
+        ]
+        if wrong:
+            raise UserError(f"{path}: head/{wrong[0]} is missing or of another shape than task.json says")
+        head = head.to_empty(device="cpu")
     try:
         _fill(model, task, head, description, tensors, path, trainable, find(description["method"]) or model.method)
         _check_sums(description, path)
@@ -431,6 +447,18 @@ def load(model: Network, folder: Path, task: str, head: nn.Module | None, traina
         model.forget(task)
         raise
     return description
+
+
+def _linear(description: Mapping, tensors: Mapping[str, Tensor], folder: Path, path: Path) -> nn.Linear | None:
+    """Return a linear head of the described shape, or ``None`` if the head is another module."""
+    linear = description["head"].get("linear")
+    if linear is None:
+        return None
+    _check_entry(linear, {"in_features": int, "out_features": int, "bias": bool}, "head.linear", folder / "task.json")
+    encoded, shape = "head/weight" in description.get("encodings", {}), (linear["out_features"], linear["in_features"])
+    if not encoded and tensors.get("head/weight", torch.empty(0)).shape != shape:
+        raise UserError(f"{path}: head/weight is missing or of another shape than task.json says")
+    return nn.Linear(linear["in_features"], linear["out_features"], linear["bias"])
 
 
 def check_fits(model: Network, description: dict, path: Path, find: FindMethod | None = None) -> None:

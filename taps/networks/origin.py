@@ -1,0 +1,87 @@
+"""How a network was made, so that stored tasks find their base again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from taps.errors import UserError
+from taps.networks.backbones import create_backbone
+from taps.networks.dense_backbones import create_dense_backbone
+from taps.networks.resnet_nd import create_volume_backbone
+from taps.networks.series import create_series_backbone
+from taps.networks.weights import load_weights
+from taps.storage.hub import PREFIX
+
+
+def _create(make: Callable[..., nn.Module], name: str, path: str | Path | None, options: Mapping) -> nn.Module:
+    net = make(name, **options)
+    if path is not None:
+        load_weights(net, path)
+    return net
+
+
+#: maker of each kind of network: from its name, whether its weights are downloaded, a file of weights and options
+_KINDS: Mapping[object, Callable[[str, bool, str | Path | None, Mapping], nn.Module]] = {
+    None: lambda name, pretrained, path, options: create_backbone(name, pretrained, path, **options),
+    "maps": lambda name, pretrained, path, options: create_dense_backbone(name, pretrained, path, **options),
+    "series": lambda name, pretrained, path, options: _create(create_series_backbone, name, path, options),
+    "volumes": lambda name, pretrained, path, options: _create(create_volume_backbone, name, path, options),
+}
+
+
+def origin_of(net: nn.Module) -> dict:
+    """Return how a network was made, for :func:`rebuild`; empty if that is not known.
+
+    Keys: ``model``, its name; ``kind``, in multi-task benchmarks ``"maps"``, ``"series"`` or ``"volumes"``; ``weights``:
+    ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with its ``file`` name); ``options`` of the function that
+    makes it.
+    """
+    if "taps_origin" in net.__dict__:
+        return dict(net.taps_origin)  # type: ignore[arg-type]
+    config = getattr(net, "pretrained_cfg", None) or {}
+    if not config.get("architecture") or not type(net).__module__.startswith("timm."):
+        return {}
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    resized = isinstance(size, tuple) and size[-1] != config["input_size"][-1]
+    return {"model": name, "weights": "pretrained", "options": {"img_size": size[-1]} if resized else {}}
+
+
+def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
+    """Make the backbone that :func:`origin_of` describes, or one of its kind with the weights in ``path``.
+
+    Raises:
+        UserError: if the description is incomplete, or the weights are neither here nor can be downloaded.
+    """
+    name, weights, options = origin.get("model"), origin.get("weights"), origin.get("options") or {}
+    if (
+        not isinstance(name, str)
+        or not isinstance(options, Mapping)
+        or not all(isinstance(key, str) for key in options)
+    ):
+        raise UserError("the task does not say which network it was made for; give base= with that network")
+    if path is None and weights == "file" and str(origin.get("file")).startswith((PREFIX, "https://")):
+        path = str(origin["file"])
+    if path is None and weights == "file":
+        raise UserError(
+            f"the base is {name} with the weights in {origin.get('file')}, a file that is not part of the task; "
+            "give base= with that file or the network"
+        )
+    if path is None and weights == "random" and not isinstance(origin.get("seed"), int):
+        raise UserError(f"the base is {name} with random weights that no seed repeats; give base= with the network")
+    with torch.random.fork_rng(devices=[]):
+        if weights == "random" and path is None:
+            torch.default_generator.manual_seed(origin["seed"])
+        make = _KINDS.get(origin.get("kind"))
+        if make is None:
+            raise UserError(
+                f"networks of kind {origin['kind']!r} are unknown; a newer version of this library is needed"
+            )
+        try:
+            return make(name, weights != "random" and path is None, path, options)
+        except TypeError as error:
+            raise UserError(f"the task's description of its network is damaged: {error}") from None
