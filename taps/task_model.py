@@ -24,7 +24,7 @@ from taps.networks.classifier import attach_head, without_classifier
 from taps.networks.heads import make_head
 from taps.networks.origin import origin_of, rebuild
 from taps.storage import hub, run_folder, task_file
-from taps.storage.files import write_tensors
+from taps.storage.files import read_tensors, write_tensors
 from taps.storage.library import Library, TaskCache
 
 _NONE = object()
@@ -158,13 +158,19 @@ def empty_model(
             raise UserError(
                 f"{source} holds tasks of different bases, {name} and {other}; name some of one base: tasks="
             )
-    net = base if isinstance(base, nn.Module) else _build_base(folders[name], first["base"], base)
+    beside = None if base is not None else _base_beside(folders[name])
+    net = base if isinstance(base, nn.Module) else _build_base(folders[name], first["base"], base, beside is not None)
     try:
         model = adapt(net, **_host(found), train_base=False).eval()
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # an option of another type
         raise UserError(f"{source}: the options in task.json are damaged: {error}") from None
+    if beside is not None:
+        try:
+            model.load_base(read_tensors(beside))
+        except UserError as error:
+            raise UserError(f"{beside}: {error}") from None
     if model.fingerprint() != first["base"]["fingerprint"] and base is None:
         raise UserError(
             f"{source} was made for another base than the {model.base_name} that its files describe; give it as base="
@@ -185,10 +191,14 @@ def _from_settings(model: TaskModel, run: Path, task: str) -> dict | None:
     return prepare.describe(stretch=settings["cropped"] or "cropped" in task.lower())
 
 
-def _build_base(folder: Path, described: dict, weights: str | Path | None) -> nn.Module:
-    """Make the base of the task in ``folder``: its own weights lie beside the tasks if it was trained with them."""
-    beside = [parent / "base.safetensors" for parent in (folder, folder.resolve().parent)]
-    weights = weights or next((path for path in beside if path.is_file()), None)
+def _base_beside(folder: Path) -> Path | None:
+    """Return the file of a base that was trained with its tasks, if there is one beside the task in ``folder``."""
+    paths = [parent / "base.safetensors" for parent in (folder, folder.resolve().parent)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _build_base(folder: Path, described: dict, weights: str | Path | None, is_empty: bool) -> nn.Module:
+    """Make the base of the task in ``folder``, with any weights if it is filled later."""
     of_run = run_folder.base_origin(folder.resolve().parent, described["name"])
     origin = {"path": of_run.get("path"), **described} if "model" in described else of_run
     if "model" not in described and not backbones.is_known(origin["model"]):
@@ -196,7 +206,7 @@ def _build_base(folder: Path, described: dict, weights: str | Path | None) -> nn
     pixels = origin.get("input_size")  # known only from the settings of earlier versions
     if isinstance(pixels, int) and backbones.needs_image_size(origin["model"], pixels):
         origin = {**origin, "options": {"img_size": pixels}}
-    return rebuild(origin, weights or origin.get("path"))
+    return rebuild(origin, weights or origin.get("path"), is_empty)
 
 
 def _host(descriptions: Mapping[str, dict]) -> dict:

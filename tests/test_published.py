@@ -339,11 +339,13 @@ def test_there_are_commands_of_every_program():
 
 
 @pytest.mark.parametrize("command", ["train.py --gpus 0", "test.py --gpus 0 --exp_ids 2"])
-def test_commands_for_dynamic_convolutions_are_refused(in_their_place, command):
-    arguments = ["--config", "yamls/adashare/mimic_iii_4tasks.yml", *command.split()[1:]]
-    message = "Dynamic in .*4tasks.yml: dynamic convolutions are not built in; choose task-specific or AIG"
-    with pytest.raises(taps.UserError, match=message):
-        parse_mtl(arguments)
+def test_commands_for_dynamic_convolutions(in_their_place, command):
+    read = parse_mtl(["--config", "yamls/adashare/mimic_iii_4tasks.yml", *command.split()[1:]])
+    assert (read.benchmark, read.method, read.dynamic_kernels, read.iterations) == ("mimic3", "adashare", 4, 150)
+    path = in_their_place / "own.yml"
+    path.write_text(yaml.safe_dump(nyu_file(policy_model="Dynamic")))
+    with pytest.raises(taps.UserError, match=r"policy_model Dynamic in own.yml is for hospital stays"):
+        parse_mtl(["--config", "own.yml"])
 
 
 def same_settings(one, other, but: tuple[str, ...]) -> dict:

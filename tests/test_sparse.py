@@ -216,14 +216,14 @@ def test_files_hold_supports_and_values_alone(network, tmp_path):
 def test_the_gap_is_zero_for_the_base_and_pulls_a_task_to_it():
     model = draws("vit").train()
     x = torch.randn(2, 3, 32, 32)
-    with distance_to_base(model, x) as gap:
+    with distance_to_base(model, x, {}) as gap:
         model(x, "base")
     assert float(gap.value()) == 0.0
     values = []
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(15):
         optimizer.zero_grad()
-        with distance_to_base(model, x) as gap:
+        with distance_to_base(model, x, {}) as gap:
             model(x, "sub")
         gap.value().backward()
         optimizer.step()

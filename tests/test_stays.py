@@ -19,6 +19,7 @@ from taps.data.multi_label import make_stream, split_train
 from taps.data.records.mimic3 import fit_normalizer, open_mimic3
 from taps.data.records.mimic3_discretizer import Discretizer, read_normalizer
 from taps.data.records.mimic3_lists import PHENOTYPES, find_root, read_labels, rows_of
+from taps.networks.dynamic_convolution import DynamicConv1d
 from taps.networks.heads import HourHead
 from taps.networks.series import create_series_backbone
 
@@ -396,17 +397,20 @@ def test_missing_files_are_named(tree):
 # -- networks ----------------------------------------------------------------------------------------------------
 
 
-def answers(name: str, causal: bool):
+def answers(name: str, causal: bool, dynamic_kernels: int = 0):
     """Return a network and a head for 40 hours, in evaluation mode."""
-    net = create_series_backbone(name, 5, (4, 4, 4, 4), causal)
+    net = create_series_backbone(name, 5, (4, 4, 4, 4), causal, dynamic_kernels=dynamic_kernels)
     shifted = causal and name != "tcn"
     head = HourHead(4, 2, 40, net.output_stride, shifted, width=4, rates=(1, 6), dropout=0.0, causal=causal)
     return torch.nn.Sequential(net, head).eval()
 
 
-@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50", "tcn"])
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "dynamic", "resnet50", "tcn"])
 def test_answers_about_an_hour_do_not_look_ahead(name):
-    network = answers(name, True) if name != "resnet50" else answers_of_bottlenecks()
+    if name == "dynamic":
+        network = answers("resnet10", True, 3)
+    else:
+        network = answers(name, True) if name != "resnet50" else answers_of_bottlenecks()
     x = torch.randn(2, 5, 40)
     expected = network(x)
     assert expected.shape == (2, 2, 40)
@@ -459,6 +463,25 @@ def test_without_causality_they_do():
     assert not torch.equal(network(changed)[..., :20], network(x)[..., :20])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_dynamic_convolutions_mix_kernels_by_the_mean_so_far(causal):
+    """One sample and position at a time, in float64."""
+    torch.manual_seed(0)
+    layer = DynamicConv1d(5, 3, stride=2, kernels=4, causal=causal).double()
+    torch.nn.init.normal_(layer.choose.weight, std=30)
+    x = torch.randn(2, 5, 9, dtype=torch.float64)
+    found = layer(x)
+    assert found.shape == (2, 3, 5)
+    for sample in range(2):
+        for place in range(5):
+            mean = x[sample, :, : 2 * place + 1 if causal else None].mean(1)
+            hidden = (layer.reduce.weight @ mean).clamp(min=0)
+            logits = layer.choose.weight @ hidden + layer.choose.bias
+            shares = (logits / 34).exp() / (logits / 34).exp().sum()
+            kernel = sum(share * own for share, own in zip(shares, layer.weight, strict=True))
+            torch.testing.assert_close(found[sample, :, place], kernel @ x[sample, :, 2 * place])
+
+
 def test_published_sizes():
     net = create_series_backbone("resnet18", 76, causal=False)
     assert net(torch.zeros(1, 76, 170)).shape == (1, 512, 22)
@@ -476,6 +499,8 @@ def test_unknown_networks_are_refused():
         create_series_backbone("resnet19", 3)
     with pytest.raises(ValueError, match="a tcn never looks ahead; leave --no-causal out"):
         create_series_backbone("tcn", 3, causal=False)
+    with pytest.raises(ValueError, match="a tcn has no dynamic convolutions; leave --dynamic_kernels out"):
+        create_series_backbone("tcn", 3, dynamic_kernels=4)
 
 
 # -- the command -------------------------------------------------------------------------------------------------
@@ -488,7 +513,8 @@ def test_unknown_networks_are_refused():
 def test_all_phases_give_a_table_and_pictures(made, here, tmp_path, method, network):
     done = here(
         "train_mtl.py", "--dataset", made, *SMALL, "--method", method, "--model_type", network, "--exp_ids", 0,
-        "--target_rates", 0.75, "--single_task", "measure" if method == "adashare" else "none", draws=True,
+        "--target_rates", 0.75, "--single_task", "measure" if method == "adashare" else "none",
+        *(("--dynamic_kernels", 2) if method == "dynashare" else ()), draws=True,
     )  # fmt: skip
     run = tmp_path / "results/run"
     summary = json.loads((run / "summary.json").read_text())

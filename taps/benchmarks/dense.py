@@ -16,6 +16,7 @@ from taps.benchmarks.base import _CHECKED, SharedBenchmark
 from taps.data.dense.adashare_layout import layout_of, open_formatted
 from taps.data.dense.astmt_layout import PROTOCOLS, open_protocol
 from taps.data.dense.dataset import DenseData, DenseSet
+from taps.data.dense.video_layout import is_video, open_video
 from taps.data.generated.scenes import make_scenes
 from taps.errors import UserError
 from taps.metrics.losses import to_size
@@ -121,7 +122,12 @@ def open_dense(options: MultiTaskSettings, accelerator: Accelerator) -> DenseBen
         with accelerator.local_main_process_first():
             make_scenes(root)
     names = list(dict.fromkeys(DENSE.get(name, name) for name in options.tasks or ()))
-    if options.benchmark in PROTOCOLS:
+    video = options.benchmark == "nyud" and is_video(root)
+    if options.frame_pull and not video:
+        raise UserError(f"--frame_pull needs the frames around each image, which {root} lacks; see datasets/README.md")
+    if video:
+        data = open_video(root, names, bool(options.frame_pull))
+    elif options.benchmark in PROTOCOLS:
         data = open_protocol(options.benchmark, root, names)
     else:
         data = open_formatted(options.benchmark, root, layout_of(options.benchmark, options.num_class))

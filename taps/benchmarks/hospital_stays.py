@@ -53,6 +53,7 @@ class StayBenchmark(SharedBenchmark):
             options.channels,
             options.causal,
             options.output_stride,
+            options.dynamic_kernels,
         )
         if options.model_path:
             load_weights(net, options.model_path)

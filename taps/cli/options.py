@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
 from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
-from taps.settings.importing import ImportSettings
+from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
 from taps.settings.presets import as_published, demo, published, published_taps
@@ -118,7 +118,7 @@ def import_parser() -> Parser:
     """Return the parser of ``taps import``."""
     return make_parser(
         ImportSettings,
-        "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the published TAPS into tasks of one base.",
+        "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the five published programs into tasks of one base.",
         "Exit status: 0 done; 2 a mistake, or a file that is not what --from says.",
         positional=("files",),
     )
@@ -132,8 +132,12 @@ def parse_import(arguments: Sequence[str]) -> ImportSettings:
         parser.error("name files and what they are, e.g. taps import model_best.pth --from taps")
     for name, what in (("tasks", "names"), ("classes", "files of class names")):
         given = getattr(settings, name)
-        if given is not None and len(given) != len(settings.files):
+        whole = settings.source in MULTI_TASK_SOURCES and settings.source != "efficient_mtl"  # one file, several tasks
+        if given is not None and len(given) != len(settings.files) and not whole:
             parser.error(f"--{name} gives {len(given)} {what} for {len(settings.files)} files")
+    for name, programs in (("policy", ("adashare", "dynashare")), ("target_rates", ("dynashare",))):
+        if getattr(settings, name) is not None and settings.source not in programs:
+            parser.error(f"--{name} has no effect with --from {settings.source}; it is for {' and '.join(programs)}")
     return replace(settings, model_path=settings.model_path and _absolute(settings.model_path))
 
 
@@ -292,6 +296,10 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
     if benchmark != "volumes" and of_volumes:
         parser.error(f"--{of_volumes[0]} is for --benchmark volumes")
+    if given.get("frame_pull") and method != "sparse_delta":
+        parser.error(f"--frame_pull is for --method sparse_delta, not {method}")
+    if given.get("dynamic_kernels") and benchmark != "mimic3":
+        parser.error("--dynamic_kernels is for --benchmark mimic3")
     if benchmark == "domainnet" and not given.get("dataset"):
         parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
     if given.get("resume") and given.get("overwrite"):

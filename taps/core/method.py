@@ -66,7 +66,8 @@ class Phase:
         stored: called once per task at the end of an epoch, before validation, with the model and the task. Gives the task the
             values that its file will hold, and returns a function that gives back its own, with which training goes on.
         forks: whether runs that differ only from this phase on may start from a common state, that just before ``begin``.
-        extra_loss: function of the model and a batch; returns a context manager for the forward pass that yields a loss to add.
+        extra_loss: function of the model, a batch and its labels by task; returns a context manager for the forward pass that
+            yields a loss to add.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Phase:
     each_step: Callable[[Model, str, float], None] | None = None
     stored: Callable[[Model, str], Callable[[], None]] | None = None
     forks: bool = False
-    extra_loss: Callable[[Model, Tensor], AbstractContextManager[ExtraLoss]] | None = None
+    extra_loss: Callable[[Model, Tensor, Mapping[str, Tensor]], AbstractContextManager[ExtraLoss]] | None = None
 
 
 class Defaults(NamedTuple):

@@ -20,6 +20,7 @@ from taps.data.classification import domainnet
 from taps.data.classification.folders import find_tasks, read_folder
 from taps.data.dense import astmt_layout
 from taps.data.dense.adashare_layout import layout_of, read_lists, read_sample
+from taps.data.dense.video_layout import check_video, is_video
 from taps.data.multi_label import SPLITS
 from taps.data.records.mimic3 import check_stays
 from taps.data.records.subjects import list_path
@@ -81,6 +82,8 @@ def check(path: Path) -> tuple[list[str], int]:
     for name in ("nyuv2", "cityscapes", "taskonomy", "scenes"):
         if (path / layout_of(name).list_file).is_file():
             return _check_dense(name, path)
+    if is_video(path):
+        return check_video(path)
     protocol = astmt_layout.protocol_of(path)
     if protocol is not None:
         return _check_protocol(protocol, path)

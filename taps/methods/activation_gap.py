@@ -1,9 +1,9 @@
-"""The distance between a task's activations and the base's at the inputs of matrix products."""
+"""The distance between activations at the inputs of matrix products: a task's and the base's, or those of neighbouring frames."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taps.core.execution import evaluating, first_input
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
+from taps.settings.task_names import NEIGHBOUR
 
 
 def is_product(unit: GatedUnit) -> bool:
@@ -25,7 +26,7 @@ def sizes(unit: GatedUnit, x: Tensor) -> Tensor:
 
 
 class Gap:
-    """The weighted distance of the activations since :func:`distance_to_base` was entered; see :meth:`value`."""
+    """The weighted distance of the activations since a comparison was entered; see :meth:`value`."""
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -41,9 +42,24 @@ class Gap:
         return self.weight * torch.stack(self.parts).mean() if self.parts else torch.zeros(())
 
 
-@contextmanager
-def distance_to_base(model: Network, x: Tensor, weight: float = 1.0) -> Iterator[Gap]:
+def distance_to_base(
+    model: Network, x: Tensor, labels: Mapping[str, Tensor], weight: float = 1.0
+) -> AbstractContextManager[Gap]:
     """Compare the activations of the ``with`` block, which must run on the same ``x``, with the base's."""
+    return _compared(model, weight, lambda: model.features(x))
+
+
+def distance_to_neighbour(
+    model: Network, x: Tensor, labels: Mapping[str, Tensor], weight: float = 1.0
+) -> AbstractContextManager[Gap]:
+    """Compare the activations of the ``with`` block with those of the frames beside its images (ICCV 2023, §3), which are among
+    the labels; the network has one task."""
+    return _compared(model, weight, lambda: model.features(labels[NEIGHBOUR], model.tasks[0]))
+
+
+@contextmanager
+def _compared(model: Network, weight: float, reference: Callable[[], object]) -> Iterator[Gap]:
+    """Compare the activations of the ``with`` block with those of a call without gradients."""
     units = [unit for unit in model.units if is_product(unit)]
     seen: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
     gap, recording = Gap(weight), True
@@ -59,7 +75,7 @@ def distance_to_base(model: Network, x: Tensor, weight: float = 1.0) -> Iterator
     hooks = [unit.register_forward_pre_hook(look, with_kwargs=True) for unit in units]
     try:
         with evaluating(model.backbone), torch.no_grad():
-            model.features(x)
+            reference()
         recording = False
         yield gap
     finally:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from taps.errors import UserError
 from taps.networks.backbones import create_backbone
+from taps.networks.multimae import WITHOUT_NORM, is_multimae
+from taps.storage.hub import local_file
+from taps.storage.state_dict import read_state_dict
 
 
 class TokenMap(nn.Module):
@@ -22,7 +25,7 @@ class TokenMap(nn.Module):
         self.pretrained_cfg = getattr(net, "pretrained_cfg", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.net.forward_features(x)
+        tokens = self.net(x)  # not its forward_features: only a call uses a task's own class token
         if tokens.dim() == 4:  # (B, h, w, C)
             return tokens.permute(0, 3, 1, 2)
         tokens = tokens[:, getattr(self.net, "num_prefix_tokens", 0) :]
@@ -61,6 +64,7 @@ def create_dense_backbone(
     image_size: Sequence[int] | None = None,
     patch_size: int | None = None,
     deeplab: bool = True,
+    **timm_options,
 ) -> nn.Module:
     """Create a timm network from images (B, 3, H, W) to features (B, C, h, w); ``.num_features`` is C.
 
@@ -72,6 +76,7 @@ def create_dense_backbone(
         image_size: (H, W) of a transformer's position embeddings.
         patch_size: patch size of a transformer in pixels; ``None``: its own.
         deeplab: build a dilated ResNet as AdaShare's program does, see :func:`as_deeplab`; otherwise as timm does.
+        **timm_options: passed to ``timm.create_model``.
 
     Raises:
         UserError: for an unknown name, or a network that does not support the output stride or the channels.
@@ -80,14 +85,17 @@ def create_dense_backbone(
     if config is not None and config.fixed_input_size:
         size = tuple(image_size) if image_size else config.input_size[1:]
         patches = {"patch_size": patch_size} if patch_size else {}
+        if path is not None and is_multimae(read_state_dict(local_file(path))):
+            timm_options = {**WITHOUT_NORM, **timm_options}
+        fixed = {"global_pool": "", "img_size": size, **patches, **timm_options}
         any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}  # test images are larger than training crops
         try:
-            net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **patches, **any_size)
+            net = create_backbone(name, pretrained, path, **fixed, **any_size)
         except TypeError:
-            net = create_backbone(name, pretrained, path, global_pool="", img_size=size, **patches)
+            net = create_backbone(name, pretrained, path, **fixed)
         made = TokenMap(net)
-        return _with_origin(made, net, {"image_size": list(size), **patches})
-    options = {"channels": tuple(channels)} if channels else {}
+        return _with_origin(made, net, {"image_size": list(size), **patches, **timm_options})
+    options = {"channels": tuple(channels), **timm_options} if channels else timm_options
     stride = {"output_stride": output_stride} if output_stride != 32 else {}
     try:
         net = create_backbone(name, pretrained, path, global_pool="", **stride, **options)
@@ -100,7 +108,7 @@ def create_dense_backbone(
     if deeplab and output_stride < 32 and isinstance(net, ResNet):
         as_deeplab(net, is_random=path is None and not pretrained)
     widths = {"channels": list(channels)} if channels else {}
-    return _with_origin(net, net, {"output_stride": output_stride, "deeplab": deeplab, **widths})
+    return _with_origin(net, net, {"output_stride": output_stride, "deeplab": deeplab, **widths, **timm_options})
 
 
 def _with_origin(net: nn.Module, inner: nn.Module, options: dict) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from taps.networks.dynamic_convolution import DynamicConv1d
+
 
 class CausalConv1d(nn.Conv1d):
     """A convolution over time that depends only on the present and the past: all padding is in front."""
@@ -19,10 +21,16 @@ POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
 class Layers:
-    """Creates convolutions and norms with a given number of dimensions."""
+    """Creates convolutions and norms with a given number of dimensions.
 
-    def __init__(self, dimensions: int, causal: bool = False) -> None:
-        self.dimensions, self.causal = dimensions, causal
+    Args:
+        dimensions: 1, 2 or 3.
+        causal: make outputs independent of later positions, with one dimension.
+        dynamic_kernels: number of kernels of dynamic convolutions, which projections are then; 0: ordinary ones.
+    """
+
+    def __init__(self, dimensions: int, causal: bool = False, dynamic_kernels: int = 0) -> None:
+        self.dimensions, self.causal, self.dynamic_kernels = dimensions, causal, dynamic_kernels
 
     def convolution(self, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Module:
         options = {"stride": stride, "dilation": dilation, "bias": False}
@@ -38,4 +46,10 @@ class Layers:
         """The projection of a block's shortcut; ``None`` if input and output have the same shape."""
         if stride == 1 and inputs == outputs:
             return None
-        return nn.Sequential(self.convolution(inputs, outputs, 1, stride), self.norm(outputs))
+        return nn.Sequential(self.pointwise(inputs, outputs, stride), self.norm(outputs))
+
+    def pointwise(self, inputs: int, outputs: int, stride: int) -> nn.Module:
+        """A convolution of kernel size 1, dynamic if that is wanted."""
+        if self.dynamic_kernels:
+            return DynamicConv1d(inputs, outputs, stride, self.dynamic_kernels, self.causal)
+        return self.convolution(inputs, outputs, 1, stride)

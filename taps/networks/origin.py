@@ -51,8 +51,9 @@ def origin_of(net: nn.Module) -> dict:
     return {"model": name, "weights": "pretrained", "options": {"img_size": size[-1]} if resized else {}}
 
 
-def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
-    """Make the backbone that :func:`origin_of` describes, or one of its kind with the weights in ``path``.
+def rebuild(origin: Mapping, path: str | Path | None = None, is_empty: bool = False) -> nn.Module:
+    """Make the backbone that :func:`origin_of` describes, or one of its kind with the weights in ``path``, or with any if
+    ``is_empty``.
 
     Raises:
         UserError: if the description is incomplete, or the weights are neither here nor can be downloaded.
@@ -64,6 +65,8 @@ def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
         or not all(isinstance(key, str) for key in options)
     ):
         raise UserError("the task does not say which network it was made for; give base= with that network")
+    if is_empty:
+        return _made(origin, name, False, None, options)
     if path is None and weights == "file" and str(origin.get("file")).startswith((PREFIX, "https://")):
         path = str(origin["file"])
     if path is None and weights == "file":
@@ -76,12 +79,14 @@ def rebuild(origin: Mapping, path: str | Path | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if weights == "random" and path is None:
             torch.default_generator.manual_seed(origin["seed"])
-        make = _KINDS.get(origin.get("kind"))
-        if make is None:
-            raise UserError(
-                f"networks of kind {origin['kind']!r} are unknown; a newer version of this library is needed"
-            )
-        try:
-            return make(name, weights != "random" and path is None, path, options)
-        except TypeError as error:
-            raise UserError(f"the task's description of its network is damaged: {error}") from None
+        return _made(origin, name, weights != "random" and path is None, path, options)
+
+
+def _made(origin: Mapping, name: str, pretrained: bool, path: str | Path | None, options: Mapping) -> nn.Module:
+    make = _KINDS.get(origin.get("kind"))
+    if make is None:
+        raise UserError(f"networks of kind {origin['kind']!r} are unknown; a newer version of this library is needed")
+    try:
+        return make(name, pretrained, path, options)
+    except TypeError as error:
+        raise UserError(f"the task's description of its network is damaged: {error}") from None

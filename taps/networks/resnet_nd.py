@@ -81,6 +81,8 @@ class ResNet(nn.Module):
         output_stride: 8, 16 or 32; stages that would exceed it are dilated instead.
         pool: average over all positions at the end.
         causal: with one dimension, make outputs independent of later positions.
+        dynamic_kernels: with one dimension, number of kernels of dynamic convolutions, which the first layer and the projections
+            are then, as in DynaShare's program; 0: ordinary convolutions.
 
     Shape:
         (B, in_channels, *positions) to (B, num_features, *positions / output_stride), with ``pool`` (B, num_features). A
@@ -97,15 +99,17 @@ class ResNet(nn.Module):
         output_stride: int = 8,
         pool: bool = False,
         causal: bool = False,
+        dynamic_kernels: int = 0,
     ) -> None:
         super().__init__()
         block, depths = RESNETS[name]
-        layers = Layers(dimensions, causal)
+        layers = Layers(dimensions, causal, dynamic_kernels)
         self.pretrained_cfg = {"architecture": f"{name}_{dimensions}d"}
         self.dimensions, self.causal, self.output_stride = dimensions, causal, output_stride
         if dimensions == 1:  # a small stem that keeps short series apart, as in DynaShare's program
             stem = in_channels
-            self.conv1 = layers.convolution(in_channels, stem, 2, 2)
+            dynamic = bool(dynamic_kernels)
+            self.conv1 = layers.pointwise(stem, stem, 2) if dynamic else layers.convolution(stem, stem, 2, 2)
             self.maxpool = POOLS[1](1, 2, ceil_mode=True)
         else:
             stem = channels[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from taps.errors import UserError
 from taps.networks.classifier import AUXILIARY
+from taps.networks.multimae import for_network, is_multimae
 from taps.networks.torchvision_weights import counterpart, from_torchvision
 from taps.storage.state_dict import does_not_fit, listed, read_checkpoint
 
@@ -37,6 +38,7 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
     * timm's names, also for another image size, to which position embeddings and window sizes are resampled as timm does with
       downloaded weights;
     * torchvision's names, see :func:`taps.networks.torchvision_weights.from_torchvision`;
+    * MultiMAE's names, of which the encoder of RGB images is taken;
     * the names of some authors' own programs, which timm's networks convert;
     * the same sequence of tensors as the network's (same shapes and last parts of names) under other names, with a warning.
 
@@ -53,6 +55,10 @@ def load_weights(net: nn.Module, path: str | Path, own: bool = False) -> None:
     remarks: list[str] = []
     given, said = read_checkpoint(path)
     state = without_prefix(given, wanted, Path(path).name)
+    if is_multimae(state):
+        state = for_network(state, wanted, embeds_class=not getattr(net, "no_embed_class", False))
+        if "norm.weight" in state:
+            remarks.append("MultiMAE has no last norm: that of the network stays as it is")
     check_finite(state, path)
     # torchvision's names are compared by outputs, and base.safetensors is what runs of this library write
     is_sure = own or not set(wanted) <= set(state) or Path(path).name == "base.safetensors"

@@ -1,9 +1,9 @@
-"""Import of other programs' checkpoints: fine-tuned networks, LoRA adapters and checkpoints of TAPS become tasks of one base."""
+"""Import of other programs' checkpoints: fine-tuned networks, LoRA adapters and published checkpoints become tasks of one base."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from taps.errors import UserError
 from taps.networks.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.networks.backbones import create_backbone, needs_image_size
 from taps.networks.preprocessing import Preprocessing
+from taps.networks.published import PublishedTask, read_automtl, read_block_policies, read_efficient_mtl
 from taps.networks.weights import check_finite
-from taps.settings.importing import ImportSettings
+from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.storage.files import read_tensors, write_tensors
 from taps.storage.state_dict import does_not_fit
 from taps.task_model import TaskModel, adapt
@@ -40,10 +41,11 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
         UserError: if a file is not of the kind that was said, does not fit the base, or a task exists.
     """
     paths, out = list(map(Path, settings.files)), Path(settings.out)
+    if settings.source in MULTI_TASK_SOURCES:
+        _import_published(settings, paths, out, say)
+        return
     names = settings.tasks or [task_name(path.stem if path.is_file() else path.name) for path in paths]
-    for name in names:
-        if (out / name).exists() and not settings.overwrite:
-            raise UserError(f"{out / name} exists; replace it with --overwrite, or choose another --out or --tasks")
+    _check_free(names, out, settings)
     classes = [_lines(Path(file)) for file in settings.classes or ()]
     base_file = out / "base.safetensors"
     net, found = _read(settings, paths, base_file if base_file.is_file() else None)
@@ -67,18 +69,101 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
         }
         made.append((name, models[method], about))
     base = models[method].base_state()
-    if base_file.exists() and fingerprint(read_tensors(base_file)) != fingerprint(base):
-        raise UserError(f"{base_file} is another base; choose another --out")
+    _check_base(base, base_file)
     if settings.source == "taps" or settings.model_path is not None:
         write_tensors(base_file, base)
     for name, model, about in made:
         model.save_task(name, out / name, about, settings.max_error)
         tuned = sum(bool(unit.gates[name].decide().uses_delta) for unit in model.units)
-        size = (out / name / "task.safetensors").stat().st_size
-        share = 100 * size / (4 * model.base_parameters)
         outputs, layers = model.heads[name].out_features, f"{tuned} of {len(model.units)} layers tuned"
-        say(f"{name}: {outputs} classes, {layers}, {size:,} bytes, {share:.1f} % of the base")
+        say(f"{name}: {outputs} classes, {layers}, {_size(model, out / name)}")
     say(f"your own images: taps predict {out} IMAGE…")
+
+
+def _check_free(names: Sequence[str], out: Path, settings: ImportSettings) -> None:
+    for name in names:
+        if (out / name).exists() and not settings.overwrite:
+            raise UserError(f"{out / name} exists; replace it with --overwrite, or choose another --out or --tasks")
+
+
+def _check_base(base: Mapping[str, Tensor], file: Path) -> None:
+    if file.exists() and fingerprint(read_tensors(file)) != fingerprint(base):
+        raise UserError(f"{file} is another base; choose another --out")
+
+
+def _size(model: TaskModel, folder: Path) -> str:
+    size = (folder / "task.safetensors").stat().st_size
+    return f"{size:,} bytes, {100 * size / (4 * model.base_parameters):.1f} % of the base"
+
+
+def _import_published(settings: ImportSettings, paths: list[Path], out: Path, say: Callable[[str], None]) -> None:
+    """Write the base and the tasks of a published program with maps as outputs."""
+    source = settings.source
+    for option in ("model_type", "model_path", "classes"):
+        if getattr(settings, option) is not None:
+            raise UserError(f"--{option} has no effect with --from {source}: the file says what it needs")
+    if source != "efficient_mtl" and len(paths) > 1:
+        raise UserError(f"--from {source} takes one checkpoint, which holds all tasks; {len(paths)} were given")
+    if source in ("adashare", "dynashare"):
+        policy = Path(settings.policy) if settings.policy else None
+        found = read_block_policies(paths[0], policy, settings.tasks, settings.target_rates, source)
+    elif source == "automtl":
+        found = read_automtl(paths[0], settings.tasks)
+    else:
+        found = read_efficient_mtl(paths, settings.tasks)
+    _check_free(list(found.tasks), out, settings)
+    found.net.taps_origin.update(weights="file", file="base.safetensors")  # type: ignore[union-attr, operator]
+    model = adapt(found.net, found.method, norm=found.norm, train_base=False, **found.options).eval()
+    for name, own in found.tasks.items():
+        check_finite({**own.deltas, **own.norms, **own.head.state_dict()}, paths[0])
+        _add_published(model, name, own, paths[0])
+    base_file = out / "base.safetensors"
+    _check_base(model.base_state(), base_file)
+    write_tensors(base_file, model.base_state())
+    prepare = Preprocessing(settings.input_size, settings.resize or settings.input_size, **found.pixels)  # type: ignore[arg-type]
+    for name in found.tasks:
+        file = paths[list(found.tasks).index(name)] if len(paths) > 1 else paths[0]
+        about = {"preprocessing": prepare.describe(), "provenance": {"imported": file.name, "from": source}}
+        model.save_task(name, out / name, about, settings.max_error)
+        rows = model.report(name)
+        run, tuned = sum(row["run"] > 0 for row in rows), sum(row["specific"] > 0 for row in rows)
+        say(f"{name}: {run} of {len(rows)} units run, {tuned} with weights of its own, {_size(model, out / name)}")
+    say(f"in Python: taps.load({str(out)!r}).predict(images)")
+
+
+@torch.no_grad()
+def _add_published(model: TaskModel, task: str, own: PublishedTask, path: Path) -> None:
+    """Add a task of a published network.
+
+    Raises:
+        UserError: for a tensor that the model has no place for.
+    """
+    model.add_task(task, head=own.head)
+    if own.policy is not None:
+        model.follow({task: own.policy})
+    deltas, norms = dict(own.deltas), dict(own.norms)
+    for unit in model.units:
+        held = {name: deltas.pop(f"{unit.name}.{name}", None) for name in unit.parameter_names}
+        for name, delta in held.items():
+            if delta is not None:
+                unit.deltas[task][name].copy_(delta)
+        gate = unit.gates[task]
+        if own.policy is None:
+            gate.fix_support({name: unit.deltas[task][name] != 0 for name in unit.parameter_names})
+        state = gate.state_dict()
+        gate.load_state_dict({**state, **{key: t for key, t in own.gates.get(unit.name, {}).items() if key in state}})
+    if own.policy is None:
+        model.policies[task] = tuple((1.0, unit.gates[task].decide().specific) for unit in model.units)
+    for norm in model.task_norms:
+        if task not in norm.norms:
+            continue
+        for name, tensor in norm.norms[task].state_dict(keep_vars=True).items():
+            value = norms.pop(f"{norm.name}.{name}", None)
+            if value is not None:
+                tensor.copy_(value)
+    left = [*deltas, *norms]
+    if left:
+        raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {left[0]}")
 
 
 def _preprocessing(model: TaskModel, settings: ImportSettings) -> Preprocessing:

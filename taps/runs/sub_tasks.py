@@ -18,7 +18,7 @@ from taps.reuse.from_base import Reuse
 from taps.runs.multi_task import MultiTask
 from taps.storage.files import read_json, read_tensors, write_json, write_tensors
 from taps.task_model import TaskModel
-from taps.training.schedules import delta_plan, weights_plan
+from taps.training.schedules import base_plan, delta_plan, weights_plan
 
 #: relative errors allowed in the inputs of matrix products, for which reuse is measured
 ERRORS = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -56,7 +56,7 @@ class SubTasks(MultiTask):
         if "retrain" not in self.options.phases:
             return
         if not self._is_trained(self.base_stage):
-            plan = weights_plan(self.options, self.sizes, self.options.seed)
+            plan = base_plan(self.options, self.sizes, self.options.seed)
             self._fit(self.base_stage, self.model([self.base_task], "hard_sharing"), plan, [self.base_task])
         for task in self.sub_tasks if self.options.single_task == "measure" else ():
             stage = f"single_task/{task}"

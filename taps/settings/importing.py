@@ -8,7 +8,9 @@ from typing import ClassVar
 from taps.settings.declare import Settings, setting
 
 #: kinds of files that become tasks
-SOURCES = ("taps", "state_dict", "peft")
+SOURCES = ("taps", "adashare", "dynashare", "automtl", "efficient_mtl", "state_dict", "peft")
+#: of these, programs with one network for several tasks of maps
+MULTI_TASK_SOURCES = ("adashare", "dynashare", "automtl", "efficient_mtl")
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,14 @@ class ImportSettings(Settings):
     """Settings of ``taps import``."""
 
     title: ClassVar[str] = "import"
-    files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task", nargs="+", metavar="FILE")
+    files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task, for adashare, dynashare and automtl one becomes all of its tasks", nargs="+", metavar="FILE")
     config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
-    source: str | None = setting(None, "taps: model_best.pth of the published program; state_dict: a fully fine-tuned network; peft: LoRA adapters", choices=SOURCES, aliases=("--from",))
+    source: str | None = setting(None, "taps, adashare, dynashare, automtl, efficient_mtl: checkpoints of the published programs; state_dict: a fully fine-tuned network; peft: LoRA adapters", choices=SOURCES, aliases=("--from",))
     model_type: str | None = setting(None, "the timm model that was tuned", metavar="NAME", shown="for taps, the ResNet in the file")
     model_path: str | None = setting(None, "weights of that model before it was tuned", metavar="FILE", shown="those of timm; for taps, those in the file")
-    tasks: list[str] | None = setting(None, "names of the tasks", nargs="+", metavar="NAME", shown="named after the files")
+    tasks: list[str] | None = setting(None, "names of the tasks; for adashare and dynashare in the program's order", nargs="+", metavar="NAME", shown="named after the files, or as in the file")
+    policy: str | None = setting(None, "adashare, dynashare: the policy that the network was trained under, policyIter…_rs….pickle", metavar="FILE", shown="the most probable one in the checkpoint")
+    target_rates: list[float] | None = setting(None, "dynashare: target_rates of the run; blocks with 1 do not choose for single images", float, nargs="+", low=0, high=1, metavar="RATE")
     out: str = setting("results/imported", "folder of the tasks' folders", metavar="DIR")
     classes: list[str] | None = setting(None, "a text file with one class name per line, for each task", nargs="+", metavar="FILE", shown="the classes have no names")
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")

@@ -55,6 +55,7 @@ class BenchmarkNetwork(Settings):
 
     title: ClassVar[str] = "network"
     model_type: str | None = setting(None, "any timm model with residual blocks; mimic3: resnet10 to resnet152 or tcn; volumes: resnet10 to resnet152", metavar="NAME")
+    dynamic_kernels: int = setting(0, "mimic3, resnets: number of kernels of dynamic convolutions (arXiv 1912.03458), which the first layer and the projections of shortcuts are then; DynaShare's program has 4", int, low=0, high=64, metavar="K", shown="none are dynamic")
     causal: bool | None = setting(None, "mimic3: no block sees hours after the one that is predicted; with --no-causal blocks see the whole series, as published. Gates of dynashare see the whole series either way", bool, negatable=True)
     model_path: str | None = setting(None, "initial weights", metavar="FILE")
     pretrained: bool | None = setting(None, "start from timm's ImageNet weights rather than random ones", bool, negatable=True)
@@ -82,6 +83,7 @@ class BenchmarkMethod(Settings):
     where: str | None = setting(None, r"sparse_delta: change only layers whose name matches, e.g. 'blocks\.(9|10|11)\.'; the layers before them are computed once", metavar="REGEX")
     structure: str = setting("weight", "sparse_delta: one gate per weight, or one per row of a matrix, so that matrix products can leave out rows", choices=STRUCTURES)
     pull: float | None = setting(None, "sparse_delta: weight of the distance between a sub-task's activations and the base's", float, low=0, metavar="μ")
+    frame_pull: float = setting(0.0, "sparse_delta on nyud with the frames around each image: weight of the relative distance between activations of an image and of a frame beside it, while the base task is trained", float, low=0, metavar="X")
     sparsity_weight: float | None = setting(None, "weight of the loss that favours skipped blocks", float, low=0, metavar="X")
     sharing_weight: float | None = setting(None, "weight of the loss that makes tasks' policies similar", float, low=0, metavar="X")
     sparsity_loss: str = setting("code", "the loss of the published program (code) or of the paper", choices=VARIANTS)

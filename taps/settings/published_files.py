@@ -40,7 +40,9 @@ _DATA = {
     "NYU_v2": "nyuv2", "CityScapes": "cityscapes", "Taskonomy": "taskonomy", "DomainNet": "domainnet", "mimic": "mimic3",
     "ABCD": "volumes",
 }  # fmt: skip
-_METHODS = {"task-specific": "adashare", "AIG": "dynashare"}
+_METHODS = {"task-specific": "adashare", "Dynamic": "adashare", "AIG": "dynashare"}
+#: kernels of the dynamic convolutions of ``policy_model: Dynamic``
+_DYNAMIC_KERNELS = 4
 
 
 def is_published(values: Mapping[str, Any]) -> bool:
@@ -83,6 +85,10 @@ def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = Fals
     benchmark = _one_of(flat.get("dataload.dataset"), _DATA, "data set", path)
     chosen["benchmark"] = benchmark
     chosen["method"] = _one_of(flat.get("policy_model", "task-specific"), _METHODS, "policy_model", path)
+    if flat.get("policy_model") == "Dynamic":
+        if benchmark != "mimic3":
+            raise UserError(f"policy_model Dynamic in {path} is for hospital stays, as in DynaShare's program")
+        chosen["dynamic_kernels"] = _DYNAMIC_KERNELS
     if "target_rates" in flat:
         chosen["method"] = "dynashare"
     if "iterations" in chosen:
@@ -129,8 +135,6 @@ def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = Fals
 
 
 def _one_of(value: object, known: Mapping[str, str], what: str, path: Path) -> str:
-    if value == "Dynamic":
-        raise UserError(f"{what} Dynamic in {path}: dynamic convolutions are not built in; choose task-specific or AIG")
     if value not in known:
         raise unknown(f"{what} in {path}", value, known)
     return known[str(value)]

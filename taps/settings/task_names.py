@@ -39,3 +39,7 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
             safe, number = f"{safe.removesuffix(f'_{number - 1}')}_{number}", number + 1
         found.setdefault(name, safe)
     return found
+
+
+#: entry among the labels of a training sample with the frame beside its image; no task has such a name
+NEIGHBOUR = "neighbouring frame"

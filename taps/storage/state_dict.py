@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,23 +42,32 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_tensors(path), None
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the unpickler raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} is not a file of plain tensors, and nothing else is unpickled ({reason[:120]}); "
-            "save it again with torch.save(model.state_dict(), …) or as .safetensors"
-        ) from None
+    loaded = read_plain(path)
     state = _tensors(loaded, path.name)
     if not state:
         kind = f"a {type(loaded).__name__}" if not isinstance(loaded, Mapping) else "the keys " + listed(loaded)
         raise UserError(f"{path} does not hold a state dict (names with tensors), but {kind}")
     said = loaded.get("arch")
     return state, said if isinstance(said, str) else None
+
+
+def read_plain(path: Path) -> Any:
+    """Return what torch saved in a file: tensors, plain values and ``argparse.Namespace``; nothing else is unpickled.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the unpickler raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} is not a file of plain tensors, and nothing else is unpickled ({reason[:120]}); "
+            "save it again with torch.save(model.state_dict(), …) or as .safetensors"
+        ) from None
 
 
 def _tensors(loaded: object, name: str, depth: int = 3) -> dict[str, Tensor]:

@@ -443,6 +443,7 @@ class _Run:
         else:
             images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
         parts = [part for batch in window for part in self._parts(batch, phase)]
+        labelled = [batch[1] if shared else {} for batch in window for _ in self._parts(batch, phase)]
         optimizer = self.optimizers[phase.optimizer]
         # DistributedDataParallel cannot follow penalties on tasks that take no part in the forward pass.
         by_hand = (
@@ -458,7 +459,9 @@ class _Run:
                 if last or by_hand or self.recipe.step_per_task
                 else self.accelerator.no_sync(self.parallel)
             ):
-                watched = nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x)
+                watched = (
+                    nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x, labelled[index])
+                )
                 with self.accelerator.autocast() if by_hand or phase.extra_loss else nullcontext(), watched as extra:
                     output = self._forward(forward, x, call)
                 loss = torch.zeros((), device=x.device) if extra is None else extra.value()

@@ -12,7 +12,7 @@ from functools import partial
 
 from taps.core.method import SETTLED, Phase
 from taps.errors import UserError
-from taps.methods.activation_gap import distance_to_base
+from taps.methods.activation_gap import distance_to_base, distance_to_neighbour
 from taps.methods.registry import METHODS
 from taps.methods.sparse_delta import begin_support
 from taps.settings.choices import LAST_TEMPERATURE
@@ -196,6 +196,17 @@ def _policy_recipe(options: MultiTaskSettings, cycle: int, alternating: dict) ->
         cycles = max(options.policy_decay_iterations / cycle, 1)
         values.update(decay="step", decay_epochs=cycles, decay_rate=0.1)
     return Recipe(**values)
+
+
+def base_plan(options: MultiTaskSettings, sizes: dict[str, int], seed: int) -> Plan:
+    """Return the plan of the base task of sub-tasks: as many steps as theirs; with ``--frame_pull`` activations are pulled towards
+    those of neighbouring frames."""
+    plan = weights_plan(options, sizes, seed)
+    if not options.frame_pull:
+        return plan
+    pull = partial(distance_to_neighbour, weight=options.frame_pull)
+    phases = (Phase("train", plan.recipe.epochs, extra_loss=pull),)
+    return replace(plan, phases=phases, recipe=replace(plan.recipe, plan=phases))
 
 
 def delta_plan(options: MultiTaskSettings, seed: int) -> Plan:

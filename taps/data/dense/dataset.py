@@ -31,12 +31,15 @@ from torchvision.transforms.functional import adjust_hue, adjust_saturation
 
 from taps.data.multi_label import IGNORE_INDEX, Cache, SharedData, Task
 from taps.data.seeded import mix_seed
+from taps.settings.task_names import NEIGHBOUR
 
 KINDS = ("classes", "normals", "depth", "disparity", "map", "saliency", "edges")
 #: kinds whose labels are class ids
 CLASS_KINDS = ("classes", "saliency")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CACHE_BYTES = 1 << 30
+#: column with the frames around an image, (frames, H, W, 3), of which training takes one
+FRAMES = "frames"
 _TRIES = 10  # crops drawn until one is varied enough
 
 
@@ -107,10 +110,17 @@ class DenseSet(Dataset):
         image = torch.as_tensor(arrays["image"]).permute(2, 0, 1).float() / 255.0
         generator = torch.Generator().manual_seed(mix_seed(self.seed, index, number))
         random = torch.rand(4, generator=generator).tolist()
+        frames = arrays.get(FRAMES) if self.train else None
+        if frames is not None:  # beside the image, so that both are distorted alike
+            chosen = int(torch.randint(len(frames), (), generator=generator))
+            image = torch.cat([image, torch.as_tensor(frames[chosen]).permute(2, 0, 1).float() / 255.0], dim=2)
         if self.train and self.data.distort:
             image = distort(image, generator)
         image = (image - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
         targets = {name: torch.as_tensor(arrays[name]) for name in self.data.tasks}
+        if frames is not None:
+            image, targets = self._transform(torch.cat(image.chunk(2, dim=2)), targets, random, generator)
+            return image[:3], {**targets, NEIGHBOUR: image[3:]}
         if self.train:
             return self._transform(image, targets, random, generator)
         if self.data.padded:
