@@ -210,7 +210,7 @@ def test_lora_adapters_become_tasks(small, here, tmp_path):
         (("base.pth", "--from", "peft", *ARGUMENTS), "is no folder of a PEFT adapter: it has no adapter_config.json"),
         (("evil.pth", "--from", "taps"), "nothing else is unpickled"),
         (("nothing.pth", "--from", "taps"), "does not exist"),
-        (("base.pth", "--from", "tapes"), "'tapes' is not one of (did you mean taps?) taps, state_dict, peft"),
+        (("base.pth", "--from", "tapes"), "'tapes' is not one of (did you mean taps?) taps, adashare, dynashare"),
         (("base.pth",), "name files and what they are"),
         (("a", "b", "--from", "taps", "--tasks", "x"), "--tasks gives 1 names for 2 files"),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 import taps
 from taps.metrics.losses import to_size
 from taps.networks.dense_backbones import create_dense_backbone
-from taps.networks.published import _in_order
+from taps.networks.published.automtl import _in_order
 
 RATES = (1, 1, 1, 0.5, 0.5, 1, 0.5, 0.5)
 IMPORT = "taps.cli.import_tasks"
@@ -224,6 +224,9 @@ def test_what_cannot_be_imported_is_one_line(here, tmp_path, arguments, message)
         "stays.pth": changed(gated, backbone__conv1__weight=torch.zeros(8, 3, 7)),
         "lacking.pth": changed(net, backbone__blocks__0__0__bn1__running_mean=None),
         "more.pth": changed(net, backbone__extra=torch.zeros(2)),
+        "surplus.pth": changed(net, surplus=torch.zeros(2)),
+        "headless.pth": {key: tensor for key, tensor in net.state_dict().items() if "fc1" not in key},
+        "stageless.pth": {key: tensor for key, tensor in net.state_dict().items() if "blocks.3" not in key},
         "code.pth": {"weight": Code()},
     }
     for name in {str(one) for one in arguments} & files.keys():

@@ -250,6 +250,21 @@ def test_loaders_of_their_own_with_masks_and_accumulating_metrics(lists):
     assert set(trainer.validate()) == set(NAMES)
 
 
+def test_validation_with_mixtures_or_decisions():
+    trainer = story()
+    modes = [module.training for module in trainer.model.modules()]
+    decided = trainer.validate(hard=True)
+    assert trainer.validate() == decided
+    torch.manual_seed(0)
+    mixed = [trainer.validate(hard=False) for _ in range(2)]
+    assert decided != mixed[0] != mixed[1], "drawn anew"
+    assert [module.training for module in trainer.model.modules()] == modes
+    for gate in (gate for task in trainer.tasks for gate in trainer.model.gates(task)):
+        gate.logits.data = torch.tensor([80.0, -80.0, -80.0])[: len(gate.logits)]
+    sure = trainer.validate(hard=False)
+    assert all(sure[task]["loss"] == pytest.approx(own["loss"], rel=1e-5) for task, own in trainer.validate().items())
+
+
 def test_loaders_by_task_are_checked():
     heads = {name: nn.Linear(24, classes) for name, (_, classes) in NAMES.items()}
     losses = dict.fromkeys(NAMES, Criterion())

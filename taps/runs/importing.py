@@ -18,7 +18,10 @@ from taps.errors import UserError
 from taps.networks.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.networks.backbones import create_backbone, needs_image_size
 from taps.networks.preprocessing import Preprocessing
-from taps.networks.published import PublishedTask, read_automtl, read_block_policies, read_efficient_mtl
+from taps.networks.published.adashare import read_block_policies
+from taps.networks.published.automtl import read_automtl
+from taps.networks.published.efficient_mtl import read_efficient_mtl
+from taps.networks.published.result import Published, PublishedTask
 from taps.networks.weights import check_finite
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.storage.files import read_tensors, write_tensors
@@ -104,13 +107,13 @@ def _import_published(settings: ImportSettings, paths: list[Path], out: Path, sa
             raise UserError(f"--{option} has no effect with --from {source}: the file says what it needs")
     if source != "efficient_mtl" and len(paths) > 1:
         raise UserError(f"--from {source} takes one checkpoint, which holds all tasks; {len(paths)} were given")
-    if source in ("adashare", "dynashare"):
-        policy = Path(settings.policy) if settings.policy else None
-        found = read_block_policies(paths[0], policy, settings.tasks, settings.target_rates, source)
-    elif source == "automtl":
-        found = read_automtl(paths[0], settings.tasks)
-    else:
-        found = read_efficient_mtl(paths, settings.tasks)
+    try:
+        found = _read_published(settings, paths)
+    except UserError:
+        raise
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:  # whatever a damaged file leads to
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{paths[0]} is damaged or of another program ({type(error).__name__}: {reason})") from None
     _check_free(list(found.tasks), out, settings)
     found.net.taps_origin.update(weights="file", file="base.safetensors")  # type: ignore[union-attr, operator]
     model = adapt(found.net, found.method, norm=found.norm, train_base=False, **found.options).eval()
@@ -129,6 +132,15 @@ def _import_published(settings: ImportSettings, paths: list[Path], out: Path, sa
         run, tuned = sum(row["run"] > 0 for row in rows), sum(row["specific"] > 0 for row in rows)
         say(f"{name}: {run} of {len(rows)} units run, {tuned} with weights of its own, {_size(model, out / name)}")
     say(f"in Python: taps.load({str(out)!r}).predict(images)")
+
+
+def _read_published(settings: ImportSettings, paths: list[Path]) -> Published:
+    if settings.source in ("adashare", "dynashare"):
+        policy = Path(settings.policy) if settings.policy else None
+        return read_block_policies(paths[0], policy, settings.tasks, settings.target_rates, settings.source)
+    if settings.source == "automtl":
+        return read_automtl(paths[0], settings.tasks)
+    return read_efficient_mtl(paths, settings.tasks)
 
 
 @torch.no_grad()

@@ -285,10 +285,27 @@ class PolicyTrainer:
         Stage(model, self.tasks, streams, plan.recipe, self.losses, validate, report).train(accelerator)
         return model
 
-    def validate(self) -> dict[str, dict]:
-        """Return :meth:`evaluate` of :attr:`model` with hard decisions, as in inference."""
+    def validate(self, hard: bool = True) -> dict[str, dict]:
+        """Return :meth:`evaluate` of :attr:`model`.
+
+        Args:
+            hard: with decisions, as in inference; otherwise with the mixtures that policies are learned with, drawn anew in each
+                batch at the temperature reached.
+        """
+        # Not what these contain, whose norms stay in evaluation mode.
+        relaxed = (
+            []
+            if hard
+            else [module for unit in self.model.units for module in (unit, *(unit.gates[task] for task in self.tasks))]
+        )
         with evaluating(self.model):
-            return self.evaluate(self.model)
+            try:
+                for module in relaxed:
+                    module.training = True
+                return self.evaluate(self.model)
+            finally:
+                for module in relaxed:
+                    module.training = False
 
     def evaluate(self, model: TaskModel) -> dict[str, dict]:
         """Return the mean ``loss`` and ``metric`` of every task on the validation data, in the model's current mode.
