@@ -666,6 +666,12 @@ def test_a_killed_replica_is_replaced_and_no_request_is_lost(server):
     assert httpx.get(f"{server.url}/readyz").text == "ready"
 
 
+def test_pages_load_nothing_from_elsewhere():
+    for name in ("page.html", "docs.html"):
+        text = (ROOT / "taps/serving" / name).read_text()
+        assert not [word for word in ("http:", "https:", "src=", "@import", '<link rel="stylesheet') if word in text]
+
+
 @pytest.mark.slow
 def test_the_page_shows_every_task_in_a_browser(server, tmp_path):
     from selenium import webdriver
@@ -696,6 +702,13 @@ def test_the_page_shows_every_task_in_a_browser(server, tmp_path):
             assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
             folder = Path(os.environ.get("TAPS_SCREENSHOTS") or tmp_path)
             assert browser.save_screenshot(str(folder / f"page{width}.png"))
+            browser.get(f"{server.url}/docs")
+            WebDriverWait(browser, 20).until(lambda own: len(own.find_elements(By.TAG_NAME, "section")) == 5)
+            first = browser.find_element(By.TAG_NAME, "section").text
+            assert "/v1/predict" in first
+            assert "an image or the body cannot be read" in first
+            assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+            assert browser.save_screenshot(str(folder / f"docs{width}.png"))
     finally:
         browser.quit()
 

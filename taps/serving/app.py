@@ -249,6 +249,17 @@ class Measured:
 
 
 _IMAGE = {"type": "string", "description": "the file's bytes in base64"}
+_TASK = {"type": "string", "description": "a task's name; all if left out"}
+_OPTIONS = {
+    "top": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 1000,
+        "default": 5,
+        "description": "classes per task; 5 if left out",
+    },
+    "cost": {"type": "boolean", "default": False, "description": "also return the MACs"},
+}
 _BODY = {
     "required": True,
     "content": {
@@ -259,8 +270,7 @@ _BODY = {
                 "properties": {
                     "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
                     "tasks": {"type": "string", "description": "names, separated by commas; all if left out"},
-                    "top": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
-                    "cost": {"type": "boolean", "default": False},
+                    **_OPTIONS,
                 },
             }
         },
@@ -271,9 +281,8 @@ _BODY = {
                 "additionalProperties": False,
                 "properties": {
                     "images": {"type": "array", "items": _IMAGE, "minItems": 1, "maxItems": 256},
-                    "tasks": {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                    "top": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
-                    "cost": {"type": "boolean", "default": False, "description": "also return the MACs"},
+                    "tasks": {"type": "array", "items": _TASK, "minItems": 1},
+                    **_OPTIONS,
                 },
             }
         },
@@ -301,9 +310,16 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _answers(description: str) -> dict[int | str, dict[str, Any]]:
+    """The responses of a call that needs the token."""
+    return {200: {"description": description}, 401: _RESPONSES[401]}
+
+
 def make_app(service: Service, is_ready: Callable[[], Awaitable[bool]]) -> FastAPI:
     """Return the application."""
-    app = FastAPI(title="TAPS", version=VERSION, description="Predictions of many tasks that share one network.")
+    # The documentation pages of FastAPI load scripts from elsewhere, which a closed network does not have.
+    about = "Predictions of many tasks that share one network."
+    app = FastAPI(title="TAPS", version=VERSION, description=about, docs_url=None, redoc_url=None)
     token = service.settings.token
 
     async def allowed(request: Request) -> None:
@@ -335,18 +351,23 @@ def make_app(service: Service, is_ready: Callable[[], Awaitable[bool]]) -> FastA
         "/v1/predict",
         summary="Classify images with some tasks or all",
         openapi_extra={"requestBody": _BODY},
-        responses=_RESPONSES,
+        responses={200: {"description": "for each image and task the most probable classes"}, **_RESPONSES},
         dependencies=[Depends(allowed)],
     )
     async def predict(request: Request) -> JSONResponse:
         with busy_is_503():
             return JSONResponse(await service.predict(request))
 
-    @app.get("/v1/tasks", summary="The tasks that are served", responses={401: _RESPONSES[401]})
+    @app.get("/v1/tasks", summary="The tasks that are served", responses=_answers("their classes, sizes and layers"))
     async def tasks(_: None = Depends(allowed)) -> JSONResponse:
         return JSONResponse(service.describe())
 
-    @app.get("/healthz", summary="Whether the server runs", response_class=PlainTextResponse)
+    @app.get(
+        "/healthz",
+        summary="Whether the server runs",
+        response_class=PlainTextResponse,
+        responses={200: {"description": "it does"}},
+    )
     async def healthz() -> str:
         return "ok"
 
@@ -354,25 +375,32 @@ def make_app(service: Service, is_ready: Callable[[], Awaitable[bool]]) -> FastA
         "/readyz",
         summary="Whether a replica is ready to answer",
         response_class=PlainTextResponse,
-        responses={503: {"description": "not yet"}},
+        responses={200: {"description": "it is"}, 503: {"description": "not yet"}},
     )
     async def readyz() -> PlainTextResponse:
         ready = await is_ready()
         return PlainTextResponse("ready" if ready else "no replica is ready", 200 if ready else 503)
 
     @app.get(
-        "/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses={401: _RESPONSES[401]}
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        responses=_answers("numbers as text"),
     )
     async def metrics(_: None = Depends(allowed)) -> PlainTextResponse:
         service.measured.waiting.set(service.batches.admitted)
         service.measured.tasks.set(len(service.folder.tasks))
         return PlainTextResponse(service.measured.text(), media_type="text/plain; version=0.0.4")
 
-    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    page, docs = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.html", "docs.html"))
 
     @app.get("/", include_in_schema=False)
     async def show() -> HTMLResponse:
         return HTMLResponse(page)
+
+    @app.get("/docs", include_in_schema=False)
+    async def document() -> HTMLResponse:
+        return HTMLResponse(docs)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
