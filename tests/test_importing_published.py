@@ -51,7 +51,7 @@ def test_networks_under_policies(program, here, tmp_path):
     rates = ("--target_rates", *RATES) if program == "dynashare" else ()
     arguments = ("best_model.pth.tar", "--from", program, *rates, "--tasks", "seg", "normals")
     none = here(IMPORT, *arguments, check=2)
-    assert "its logits are all equal): it was trained under one that lies beside it" in none.stderr
+    assert "its logits are as at the start): it was trained under one that lies beside it" in none.stderr
     assert not (tmp_path / "results").exists()
     done = here(IMPORT, *arguments, "--policy", "policy.pickle")
     assert "seg: 6 of 8 units run, 0 with weights of its own, " in done.stdout
@@ -69,6 +69,12 @@ def test_networks_under_policies(program, here, tmp_path):
     again = taps.load(tmp_path / "again")
     assert again.policies == model.policies
     assert torch.equal(again.predict(prepared(model, "seg", rgb))["seg"], found["seg"])
+    theirs.shake(net)
+    torch.save({"mtl-net": net.state_dict()}, tmp_path / "other_model.pth.tar")
+    (tmp_path / "again/base.safetensors").unlink()  # as if its tasks were of a network of timm's
+    other = ("other_model.pth.tar", *arguments[1:-2], "a", "b", "--out", "again")
+    refused = here(IMPORT, *other, check=2)
+    assert "again/normals is a task of another base; choose another --out" in refused.stderr
 
 
 def test_networks_with_layers_of_their_own(here, tmp_path):
@@ -200,6 +206,17 @@ class Code:
         ),
         (("ada.pth", "--from", "adashare", "--policy", "short.pickle"), "holds no policy of 2 tasks and 8 blocks"),
         (("ada.pth", "--from", "adashare", "--policy", "none.pickle"), "none.pickle does not exist"),
+        (("surplus.pth", "--from", "adashare"), "surplus.pth: 1 tensors are unknown (surplus)"),
+        (("headless.pth", "--from", "adashare"), "headless.pth has no ASPP head (task1_fc1_c0); it has task1_logits"),
+        (("stageless.pth", "--from", "adashare"), "stageless.pth is damaged or of another program (ValueError: "),
+        (("chosen.pth", "--from", "adashare"), "chosen.pth holds no policy (its logits are as at the start)"),
+        (("random.pth", "--from", "adashare"), "random.pth holds no policy (its logits are as at the start)"),
+        (("nan.pth", "--from", "adashare"), "nan.pth holds values that are not finite in 1 tensors, e.g. bn1.weight"),
+        (("ada.pth", "--from", "adashare", "--tasks", "a", "a"), "--tasks names 'a' twice"),
+        (
+            ("gates.pth", "--from", "dynashare", "--target_rates", 0.5),
+            "gates.pth is damaged or of another program (RuntimeError: ",
+        ),
         (("ada.pth", "ada.pth", "--from", "adashare"), "takes one checkpoint, which holds all tasks; 2 were given"),
         (
             ("ada.pth", "--from", "adashare", "--model_type", "resnet18"),
@@ -226,7 +243,15 @@ def test_what_cannot_be_imported_is_one_line(here, tmp_path, arguments, message)
         "more.pth": changed(net, backbone__extra=torch.zeros(2)),
         "surplus.pth": changed(net, surplus=torch.zeros(2)),
         "headless.pth": {key: tensor for key, tensor in net.state_dict().items() if "fc1" not in key},
-        "stageless.pth": {key: tensor for key, tensor in net.state_dict().items() if "blocks.3" not in key},
+        "stageless.pth": {
+            key: tensor for key, tensor in net.state_dict().items() if "blocks.3" not in key and "ds.3" not in key
+        },
+        "chosen.pth": changed(net, **{f"task{index}_logits": torch.tensor([[0.0, -10.0]] * 8) for index in (1, 2)}),
+        "random.pth": changed(net, **{f"task{index}_logits": 1e-3 * torch.randn(8, 2) for index in (1, 2)}),
+        "nan.pth": changed(net, task1_logits=torch.rand(8, 2), backbone__bn1__weight=torch.full((64,), torch.nan)),
+        "gates.pth": changed(
+            gated, task1_logits=torch.rand(8, 2), backbone__blocks__2__0__fc1__weight=torch.zeros(16, 7, 1, 1)
+        ),
         "code.pth": {"weight": Code()},
     }
     for name in {str(one) for one in arguments} & files.keys():

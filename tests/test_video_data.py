@@ -53,7 +53,7 @@ def video(roots, tmp_path) -> Path:
 def test_labels_are_those_of_the_other_layout_and_frames_come_along(roots):
     plain, video = open_protocol("nyud", roots[0]), open_video(roots[1], with_frames=True)
     for split, count in (("train", TRAIN), ("test", VAL)):
-        ours, theirs = (DenseSet(data, split, False) for data in (video, plain))
+        ours, theirs = (DenseSet(data, split, split == "train") for data in (video, plain))
         assert len(ours) == len(theirs) == count
         for index in range(count):
             own, other = ours.read(index), theirs.read(index)

@@ -49,6 +49,10 @@ class Benchmark:
         """Return the number of samples of ``train``, ``val``, ``test``, or of the parts ``weights`` and ``policy`` of train."""
         raise NotImplementedError
 
+    def without_frames(self) -> Benchmark:
+        """Return the benchmark without the frames around its images."""
+        return self
+
     def check(self) -> None:
         """Raise a ``UserError`` for mistakes in the data that can be found before training."""
 

@@ -47,6 +47,13 @@ class DenseBenchmark(SharedBenchmark):
 
     data: DenseData
 
+    def without_frames(self) -> DenseBenchmark:
+        splits = {
+            name: [{key: path for key, path in sample.items() if key not in self.data.frames} for sample in samples]
+            for name, samples in self.data.splits.items()
+        }
+        return replace(self, data=replace(self.data, splits=splits, frames=())) if self.data.frames else self
+
     def check(self) -> None:
         """Read samples of every split; small splits are read in full.
 
@@ -54,7 +61,7 @@ class DenseBenchmark(SharedBenchmark):
             UserError: if a file has invalid contents, or the images of val or test differ in size.
         """
         for split in ("train", "val", "test"):
-            samples = DenseSet(self.data, split, False)
+            samples = DenseSet(self.data, split, split == "train")
             step = max(len(samples) // _CHECKED, 1)
             sizes = set()
             for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):

@@ -135,6 +135,9 @@ def parse_import(arguments: Sequence[str]) -> ImportSettings:
         whole = settings.source in MULTI_TASK_SOURCES and settings.source != "efficient_mtl"  # one file, several tasks
         if given is not None and len(given) != len(settings.files) and not whole:
             parser.error(f"--{name} gives {len(given)} {what} for {len(settings.files)} files")
+    for name in settings.tasks or ():
+        if settings.tasks.count(name) > 1:
+            parser.error(f"--tasks names {name!r} twice")
     for name, programs in (("policy", ("adashare", "dynashare")), ("target_rates", ("dynashare",))):
         if getattr(settings, name) is not None and settings.source not in programs:
             parser.error(f"--{name} has no effect with --from {settings.source}; it is for {' and '.join(programs)}")

@@ -29,7 +29,10 @@ class TokenMap(nn.Module):
         if tokens.dim() == 4:  # (B, h, w, C)
             return tokens.permute(0, 3, 1, 2)
         tokens = tokens[:, getattr(self.net, "num_prefix_tokens", 0) :]
-        height, width = self.net.patch_embed.dynamic_feat_size(x.shape[-2:])
+        size = getattr(getattr(self.net, "patch_embed", None), "dynamic_feat_size", None)
+        if size is None:
+            raise UserError(f"{type(self.net).__name__} does not say how its tokens lie, so it cannot predict maps")
+        height, width = size(x.shape[-2:])
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 

@@ -46,4 +46,5 @@ class DynamicConv1d(nn.Module):
             return torch.einsum("bk,koi->boi", self.shares(x.mean(2)), self.weight) @ taken
         lengths = torch.arange(1, x.shape[2] + 1, device=x.device, dtype=x.dtype)
         shares = self.shares((x.cumsum(2) / lengths)[..., :: self.stride].transpose(1, 2))
-        return torch.einsum("bpk,koi,bip->bop", shares, self.weight, taken)
+        each = torch.einsum("koi,bip->bkop", self.weight, taken)  # a kernel for each position would be far larger
+        return torch.einsum("bpk,bkop->bop", shares, each)

@@ -42,7 +42,7 @@ class ASPP(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        self.arguments = {
+        self.taps_arguments = {
             "in_channels": in_channels, "out_channels": out_channels, "width": width, "rates": list(rates),
             "dropout": dropout, "dimensions": dimensions, "causal": causal,
         }  # fmt: skip
@@ -93,7 +93,7 @@ class ConvNeXtHead(nn.Module):
         super().__init__()
         if width % 16:
             raise UserError(f"--head_width {width} of a convnext head is no multiple of 16")
-        self.arguments = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "depth": depth}
+        self.taps_arguments = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "depth": depth}
         self.project = nn.Conv2d(in_channels, width, 1)
         self.unfold = nn.PixelShuffle(4)
         self.blocks = nn.Sequential(*(ConvNeXtBlock(width // 16, ls_init_value=1.0) for _ in range(depth)))
@@ -125,7 +125,7 @@ class HourHead(nn.Module):
         self, in_channels: int, out_channels: int, hours: int, stride: int = 1, shifted: bool = False, **options
     ) -> None:
         super().__init__()
-        self.arguments = {
+        self.taps_arguments = {
             "in_channels": in_channels, "out_channels": out_channels, "hours": hours, "stride": stride, "shifted": shifted,
             **{key: list(value) if key == "rates" else value for key, value in options.items()},
         }  # fmt: skip
@@ -137,6 +137,8 @@ class HourHead(nn.Module):
         return answers[..., int(self.shifted) :][..., : self.hours]
 
 
+#: limits of a described head, so that a damaged description does not take all memory
+_LARGEST, _DEEPEST = 2**20, 100
 HEADS: dict[str, Callable[..., nn.Module]] = {"ASPP": ASPP, "ConvNeXtHead": ConvNeXtHead, "HourHead": HourHead}
 
 
@@ -150,6 +152,11 @@ def make_head(description: Mapping) -> nn.Module | None:
     make, arguments = HEADS.get(description["type"]), description.get("arguments")
     if make is None or not isinstance(arguments, Mapping):
         return None
+    if (
+        any(isinstance(value, int) and value > _LARGEST for value in arguments.values())
+        or arguments.get("depth", 0) > _DEEPEST
+    ):
+        raise UserError(f"the description of a head of type {description['type']} is damaged: {dict(arguments)}"[:200])
     try:
         with torch.device("meta"):
             return make(**arguments)

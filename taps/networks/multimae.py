@@ -12,8 +12,9 @@ WITHOUT_NORM = {"no_embed_class": True, "final_norm": False}
 
 
 def is_multimae(state: Mapping[str, Tensor]) -> bool:
-    """Return whether these are tensors of a MultiMAE network that sees RGB images."""
-    return "input_adapters.rgb.proj.weight" in state and "encoder.0.attn.qkv.weight" in state
+    """Return whether these are tensors of a MultiMAE network that sees RGB images, perhaps below a prefix."""
+    names = ("input_adapters.rgb.proj.weight", "encoder.0.attn.qkv.weight")
+    return all(any(key.endswith(name) for key in state) for name in names)
 
 
 def from_multimae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

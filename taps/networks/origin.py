@@ -66,7 +66,8 @@ def rebuild(origin: Mapping, path: str | Path | None = None, is_empty: bool = Fa
     ):
         raise UserError("the task does not say which network it was made for; give base= with that network")
     if is_empty:
-        return _made(origin, name, False, None, options)
+        with torch.random.fork_rng(devices=[]):
+            return _made(origin, name, False, None, options)
     if path is None and weights == "file" and str(origin.get("file")).startswith((PREFIX, "https://")):
         path = str(origin["file"])
     if path is None and weights == "file":
@@ -83,10 +84,18 @@ def rebuild(origin: Mapping, path: str | Path | None = None, is_empty: bool = Fa
 
 
 def _made(origin: Mapping, name: str, pretrained: bool, path: str | Path | None, options: Mapping) -> nn.Module:
-    make = _KINDS.get(origin.get("kind"))
+    kind = origin.get("kind")
+    make = _KINDS.get(kind) if kind is None or isinstance(kind, str) else None
     if make is None:
-        raise UserError(f"networks of kind {origin['kind']!r} are unknown; a newer version of this library is needed")
+        raise UserError(f"networks of kind {kind!r} are unknown; a newer version of this library is needed")
     try:
         return make(name, pretrained, path, options)
-    except TypeError as error:
-        raise UserError(f"the task's description of its network is damaged: {error}") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        if kind is None:
+            raise
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(
+            f"the task's description of its network is damaged ({type(error).__name__}: {reason})"
+        ) from None

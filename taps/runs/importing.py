@@ -24,7 +24,7 @@ from taps.networks.published.efficient_mtl import read_efficient_mtl
 from taps.networks.published.result import Published, PublishedTask
 from taps.networks.weights import check_finite
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
-from taps.storage.files import read_tensors, write_tensors
+from taps.storage.files import read_json, read_tensors, write_tensors
 from taps.storage.state_dict import does_not_fit
 from taps.task_model import TaskModel, adapt
 
@@ -71,10 +71,9 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
             **({"classes": classes[index]} if classes else {}),
         }
         made.append((name, models[method], about))
-    base = models[method].base_state()
-    _check_base(base, base_file)
+    _check_base(models[method], base_file, names if settings.overwrite else [])
     if settings.source == "taps" or settings.model_path is not None:
-        write_tensors(base_file, base)
+        write_tensors(base_file, models[method].base_state())
     for name, model, about in made:
         model.save_task(name, out / name, about, settings.max_error)
         tuned = sum(bool(unit.gates[name].decide().uses_delta) for unit in model.units)
@@ -89,9 +88,16 @@ def _check_free(names: Sequence[str], out: Path, settings: ImportSettings) -> No
             raise UserError(f"{out / name} exists; replace it with --overwrite, or choose another --out or --tasks")
 
 
-def _check_base(base: Mapping[str, Tensor], file: Path) -> None:
-    if file.exists() and fingerprint(read_tensors(file)) != fingerprint(base):
+def _check_base(model: TaskModel, file: Path, replaced: Sequence[str]) -> None:
+    """Raise a ``UserError`` if the folder has another base, or tasks of another one that are not replaced."""
+    if file.exists() and fingerprint(read_tensors(file)) != fingerprint(model.base_state()):
         raise UserError(f"{file} is another base; choose another --out")
+    for path in sorted(file.parent.glob("*/task.json")):
+        if path.parent.name in replaced:
+            continue
+        made_for = read_json(path).get("base")
+        if isinstance(made_for, Mapping) and made_for.get("fingerprint") != model.fingerprint():
+            raise UserError(f"{path.parent} is a task of another base; choose another --out")
 
 
 def _size(model: TaskModel, folder: Path) -> str:
@@ -109,19 +115,21 @@ def _import_published(settings: ImportSettings, paths: list[Path], out: Path, sa
         raise UserError(f"--from {source} takes one checkpoint, which holds all tasks; {len(paths)} were given")
     try:
         found = _read_published(settings, paths)
+        _check_free(list(found.tasks), out, settings)
+        found.net.taps_origin.update(weights="file", file="base.safetensors")  # type: ignore[union-attr, operator]
+        check_finite(found.net.state_dict(), paths[0])
+        model = adapt(found.net, found.method, norm=found.norm, train_base=False, **found.options).eval()
+        for name, own in found.tasks.items():
+            gates = {f"{unit} {key}": tensor for unit, held in own.gates.items() for key, tensor in held.items()}
+            check_finite({**own.deltas, **own.norms, **own.head.state_dict(), **gates}, paths[0])
+            _add_published(model, name, own, paths[0])
     except UserError:
         raise
-    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:  # whatever a damaged file leads to
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:  # of a damaged file
         reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(f"{paths[0]} is damaged or of another program ({type(error).__name__}: {reason})") from None
-    _check_free(list(found.tasks), out, settings)
-    found.net.taps_origin.update(weights="file", file="base.safetensors")  # type: ignore[union-attr, operator]
-    model = adapt(found.net, found.method, norm=found.norm, train_base=False, **found.options).eval()
-    for name, own in found.tasks.items():
-        check_finite({**own.deltas, **own.norms, **own.head.state_dict()}, paths[0])
-        _add_published(model, name, own, paths[0])
     base_file = out / "base.safetensors"
-    _check_base(model.base_state(), base_file)
+    _check_base(model, base_file, list(found.tasks) if settings.overwrite else [])
     write_tensors(base_file, model.base_state())
     prepare = Preprocessing(settings.input_size, settings.resize or settings.input_size, **found.pixels)  # type: ignore[arg-type]
     for name in found.tasks:
@@ -150,6 +158,9 @@ def _add_published(model: TaskModel, task: str, own: PublishedTask, path: Path) 
     Raises:
         UserError: for a tensor that the model has no place for.
     """
+    features = next(iter(own.head.parameters())).shape[1]
+    if features != model.num_features:
+        raise UserError(f"{path}: the head of {task} takes {features} features, the network gives {model.num_features}")
     model.add_task(task, head=own.head)
     if own.policy is not None:
         model.follow({task: own.policy})

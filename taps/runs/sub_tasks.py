@@ -58,6 +58,7 @@ class SubTasks(MultiTask):
         if not self._is_trained(self.base_stage):
             plan = base_plan(self.options, self.sizes, self.options.seed)
             self._fit(self.base_stage, self.model([self.base_task], "hard_sharing"), plan, [self.base_task])
+        self.benchmark = self.benchmark.without_frames()  # only the base task is trained beside them
         for task in self.sub_tasks if self.options.single_task == "measure" else ():
             stage = f"single_task/{task}"
             if not self._is_trained(stage):

@@ -51,6 +51,8 @@ def common_metric(descriptions: Iterable[Mapping]) -> str:
 
 
 TENSORS = "task.safetensors"
+#: of heads that a description alone makes; ten times that of any head here
+_LARGEST_HEAD = 500_000_000
 PACKED = "packed"  # the only tensor of a compact file
 #: entries of task.json that follow from the model; all others are about the task
 STRUCTURE = (
@@ -183,7 +185,7 @@ def save(
 
 def _arguments(head: nn.Module) -> dict:
     """What a head of this library was made with, for :data:`MakeHead`; nothing for others."""
-    made_with = getattr(head, "arguments", None)
+    made_with = getattr(head, "taps_arguments", None)
     return {} if made_with is None else {"arguments": dict(made_with)}
 
 
@@ -433,6 +435,8 @@ def load(
         ]
         if wrong:
             raise UserError(f"{path}: head/{wrong[0]} is missing or of another shape than task.json says")
+        if sum(parameter.numel() for parameter in head.parameters()) > _LARGEST_HEAD:
+            raise UserError(f"{folder / 'task.json'} describes a head of more than {_LARGEST_HEAD:,} parameters")
         head = head.to_empty(device="cpu")
     try:
         _fill(model, task, head, description, tensors, path, trainable, find(description["method"]) or model.method)

@@ -442,8 +442,7 @@ class _Run:
             images = sum(len(batch[task][0]) for batch in window for task in self.tasks)
         else:
             images = sum(len(batch[0]) for batch in window) * (len(self.tasks) if shared else 1)
-        parts = [part for batch in window for part in self._parts(batch, phase)]
-        labelled = [batch[1] if shared else {} for batch in window for _ in self._parts(batch, phase)]
+        parts = [(part, batch[1] if shared else {}) for batch in window for part in self._parts(batch, phase)]
         optimizer = self.optimizers[phase.optimizer]
         # DistributedDataParallel cannot follow penalties on tasks that take no part in the forward pass.
         by_hand = (
@@ -452,16 +451,15 @@ class _Run:
         forward = self.model if by_hand else self.forward
         scale = len(window) if self.recipe.gradients == "sum" else 1
         total: float | Tensor = 0.0
-        for index, (x, call, labels) in enumerate(map(self._mixed, parts)):
+        for index, (part, every) in enumerate(parts):
+            x, call, labels = self._mixed(part)
             last = index == len(parts) - 1
             with (
                 nullcontext()
                 if last or by_hand or self.recipe.step_per_task
                 else self.accelerator.no_sync(self.parallel)
             ):
-                watched = (
-                    nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x, labelled[index])
-                )
+                watched = nullcontext() if phase.extra_loss is None else phase.extra_loss(self.model, x, every)
                 with self.accelerator.autocast() if by_hand or phase.extra_loss else nullcontext(), watched as extra:
                     output = self._forward(forward, x, call)
                 loss = torch.zeros((), device=x.device) if extra is None else extra.value()

@@ -55,6 +55,7 @@ class DenseData(SharedData):
             drawn again, up to ten times; no effect if the task is not chosen.
         distort: randomly change brightness, contrast, saturation and hue of training images.
         published_resize: how the published programs upsample predictions to the labels: ``nearest`` or ``bilinear``.
+        frames: columns of the frames around an image, of which training takes one.
         padded: pad samples to at least the crop size in evaluation too, with an unlabelled border.
     """
 
@@ -65,6 +66,7 @@ class DenseData(SharedData):
     distort: bool = False
     published_resize: str = "nearest"
     padded: bool = False
+    frames: tuple[str, ...] = ()
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -102,7 +104,12 @@ class DenseSet(Dataset):
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """A sample's arrays; small data sets are read from disk once."""
-        return self._cache.get(index, lambda: self.data.read(self.samples[index], list(self.data.tasks.values())))
+        return self._cache.get(index, lambda: self.data.read(self._columns(index), list(self.data.tasks.values())))
+
+    def _columns(self, index: int) -> Mapping[str, Path]:
+        """The files of a sample; frames are only read for training that uses them."""
+        frames = () if self.train else self.data.frames
+        return {column: path for column, path in self.samples[index].items() if column not in frames}
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         index, number = key if isinstance(key, tuple) else (key, 0)

@@ -19,6 +19,7 @@ from taps.errors import UserError, unknown
 
 _FOLDERS = {"image": "rgb", "semseg": "semseg", "depth": "depth", "normals": "normals", "edges": "edge"}
 _AROUND = ("rgb_18", "rgb_19", "rgb_21", "rgb_22")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".npy")
 #: height and width of training crops, as published
 _CROP = (416, 416)
 
@@ -87,6 +88,7 @@ def open_video(root: Path, tasks: Sequence[str] | None = None, with_frames: bool
         distort=True,
         published_resize="bilinear",
         padded=True,
+        frames=_AROUND if with_frames else (),
     ).choose(chosen)
 
 
@@ -105,5 +107,17 @@ def _samples(folder: Path, columns: Mapping[str, str]) -> list[dict[str, Path]]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the files in a folder by path below it, without endings."""
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    """Return the files in a folder by path below it, without endings.
+
+    Raises:
+        UserError: if two differ only in their endings.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _ENDINGS or path.name.startswith("."):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"{found[name]} and {path} have the same name")
+        found[name] = path
+    return found

@@ -17,6 +17,9 @@ from taps.networks.dense_backbones import create_dense_backbone
 from taps.networks.published.result import Published, PublishedTask, State, aspp, check_known, load
 from taps.storage.state_dict import listed, read_state_dict
 
+#: larger than the random logits with which policies may start
+_UNLEARNED = 0.01
+
 
 def read_block_policies(
     path: Path, policy: Path | None, names: Sequence[str] | None, rates: Sequence[float] | None, program: str
@@ -119,9 +122,9 @@ def _policies(path: Path, policy: Path | None, state: State, count: int, blocks:
         return [[float(run) for run in one[:, 0]] for one in found if one is not None]
     if any(one is None or one.shape != (blocks, 2) for one in logits):
         raise UserError(f"{path} has no logits of {blocks} blocks for each of its {count} tasks")
-    if all(one is not None and bool((one == one[0, 0]).all()) for one in logits):
+    if all(one is not None and (bool((one == one[0]).all()) or float(one.abs().max()) < _UNLEARNED) for one in logits):
         raise UserError(
-            f"{path} holds no policy (its logits are all equal): it was trained under one that lies beside it, "
+            f"{path} holds no policy (its logits are as at the start): it was trained under one that lies beside it, "
             "policyIter…_rs….pickle; give that as --policy"
         )
     return [[float(select >= skip) for select, skip in one.tolist()] for one in logits if one is not None]
@@ -143,7 +146,7 @@ def _instance_gates(state: Mapping[str, Tensor]) -> dict[str, State]:
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Unpickles dicts of tensors and arrays, and calls nothing else."""
+    """Unpickles dicts of tensors, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):

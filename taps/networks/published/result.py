@@ -78,15 +78,12 @@ def load(net: nn.Module, tensors: State, path: Path) -> None:
 
 
 def aspp(state: State, branches: Mapping[str, str], path: Path) -> ASPP:
-    """Return the head whose branches have these prefixes; its tensors are taken out of ``state``."""
+    """Return the head whose branches have these prefixes."""
     own = {}
     for theirs, ours in branches.items():
         for layer, place in (("conv1", 0), ("conv2", 3), ("conv3", 6)):
-            for part in ("weight", "bias"):
-                tensor = state.get(f"{theirs}{layer}.{part}")
-                if tensor is None:
-                    raise UserError(f"{path}: {theirs}{layer}.{part} is missing")
-                own[f"{ours}{place}.{part}"] = tensor
+            for kind in ("weight", "bias"):
+                own[f"{ours}{place}.{kind}"] = needed(state, f"{theirs}{layer}.{kind}", path)
     first, last = own["branches.0.0.weight"], own["branches.0.6.weight"]
     head = ASPP(first.shape[1], len(last), len(first), _RATES)
     try:
