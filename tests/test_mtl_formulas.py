@@ -243,6 +243,19 @@ def sharing_ref(a, b, variant):
     return total
 
 
+@pytest.mark.parametrize(
+    ("opened", "sparse"), [(1, 2.417775836142688), (5, 1.8549703588598434), (16, 2.337273869296895)]
+)
+def test_penalties_are_the_published_program_s(opened, sparse):
+    """Numbers of AdaShare's functions on logits made by formula, of three tasks and 16 blocks, the last of which are opened."""
+    block = np.arange(16)
+    logits = [np.stack([np.sin(0.7 * block + task), np.cos(1.3 * block - task)], axis=1) for task in (1, 2, 3)]
+    gates = [select_gates(own, [False] * (16 - opened) + [True] * opened) for own in logits]
+    assert sum(sparsity(own).item() for own in gates) == pytest.approx(sparse, rel=1e-12)
+    pairs = sum(sharing(gates[a], gates[b]).item() for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert pairs == pytest.approx(20.005196655889762, rel=1e-12)
+
+
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("opened", [[True] * 5, [False, False, True, False, True], [False] * 4 + [True]])
 def test_sparsity_over_opened_blocks(opened, variant):
