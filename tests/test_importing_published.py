@@ -198,8 +198,11 @@ class Code:
             ("stays.pth", "--from", "dynashare"),
             "a network for hospital stays, in which hours and features are exchanged",
         ),
-        (("lacking.pth", "--from", "adashare"), "1 tensors are missing (layer1.0.bn1.running_mean), 0 unknown (none)"),
-        (("more.pth", "--from", "adashare"), "0 tensors are missing (none), 1 unknown (extra)"),
+        (
+            ("lacking.pth", "--from", "adashare"),
+            "lacking.pth does not fit ResNet: 1 missing (layer1.0.bn1.running_mean)",
+        ),
+        (("more.pth", "--from", "adashare"), "more.pth does not fit ResNet: 1 unexpected or of another shape (extra)"),
         (
             ("ada.pth", "--from", "adashare", "--policy", "code.pickle"),
             "no policy of AdaShare (UnpicklingError: builtins.print)",

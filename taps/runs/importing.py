@@ -21,11 +21,10 @@ from taps.networks.preprocessing import Preprocessing
 from taps.networks.published.adashare import read_block_policies
 from taps.networks.published.automtl import read_automtl
 from taps.networks.published.efficient_mtl import read_efficient_mtl
-from taps.networks.published.result import Published, PublishedTask
+from taps.networks.published.result import Published, PublishedTask, load
 from taps.networks.weights import check_finite
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.storage.files import read_json, read_tensors, write_tensors
-from taps.storage.state_dict import does_not_fit
 from taps.task_model import TaskModel, adapt
 
 #: names of classifiers besides the one that a timm model declares
@@ -164,29 +163,40 @@ def _add_published(model: TaskModel, task: str, own: PublishedTask, path: Path) 
     model.add_task(task, head=own.head)
     if own.policy is not None:
         model.follow({task: own.policy})
-    deltas, norms = dict(own.deltas), dict(own.norms)
+    _fill(model, task, own.deltas, own.norms, path)
     for unit in model.units:
-        held = {name: deltas.pop(f"{unit.name}.{name}", None) for name in unit.parameter_names}
-        for name, delta in held.items():
-            if delta is not None:
-                unit.deltas[task][name].copy_(delta)
-        gate = unit.gates[task]
+        gate, given = unit.gates[task], own.gates.get(unit.name, {})
         if own.policy is None:
             gate.fix_support({name: unit.deltas[task][name] != 0 for name in unit.parameter_names})
         state = gate.state_dict()
-        gate.load_state_dict({**state, **{key: t for key, t in own.gates.get(unit.name, {}).items() if key in state}})
+        gate.load_state_dict({**state, **{key: tensor for key, tensor in given.items() if key in state}})
     if own.policy is None:
         model.policies[task] = tuple((1.0, unit.gates[task].decide().specific) for unit in model.units)
+
+
+@torch.no_grad()
+def _fill(model: TaskModel, task: str, deltas: Mapping[str, Tensor], norms: Mapping[str, Tensor], path: Path) -> None:
+    """Give a task its deltas and norms; it is removed if the model has no place for one of them.
+
+    Raises:
+        UserError: for a tensor without a place.
+    """
+    left = {**deltas, **norms}
+    for unit in model.units:
+        for name in unit.parameter_names:
+            delta = left.pop(f"{unit.name}.{name}" if unit.name else name, None)
+            if delta is not None:
+                unit.deltas[task][name].copy_(delta)
     for norm in model.task_norms:
-        if task not in norm.norms:
-            continue
-        for name, tensor in norm.norms[task].state_dict(keep_vars=True).items():
-            value = norms.pop(f"{norm.name}.{name}", None)
-            if value is not None:
-                tensor.copy_(value)
-    left = [*deltas, *norms]
+        if task in norm.norms:
+            for name, tensor in norm.norms[task].state_dict(keep_vars=True).items():
+                value = left.pop(f"{norm.name}.{name}", None)
+                if value is not None:
+                    tensor.copy_(value)
+    left = {key: tensor for key, tensor in left.items() if not key.endswith("num_batches_tracked")}
     if left:
-        raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {left[0]}")
+        model.remove_task(task)
+        raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {min(left)}")
 
 
 def _preprocessing(model: TaskModel, settings: ImportSettings) -> Preprocessing:
@@ -208,7 +218,7 @@ def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> 
         net = create_backbone(name, pretrained=False, path=weights)
         shared = {f"{layer}.weight" for layer in read[0][1].scores}
         if weights is None:
-            _load(net, base, paths[0])
+            load(net, base, paths[0])
         held = net.state_dict()
         for (own, _), path in zip(read, paths, strict=True):
             other = [key for key in shared if key not in held or not torch.equal(own[key], held[key])]
@@ -228,15 +238,6 @@ def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> 
     classifiers = tuple(dict.fromkeys([*([declared] if isinstance(declared, str) else declared), *_CLASSIFIERS]))
     read_one = peft_changes if settings.source == "peft" else state_dict_changes
     return net, [read_one(path, base, norms, classifiers) for path in paths]
-
-
-def _load(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    held = net.state_dict()
-    missing = [key for key in held if key not in state and not key.endswith("num_batches_tracked")]
-    wrong = [key for key in state if key not in held or state[key].shape != held[key].shape]
-    if missing or wrong:
-        raise does_not_fit(path, type(net).__name__, {"missing": missing, "unexpected or of another shape": wrong})
-    net.load_state_dict(state, strict=False)
 
 
 def _resnet_of(state: Mapping[str, Tensor], path: Path) -> str:
@@ -262,7 +263,7 @@ def add_changes(model: TaskModel, task: str, changes: Changes, path: Path) -> No
     Raises:
         UserError: for a tensor that the model has no place for.
     """
-    head, deltas, values = changes.head, dict(changes.deltas), dict(changes.values)
+    head = changes.head
     linear = nn.Linear(head["weight"].shape[1], len(head["weight"]), bias="bias" in head)
     if linear.in_features != model.num_features:
         raise UserError(
@@ -270,28 +271,13 @@ def add_changes(model: TaskModel, task: str, changes: Changes, path: Path) -> No
         )
     linear.load_state_dict(head)
     model.add_task(task, head=linear)
-    with torch.no_grad():
-        for unit in model.units:
-            own = {
-                name: deltas.pop(f"{unit.name}.{name}" if unit.name else name, None) for name in unit.parameter_names
-            }
-            for name, delta in own.items():
-                if delta is not None:
-                    unit.deltas[task][name].copy_(delta)
-            if model.method.name == "taps":
-                if unit.name in changes.scores:
-                    unit.gates[task].score.fill_(changes.scores[unit.name])
-                else:
-                    unit.gates[task].set(any(delta is not None and bool(delta.any()) for delta in own.values()))
-        for norm in model.task_norms:
-            for name, tensor in norm.norms[task].state_dict(keep_vars=True).items():
-                value = values.pop(f"{norm.name}.{name}", None)
-                if value is not None:
-                    tensor.copy_(value)
-    left = [*deltas, *(key for key in values if not key.endswith("num_batches_tracked"))]
-    if left:
-        model.remove_task(task)
-        raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {left[0]}")
+    _fill(model, task, changes.deltas, changes.values, path)
+    for unit in model.units if model.method.name == "taps" else ():
+        if unit.name in changes.scores:
+            with torch.no_grad():
+                unit.gates[task].score.fill_(changes.scores[unit.name])
+        else:
+            unit.gates[task].set(any(bool(unit.deltas[task][name].any()) for name in unit.parameter_names))
 
 
 def _lines(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taps.errors import UserError
 from taps.networks.heads import ASPP
-from taps.storage.state_dict import listed
+from taps.storage.state_dict import does_not_fit, listed
 
 State = dict[str, Tensor]
 #: mean of the pixels 0..255 in RGB that the programs subtract; they do not divide by a standard deviation
@@ -65,15 +65,17 @@ def check_known(names: Iterable[str], pattern: str, path: Path) -> None:
         raise UserError(f"{path}: {len(unknown)} tensors are unknown ({listed(unknown)})")
 
 
-def load(net: nn.Module, tensors: State, path: Path) -> None:
-    """Load a network's tensors, all of which have to be there."""
+def load(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load a network's tensors, all of which have to be there, and no others.
+
+    Raises:
+        UserError: in one line, with a file that lists all names.
+    """
     wanted = net.state_dict()
     lacking = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
     wrong = [key for key, value in tensors.items() if key not in wanted or wanted[key].shape != value.shape]
     if lacking or wrong:
-        raise UserError(
-            f"{path}: {len(lacking)} tensors are missing ({listed(lacking)}), {len(wrong)} unknown ({listed(wrong)})"
-        )
+        raise does_not_fit(path, type(net).__name__, {"missing": lacking, "unexpected or of another shape": wrong})
     net.load_state_dict(tensors, strict=False)
 
 
