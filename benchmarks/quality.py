@@ -45,8 +45,8 @@ sys.path.insert(0, str(ROOT))
 
 import taps  # noqa: E402
 from taps.core.accounting import accounting  # noqa: E402
-from taps.core.execution import evaluating  # noqa: E402
 from taps.core.method import SETTLED, Phase  # noqa: E402
+from taps.core.modules import evaluating  # noqa: E402
 from taps.data.classification.folders import find_tasks  # noqa: E402
 from taps.data.classification.images import TaskData, make_loader, split_validation  # noqa: E402
 from taps.data.generated.demo import make_demo, read_demo  # noqa: E402

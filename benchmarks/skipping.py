@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import taps  # noqa: E402
-from taps.core.execution import evaluating  # noqa: E402
 from taps.core.gate import Decision  # noqa: E402
+from taps.core.modules import evaluating  # noqa: E402
 from taps.data.multi_label import Task  # noqa: E402
 from taps.methods.dynashare import InstanceGate  # noqa: E402
 from taps.metrics.losses import make_loss  # noqa: E402

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import computed_tensors, evaluating, first_input
 from taps.core.find import find_everything
+from taps.core.modules import computed_tensors, evaluating, first_input
 from taps.core.network import Network, inner_first
 from taps.errors import UserError, unknown
 from taps.methods.registry import METHODS

@@ -95,6 +95,10 @@ def command():
     return run
 
 
+#: programs that have been run in this process
+_imported: set[str] = set()
+
+
 def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> SimpleNamespace:
     """Run a program in this process and return its output, as ``command`` does.
 
@@ -106,6 +110,12 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
 
     from taps.cli import program
 
+    program_main = importlib.import_module(script.removesuffix(".py")).main
+    if script not in _imported:  # see pytest_collection_finish
+        _imported.add(script)
+        importlib.import_module("taps.runs.programs")  # programs import it after their options are checked
+        gc.collect()
+        gc.freeze()
     out, err = io.StringIO(), io.StringIO()
     AcceleratorState._reset_state(reset_partial_state=True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -113,7 +123,7 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            program.run(importlib.import_module(script.removesuffix(".py")).main)
+            program.run(program_main)
         except SystemExit as ended:
             status = ended.code or 0
         finally:

@@ -10,8 +10,8 @@ from cases import BasicBlock, alternating
 from torch import nn
 
 import taps
-from taps.core.execution import evaluating
 from taps.core.gate import ConstantGate
+from taps.core.modules import evaluating
 from taps.methods.blocks import BLOCKS, find_blocks
 from taps.methods.policy import Policy, read_policy
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 import taps
-from taps.core.execution import State, evaluating
+from taps.core.execution import State
+from taps.core.modules import evaluating
 from taps.methods.automtl import ChoiceGate, expected_cost, preference
 from taps.methods.policy import Policy, read_policy
 from taps.methods.stand_ins import find_choices, find_depths, stand_in

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taps
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.methods.taps_budget import check_size, keep_within, min_bytes, parse_budget, round_within, store
 from taps.storage import packing, range_code
 from taps.storage.norms_and_head import encoded_small, set_small

@@ -8,7 +8,8 @@ from cases import CASES, METHODS, NETWORKS, make
 from torch import nn
 
 import taps
-from taps.core.execution import plain_state, with_tensors
+from taps.core.execution import plain_state
+from taps.core.modules import with_tensors
 from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
 from taps.methods.dynashare import InstanceGate

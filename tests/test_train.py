@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 import taps
-from taps.core.execution import evaluating
 from taps.core.method import SETTLED, Method, Phase
+from taps.core.modules import evaluating
 from taps.data.classification.images import EpochSampler
 from taps.errors import DivergedError
 from taps.methods import taps_budget

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from taps.benchmarks.base import Benchmark
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.metrics.relative_gain import Metrics
 from taps.task_model import TaskModel
 

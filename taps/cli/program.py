@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import signal
@@ -21,6 +23,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    gc.set_threshold(
+        50_000, 20, 20
+    )  # what imports make lives as long as the program; looking at all of it takes seconds,
+    atexit.register(gc.freeze)  # when it ends too
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

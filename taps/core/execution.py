@@ -3,15 +3,11 @@
 The task is not an attribute of the model: each thread holds an :class:`Execution` while its call runs, so threads that share a
 model do not interfere. One task (:class:`OneTask`), a batch of several tasks, a pass shared by several tasks and the passes of
 reuse all implement that protocol, and every :class:`Place` delegates its calls to it.
-
-Activation checkpointing (``torch.utils.checkpoint``) reruns a part of the network during the backward pass, after the call has
-returned. Therefore every node of the autograd graph that was created in such a call stores the call's execution.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
@@ -20,6 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from taps.core.checkpointing import (
+    NeedsInputGradient,
+    is_checkpointed,
+    recalled,
+    remember,
+    running_backward,
+    with_learning_input,
+    without_reentrant_warning,
+)
+from taps.core.modules import first_input
 from taps.errors import UserError
 
 
@@ -60,34 +66,29 @@ class OneTask:
         return value(self.task)
 
 
-class NeedsInputGradient(Exception):  # noqa: N818 (a signal, not an error)
-    """Signal that ``use_reentrant=True`` checkpointing gives no gradients unless an input of the checkpointed part has one."""
-
-
 class Call:
     """A call of the network in this thread: its execution and what is known about checkpointing within it."""
 
     def __init__(self, execution: Execution, inputs_learn: bool = True, recomputes: bool = False) -> None:
         self.execution, self.inputs_learn, self.recomputes = execution, inputs_learn, recomputes
         self.learns = torch.is_grad_enabled()
-        self.backward = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        self.backward = running_backward()
         self.is_checkpointed = False
         #: running statistics from before the call, kept if the call may have to be repeated
         self.statistics: list[tuple[Tensor, Tensor]] | None = None
 
     def look_for_checkpoints(self) -> bool:
-        """Return whether the current computation will be repeated in the backward pass."""
-        if not self.learns or torch.compiler.is_compiling():
+        """Return whether the current computation will be repeated in the backward pass.
+
+        Raises:
+            NeedsInputGradient: if it would get no gradients then.
+        """
+        if not self.learns or not is_checkpointed():
             return False
-        if not torch.is_grad_enabled():  # within a training call, only use_reentrant=True disables gradients
-            self.is_checkpointed = True
-            if not self.inputs_learn:
-                raise NeedsInputGradient
-            return True
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            self.is_checkpointed = True
-            return True
-        return False
+        self.is_checkpointed = True
+        if not torch.is_grad_enabled() and not self.inputs_learn:
+            raise NeedsInputGradient
+        return True
 
 
 class State:
@@ -133,39 +134,16 @@ class State:
         Raises:
             UserError: if a layer is rerun in the backward pass of a call that did not record it.
         """
-        call = self.call
-        if not torch.compiler.is_compiling():
-            backward = torch._C._current_graph_task_id()
-            if backward != -1 and (call is None or call.backward != backward):
-                return self._of_forward_pass()
+        call, backward = self.call, running_backward()
+        if backward != -1 and (call is None or call.backward != backward):
+            return recalled(id(self))
         return _BASE if call is None else call.execution
 
     @property
     def is_recomputing(self) -> bool:
         """Whether part of an earlier call is being recomputed for its gradients, which must have no side effects."""
-        if torch.compiler.is_compiling():
-            return False
-        call, backward = self.call, torch._C._current_graph_task_id()
+        call, backward = self.call, running_backward()
         return backward != -1 and (call is None or call.backward != backward or call.recomputes)
-
-    def _of_forward_pass(self) -> Execution:
-        node = torch._C._current_autograd_node()
-        execution = None if node is None else _metadata(node).get(id(self))
-        if execution is None:
-            raise UserError(
-                "a layer runs again in the backward pass of a call that is not known: checkpoint parts of the network, each "
-                "by itself and not inside of one another, or whole calls model(x, task=…)"
-            )
-        return execution
-
-    def _remember(self, outputs, execution: Execution) -> None:
-        """Store the execution in every autograd node that led to the outputs."""
-        nodes = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        while nodes:
-            node = nodes.pop()
-            if node is not None and id(self) not in _metadata(node):
-                _metadata(node)[id(self)] = execution
-                nodes.extend(following for following, _ in node.next_functions)
 
     @contextmanager
     def running(self, execution: str | Execution | None, inputs_learn: bool = True) -> Iterator[Call]:
@@ -188,7 +166,7 @@ class State:
         """
         learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if learns and self.inputs_have_to_learn:
-            args, kwargs = _learning(args, kwargs)
+            args, kwargs = with_learning_input(args, kwargs)
         inputs_learn = not learns or any(x.requires_grad for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         with self.running(execution, inputs_learn) as call:
             call.statistics = None if inputs_learn or self.has_learned else []
@@ -200,7 +178,7 @@ class State:
             else:
                 self.has_learned |= learns
                 if call.is_checkpointed:
-                    self._remember(outputs, call.execution)
+                    remember(outputs, id(self), call.execution)
                 return outputs
         if call.statistics is None:
             raise UserError(
@@ -217,58 +195,7 @@ class State:
         self.has_learned = self.inputs_have_to_learn = False
 
 
-def _metadata(node: torch.autograd.graph.Node) -> dict:
-    return node.metadata  # type: ignore[return-value]  # an attribute, unlike in the stub
-
-
-@contextmanager
-def without_reentrant_warning() -> Iterator[None]:
-    """Suppress torch's warning about checkpoints whose inputs need no gradient, for trial calls and calls that need none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-        yield
-
-
-def _learning(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Return a call's inputs with the first one requiring a gradient."""
-    x = first_input(args, kwargs)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise UserError("checkpointing with use_reentrant=True needs a floating-point input; use use_reentrant=False")
-    x = x if x.requires_grad else x.detach().requires_grad_()
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
-
-
 _BASE = OneTask(None)
-
-
-def first_input(args: tuple, kwargs: dict):
-    """Return the first argument of a call, which is the input that gates see."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-class TaskDict(nn.Module):
-    """Modules by task name. Unlike ``nn.ModuleDict`` it accepts any name, including ``items`` and ``train``."""
-
-    def __getitem__(self, task: str):
-        return self._modules[task]
-
-    def __setitem__(self, task: str, module: nn.Module) -> None:
-        self._modules[task] = module
-
-    def __delitem__(self, task: str) -> None:
-        del self._modules[task]
-
-    def __contains__(self, task: object) -> bool:
-        return task in self._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def get(self, task: str | None):
-        return self._modules.get(task)  # type: ignore[arg-type]
 
 
 class Place(nn.Module):
@@ -343,16 +270,6 @@ class Place(nn.Module):
         raise NotImplementedError
 
 
-def computed_tensors(module: nn.Module) -> dict[int, object]:
-    """Return a ``memo`` for ``copy.deepcopy`` with detached copies of the tensors that hooks computed with a graph.
-
-    Pruning and the old forms of weight and spectral normalisation leave such a tensor in their module after each call, and
-    torch refuses to copy it; the next call computes it again.
-    """
-    tensors = (value for inner in module.modules() for value in vars(inner).values() if isinstance(value, Tensor))
-    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
-
-
 def plain_state(module: nn.Module, prefix: str = "", parameters_only: bool = False) -> dict[str, Tensor]:
     """Return a wrapped network's base tensors under their original names, and the stand-in parameters of its places."""
     added: dict[str, Tensor] = {}
@@ -367,43 +284,3 @@ def plain_state(module: nn.Module, prefix: str = "", parameters_only: bool = Fal
     for name, child in module.named_children():
         state.update(plain_state(child, f"{prefix}{name}.", parameters_only))
     return state
-
-
-def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> nn.Module:
-    """Return a shallow copy of a module with some parameters (dotted names) replaced; the module itself is not changed.
-
-    The copy shares everything else, including later in-place changes. With ``copy_buffers`` the buffers are copied too.
-    """
-    module = getattr(type(module), "_unseen", lambda same: same)(module)
-    plain = object.__new__(type(module))
-    plain.__dict__ = dict(module.__dict__)
-    plain._parameters = dict(module._parameters)
-    plain._modules = dict(module._modules)
-    if copy_buffers:
-        plain._buffers = {
-            name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-        }
-    inner: dict[str, dict[str, Tensor]] = {name: {} for name in module._modules} if copy_buffers else {}
-    for name, tensor in tensors.items():
-        child, dot, rest = name.partition(".")
-        if dot:
-            inner.setdefault(child, {})[rest] = tensor
-        else:
-            plain._parameters[name] = tensor  # type: ignore[assignment]
-    for child, own in inner.items():
-        module_of = module._modules[child]
-        plain._modules[child] = None if module_of is None else with_tensors(module_of, own, copy_buffers)
-    return plain
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Use evaluation mode inside the ``with`` block and restore each module's mode afterwards."""
-    modes = [inner for inner in module.modules() if inner.training] if module.training else []
-    if modes:
-        module.eval()
-    try:
-        yield
-    finally:
-        for inner in modes:
-            inner.training = True

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from taps.core.delta import Encoded
-from taps.core.execution import Execution, Place, State, TaskDict, evaluating, plain_state
+from taps.core.execution import Execution, Place, State, plain_state
 from taps.core.find import choose, declared_features, measured_features
 from taps.core.gate import Decision, Gate, propagate_skips
 from taps.core.method import Method
+from taps.core.modules import TaskDict, evaluating
 from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
 from taps.core.wrap import wrap

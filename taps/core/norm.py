@@ -10,7 +10,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from taps.core.execution import Place, State, TaskDict, with_tensors
+from taps.core.execution import Place, State
+from taps.core.modules import TaskDict, with_tensors
 from taps.core.unit import GatedUnit
 
 

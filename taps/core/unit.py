@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from taps.core.delta import Deltas, add_delta
-from taps.core.execution import Place, State, TaskDict, first_input, plain_state, with_tensors
+from taps.core.execution import Place, State, plain_state
 from taps.core.gate import Decision, Gate
+from taps.core.modules import TaskDict, first_input, with_tensors
 from taps.errors import UserError
 
 

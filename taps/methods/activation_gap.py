@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import evaluating, first_input
+from taps.core.modules import evaluating, first_input
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
 from taps.settings.task_names import NEIGHBOUR

@@ -18,10 +18,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import State, evaluating
+from taps.core.execution import State
 from taps.core.find import Unit
 from taps.core.gate import ConstantGate, Decision, Gate
 from taps.core.method import Method
+from taps.core.modules import evaluating
 from taps.errors import UserError
 from taps.methods.adashare import OPTIONS, policy_penalty, select_gate
 from taps.methods.blocks import find_blocks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taps.core.accounting import accounting, own_norm_parameters
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.multitask.macs import macs
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from taps.core.delta import is_linear_in_parameters
-from taps.core.execution import with_tensors
 from taps.core.gate import Decision
+from taps.core.modules import with_tensors
 from taps.core.unit import GatedUnit
 
 

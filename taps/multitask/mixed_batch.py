@@ -13,8 +13,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from taps.core.execution import Place, State, evaluating, first_input, without_reentrant_warning
+from taps.core.checkpointing import without_reentrant_warning
+from taps.core.execution import Place, State
 from taps.core.gate import Decision
+from taps.core.modules import evaluating, first_input
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
 from taps.errors import Inseparable, UserError

@@ -17,15 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import (
-    OneTask,
-    Place,
-    State,
-    computed_tensors,
-    evaluating,
-    first_input,
-    without_reentrant_warning,
-)
+from taps.core.checkpointing import without_reentrant_warning
+from taps.core.execution import OneTask, Place, State
+from taps.core.modules import computed_tensors, evaluating, first_input
 from taps.core.network import Network, inner_first
 from taps.multitask.trees import flatten, map_tensors, run_head, tensors
 

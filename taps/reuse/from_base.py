@@ -24,8 +24,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from taps.core.execution import Place, evaluating, first_input
+from taps.core.execution import Place
 from taps.core.gate import Decision
+from taps.core.modules import evaluating, first_input
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.activation_gap import is_product, sizes

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from taps.core.execution import with_tensors
 from taps.core.gate import Decision
+from taps.core.modules import with_tensors
 from taps.core.unit import GatedUnit
 
 

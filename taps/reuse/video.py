@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.activation_gap import is_product

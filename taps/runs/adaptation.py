@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.data import opening
 from taps.data.classification.images import (
     Sample,

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from taps.benchmarks.base import Benchmark
 from taps.benchmarks.executed import measure_executed
 from taps.core import accounting
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.core.norm import batch_statistics
 from taps.errors import UserError
 from taps.methods.policy import Policy, read_policy

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.core.network import Network, fingerprint
 from taps.errors import UserError
 

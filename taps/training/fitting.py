@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.data.seeded import mix_seed
 from taps.errors import UserError, unknown
 from taps.methods.taps_budget import check_size, parse_budget

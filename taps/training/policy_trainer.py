@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from taps.core.execution import evaluating
+from taps.core.modules import evaluating
 from taps.core.norm import batch_statistics
 from taps.data.multi_label import StreamSampler
 from taps.errors import UserError, unknown

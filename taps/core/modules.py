@@ -1,0 +1,88 @@
+"""Small tools for modules: by task, with other tensors, in another mode. Nothing here knows gates or executions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def first_input(args: tuple, kwargs: dict):
+    """Return the first argument of a call, which is the input that gates see."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+class TaskDict(nn.Module):
+    """Modules by task name. Unlike ``nn.ModuleDict`` it accepts any name, including ``items`` and ``train``."""
+
+    def __getitem__(self, task: str):
+        return self._modules[task]
+
+    def __setitem__(self, task: str, module: nn.Module) -> None:
+        self._modules[task] = module
+
+    def __delitem__(self, task: str) -> None:
+        del self._modules[task]
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def get(self, task: str | None):
+        return self._modules.get(task)  # type: ignore[arg-type]
+
+
+def computed_tensors(module: nn.Module) -> dict[int, object]:
+    """Return a ``memo`` for ``copy.deepcopy`` with detached copies of the tensors that hooks computed with a graph.
+
+    Pruning and the old forms of weight and spectral normalisation leave such a tensor in their module after each call, and
+    torch refuses to copy it; the next call computes it again.
+    """
+    tensors = (value for inner in module.modules() for value in vars(inner).values() if isinstance(value, Tensor))
+    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> nn.Module:
+    """Return a shallow copy of a module with some parameters (dotted names) replaced; the module itself is not changed.
+
+    The copy shares everything else, including later in-place changes. With ``copy_buffers`` the buffers are copied too.
+    """
+    module = getattr(type(module), "_unseen", lambda same: same)(module)
+    plain = object.__new__(type(module))
+    plain.__dict__ = dict(module.__dict__)
+    plain._parameters = dict(module._parameters)
+    plain._modules = dict(module._modules)
+    if copy_buffers:
+        plain._buffers = {
+            name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+        }
+    inner: dict[str, dict[str, Tensor]] = {name: {} for name in module._modules} if copy_buffers else {}
+    for name, tensor in tensors.items():
+        child, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(child, {})[rest] = tensor
+        else:
+            plain._parameters[name] = tensor  # type: ignore[assignment]
+    for child, own in inner.items():
+        module_of = module._modules[child]
+        plain._modules[child] = None if module_of is None else with_tensors(module_of, own, copy_buffers)
+    return plain
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Use evaluation mode inside the ``with`` block and restore each module's mode afterwards."""
+    modes = [inner for inner in module.modules() if inner.training] if module.training else []
+    if modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for inner in modes:
+            inner.training = True
