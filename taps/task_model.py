@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taps.core.find import find_everything
+from taps.core.execution import Execution
+from taps.core.find import choose, find_everything
 from taps.core.modules import computed_tensors, evaluating, first_input
 from taps.core.network import Network, inner_first
 from taps.errors import UserError, unknown
@@ -80,6 +81,8 @@ def adapt(
     trains = row.trains_base if train_base is None else train_base
     if not isinstance(net, (str, nn.Module)):
         raise UserError(f"the network is a {type(net).__name__}; give a module or the name of a timm model")
+    if layers is not None and isinstance(net, nn.Module):  # before the classifier is removed
+        choose(row.find_units(net, {**row.options, **options}), layers)
     net = backbones.create_backbone(net) if isinstance(net, str) else without_classifier(net)
     return TaskModel(net, row, norm, layers, {**row.options, **options}, trains)
 
@@ -348,11 +351,15 @@ class TaskModel(Network):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def using(self, task: str | None):
+    @contextmanager
+    def using(self, task: str | None) -> Iterator[None]:
         """Run the backbone with ``task`` inside a ``with`` block; ``None`` means the base alone."""
-        if task is not None:
-            self.check_task(task)
-        return self.state.running(task)
+        with self._loaded([] if task is None else [task]), self.state.running(task):
+            yield
+
+    def features(self, x, task: str | Execution | None = None, **inputs):
+        with self._loaded([task] if isinstance(task, str) else []):
+            return super().features(x, task, **inputs)
 
     def forward(self, x=_NONE, task: str | Sequence[str] | None = None, tasks: Sequence[str] | None = None, **inputs):
         """Run one task, a batch whose samples belong to different tasks, or several tasks on the same samples.

@@ -51,3 +51,13 @@ def test_offline_error_names_the_ways_out(tmp_path):
     assert "--model_path" in done.stdout
     assert "--no-pretrained" in done.stdout
     assert "Retry" not in done.stderr
+
+
+def test_damaged_metadata_say_nothing_about_the_pixels(tmp_path):
+    from PIL import Image
+
+    from taps.networks.preprocessing import ToRGB
+
+    Image.new("RGB", (4, 5), (9, 8, 7)).save(tmp_path / "bad.png", exif=b"Exif\0\0garbagegarbage")
+    with Image.open(tmp_path / "bad.png") as image:
+        assert ToRGB()(image).getpixel((0, 0)) == (9, 8, 7)

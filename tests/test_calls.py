@@ -453,3 +453,160 @@ def test_a_loaded_task_sums_nothing_and_takes_no_more_memory(network, method, tm
     model.load_base(other.base_state())
     with torch.no_grad():
         assert torch.equal(other(x, "a"), model(x, "a")), "the sums follow the base"
+
+
+# -- networks that do unusual things -------------------------------------------------------------------------------
+
+
+def with_tasks(net: nn.Module, method: str = "finetune") -> taps.TaskModel:
+    """A model with two tasks whose deltas and norms differ from the base."""
+    model = taps.adapt(net, method)
+    for task in ("a", "b"):
+        model.add_task(task, 3)
+        for parameter in model.parameters_of(task):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+class ScaleNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.gain * x / x.norm(dim=-1, keepdim=True)
+
+
+class Bias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6))
+
+    def bias(self):
+        return self.table.tanh()
+
+
+class Asked(nn.Module):
+    """A module is asked for a value that depends on its parameters, as relative positions are in CoAtNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.position = nn.Linear(4, 6), Bias()
+
+    def forward(self, x):
+        return self.layer(x) + self.position.bias()
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scales = nn.Linear(4, 6), nn.ParameterList([torch.ones(6), torch.zeros(6)])
+
+    def forward(self, x):
+        return self.layer(x) * self.scales[0] + self.scales[1]
+
+
+class Normed(nn.Linear):
+    """A layer that contains a norm."""
+
+    def __init__(self):
+        super().__init__(4, 6)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x):
+        x -= 1.0
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [lambda: nn.Sequential(nn.Linear(4, 8), ScaleNorm(), nn.Linear(8, 6)), Asked, Listed, Normed, InPlace],
+    ids=["scalar norm", "asked", "listed", "normed layer", "in place"],
+)
+def test_every_way_to_call_a_task_gives_the_same(net):
+    model, x = with_tasks(net()), torch.randn(4, 4)
+    alone = {task: model(x.clone(), task=task) for task in model.tasks}
+    together, predictor = model.predict(x.clone()), model.predictor()(x.clone())
+    mixed = model(x.clone(), task=["a", "b", "a", "b"])
+    for index, task in enumerate(model.tasks):
+        for found in (model.merge(task)(x.clone()), together[task], predictor[task]):
+            torch.testing.assert_close(found, alone[task])
+        torch.testing.assert_close(mixed[index::2], alone[task][index::2])
+    model.train()
+    model(x.clone(), task="a").square().sum().backward()
+    lost = [n for own in model.roles("a").values() for n, parameter in own.items() if parameter.grad is None]
+    assert not lost
+
+
+def test_a_mixed_batch_depends_on_further_arguments():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x, centre=False):
+            x = self.layer(x)
+            return x - x.mean(0) if centre else x
+
+    model, x = with_tasks(Centred()), torch.randn(4, 4)
+    names = ["a", "a", "b", "b"]
+    model(x, task=names)
+    expected = torch.cat([model(x[:2], task="a", centre=True), model(x[2:], task="b", centre=True)])
+    torch.testing.assert_close(model(x, task=names, centre=True), expected)
+
+
+def test_an_unknown_task_never_runs_the_base():
+    model, x = with_tasks(nn.Sequential(nn.Linear(4, 6))), torch.randn(2, 4)
+    with pytest.raises(taps.UserError, match="typo"):
+        model.features(x, task="typo")
+    with pytest.raises(taps.UserError, match="typo"), model.using("typo"):
+        pass
+
+
+def test_a_counter_of_the_base_does_not_move():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+            self.register_buffer("steps", torch.tensor(0))
+
+        def forward(self, x):
+            if self.training:
+                self.steps += 1
+            return self.layer(x)
+
+    model = with_tasks(Counting())
+    before = model.fingerprint()
+    model.train()
+    model(torch.randn(2, 4), task="a")
+    assert model.fingerprint() == before
+
+
+def test_a_refused_task_leaves_nothing():
+    net = timm.create_model("test_resnet", pretrained=False, num_classes=7)
+    with pytest.raises(taps.UserError, match="zzz"):
+        taps.adapt(net, layers="zzz")
+    assert net.num_classes == 7
+    with pytest.warns(UserWarning, match="is dropped"):
+        model = taps.adapt(net)
+    names = set(model.state_dict())
+    with pytest.raises(taps.UserError, match="head must be an nn.Module, not function"):
+        model.add_task("a", head=lambda x: x)
+    with pytest.raises(RuntimeError):
+        model.add_task("a", head=Refusing())
+    assert set(model.state_dict()) == names
+    assert not model.tasks
+
+
+class Refusing(nn.Module):
+    def to(self, *args, **kwargs):
+        raise RuntimeError("not here")

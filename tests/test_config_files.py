@@ -1,6 +1,7 @@
 """Settings files: the command line takes precedence, and errors name file and line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -121,3 +122,23 @@ def test_activation_checkpointing_trains_the_same(finished, tree, here, tmp_path
         )  # fmt: skip
     name = "paint/task.safetensors"
     assert (tmp_path / "results/less" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_the_settings_of_a_run_with_a_budget_repeat_it(tmp_path):
+    from taps.settings.declare import as_yaml
+
+    for options in (["--budget", "5%"], ["--method", "taps_budget"], ["--method", "taps", "taps_budget", "--lam", "2"]):
+        first = parse_sequential(["--dataset", ".", *options])
+        (tmp_path / "settings.yaml").write_text(as_yaml(first))
+        assert parse_sequential(["--config", str(tmp_path / "settings.yaml")]) == replace(
+            first, config=str(tmp_path / "settings.yaml")
+        )
+
+
+def test_a_file_written_by_hand_sets_everything(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("dataset: datasets/demo/digits\nresume: true\nparallel: 2\n")
+    settings = parse_sequential(["--config", str(path)])
+    assert (settings.resume, settings.parallel) == (True, 2)
+    path.write_text("dataset: datasets/demo/digits\nresume: true\nversions: {}\n")  # the record of a resumed run
+    assert not parse_sequential(["--config", str(path)]).resume

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader, TensorDataset
 
+import taps
 from taps.data.classification.folders import find_tasks
 from taps.data.classification.images import ImageSet, choose_stratified
 from taps.metrics.accuracy import average_precision
@@ -135,3 +136,14 @@ def test_what_takes_one_label_says_so(script, more, message, squares, here, tmp_
     assert message in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert not (tmp_path / "results/run").exists()
+
+
+def test_a_table_without_any_label_is_one_line(tmp_path):
+    from taps.data.classification.folders import read_table
+
+    (tmp_path / "empty.csv").write_text("path,labels\na.png,\nb.png,\n")
+    with pytest.raises(taps.UserError, match="column 'labels' names no label"):
+        read_table(tmp_path / "empty.csv")
+    (tmp_path / "one.csv").write_text("path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,test\n")
+    with pytest.raises(taps.UserError, match="lists no training images of class 'z'"):
+        read_table(tmp_path / "one.csv")

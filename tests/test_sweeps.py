@@ -153,3 +153,30 @@ def test_multi_task_runs_over_seeds_and_policies(here, tmp_path):
     assert [path.is_dir() for path in found] == [True, False], "the second run has the first one's reference"
     assert "--seed and --seeds exclude" in here(*line, "--seeds", 0, "--seed", 1, check=2).stderr
     assert "--seeds names 1 twice" in here(*line, "--seeds", 1, 1, check=2).stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_is_replaced_only_by_one_that_can_run(tree, here, tmp_path):
+    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 1, "--warmup_epochs", 0)
+    root = tmp_path / "results/s"
+    wrong = here(*line, "--lam", 1, 2, "--experiment_name", "s", "--layers", "nothing", check=2)
+    assert "matches none" in wrong.stderr
+    assert not root.exists()
+    here(*line, "--lam", 1, 2, "--experiment_name", "s")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    here(*line, "--lam", 1, 2, "--experiment_name", "s", "--overwrite", "--layers", "nothing", check=2)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    here(*line, "--method", "finetune", "--resume", "--experiment_name", "s")
+    assert (root / "finetune/summary.json").is_file()
+    here(*line, "--lam", 1, "--experiment_name", "s/mine")
+    refused = here(*line, "--lam", 1, 2, "--experiment_name", "s", "--overwrite", check=2).stderr
+    assert "also holds the run mine; move that away before overwriting" in refused
+    assert (root / "mine/summary.json").is_file()
+
+
+def test_close_values_have_different_names():
+    names = [
+        own.experiment_name
+        for own in sweep.runs(parse_sequential(["--dataset", ".", "--lam", "0.1234567", "0.12345671", "1"]))
+    ]
+    assert [name.rpartition("/")[2] for name in names] == ["lam0.1234567", "lam0.12345671", "lam1"]

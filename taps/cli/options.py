@@ -25,6 +25,8 @@ S = TypeVar("S", bound=Settings)
 A = TypeVar("A", bound=AdaptationSettings)
 
 _STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
+#: settings that have no effect with a budget
+_OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
 #: entries of settings.json that are not settings, or are derived from others
 _DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
 
@@ -166,6 +168,8 @@ def _given(
     convert = _from_published if kind is MultiTaskSettings else None
     ignore = bool(given.get("ignore_unknown"))
     stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, convert)
+    if _keeps_only_a_budget({**stored, **given}):  # settings.yaml has their defaults
+        stored = {name: value for name, value in stored.items() if name not in _OF_PENALTIES}
     beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
     if beaten:
         warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
@@ -224,6 +228,11 @@ def _has_budget(given: Mapping[str, Any]) -> bool:
     return given.get("budget") is not None or "taps_budget" in _as_list(given.get("method"))
 
 
+def _keeps_only_a_budget(given: Mapping[str, Any]) -> bool:
+    methods = _as_list(given.get("method"))
+    return methods == ["taps_budget"] or (given.get("budget") is not None and len(methods) <= 1)
+
+
 def _check_seeds(parser: Parser, given: dict[str, Any]) -> None:
     """Refuse both ``--seed`` and ``--seeds``; a ``--config`` file of an earlier run always has the former."""
     if given.get("seeds") is None or "seed" not in given:
@@ -245,8 +254,8 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     for name in methods:
         if name not in catalog():
             parser.error(f"argument --method: {not_one_of(name, catalog())}")
-    only_budgets = methods == ["taps_budget"] or (budget is not None and len(methods) == 1)
-    for name in ("lam", "warmup_epochs", "settle_epochs", "score_lr", "patience", "ema_decay"):
+    only_budgets = _keeps_only_a_budget({"method": methods, "budget": budget})
+    for name in (*_OF_PENALTIES, "patience", "ema_decay"):
         if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
             parser.error(f"--{name} is not used with a budget: leave one of them out")
     _check_seeds(parser, given)

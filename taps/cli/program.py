@@ -59,8 +59,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def choose_gpus(numbers: Sequence[int] | None) -> bool:
     """Let this process see only these GPUs, and return whether they are several. To be called before torch is imported."""
-    if numbers:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, numbers)))
+    if numbers and "WORLD_SIZE" not in os.environ:  # else the process that started this one has chosen
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if visible and max(numbers) >= len(visible):
+            raise UserError(f"--gpus {max(numbers)} is not among the {len(visible)} GPUs of CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[n] if visible else str(n) for n in numbers)
     return numbers is not None and len(numbers) > 1
 
 

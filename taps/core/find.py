@@ -116,7 +116,15 @@ def find_layers(net: nn.Module) -> list[Found]:
             return
         seen.add(id(module))
         if isinstance(module, _LAYERS):
-            found.append(Found(name, module, tuple(parameter for parameter, _ in module.named_parameters())))
+            norms = [
+                inner_name for inner_name, inner in module.named_modules() if inner is not module and is_norm(inner)
+            ]
+            own = tuple(
+                parameter
+                for parameter, _ in module.named_parameters()
+                if not any(parameter.startswith(f"{norm}.") for norm in norms)  # these belong to the norm
+            )
+            found.append(Found(name, module, own))
             return
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)
@@ -131,9 +139,13 @@ def find_everything(net: nn.Module) -> list[Found]:
     inside = {id(module) for layer in layers for module in layer.module.modules()}
     inside |= {id(inner) for module in net.modules() if is_norm(module) for inner in module.modules()}
     loose = []
+    lists = (nn.ParameterList, nn.ParameterDict)
     for name, module in net.named_modules():
         own = tuple(parameter for parameter, _ in module.named_parameters(recurse=False))
-        if own and id(module) not in inside:
+        for child_name, child in module.named_children() if not isinstance(module, lists) else ():
+            if isinstance(child, lists):  # not called, but read by the module that holds it
+                own += tuple(f"{child_name}.{parameter}" for parameter, _ in child.named_parameters())
+        if own and id(module) not in inside and not isinstance(module, lists):
             loose.append(Found(name, module, own))
     order = {id(module): position for position, module in enumerate(net.modules())}
     return sorted(layers + loose, key=lambda unit: order[id(unit.module)])

@@ -6,6 +6,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from taps.core.unit import GatedUnit
 from taps.core.wrap import wrap
 from taps.errors import UserError, unknown
 
+_SHAPELESS = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -61,7 +63,7 @@ class Network(nn.Module):
         self, net: nn.Module, method: Method, norm: str, layers: str | None, options: dict, train_base: bool
     ) -> None:
         super().__init__()
-        lazy = [name for name, p in net.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+        lazy = [name for name, tensor in _tensors(net) if isinstance(tensor, _SHAPELESS)]
         if lazy:
             raise UserError(
                 f"{lazy[0]!r} has no shape yet, since its module is lazy: run one batch through the network before adapting it"
@@ -162,6 +164,8 @@ class Network(nn.Module):
         self.check_new_task(task)
         if (num_classes is None) == (head is None):
             raise UserError(f"task {task!r}: give either num_classes or head")
+        if head is not None and not isinstance(head, nn.Module):
+            raise UserError(f"task {task!r}: head must be an nn.Module, not {type(head).__name__}")
         dtype = self.head_type(is_own=head is not None)
         if head is None:
             number = _whole_number(num_classes)
@@ -175,13 +179,17 @@ class Network(nn.Module):
             with torch.inference_mode(False):
                 head = nn.Linear(self.num_features, number)
         like = next(self.backbone.parameters(), None)
-        with torch.inference_mode(False):  # inference tensors cannot be trained
-            for unit, gate in zip(self._units, self.make_gates(), strict=True):
-                unit.add_task(task, gate)
-            for norm in self._norms:
-                norm.add_task(task)
-            self.heads[task] = head.to(like.device, dtype) if like is not None else head
-            head.train(self.training)
+        try:
+            with torch.inference_mode(False):  # inference tensors cannot be trained
+                for unit, gate in zip(self._units, self.make_gates(), strict=True):
+                    unit.add_task(task, gate)
+                for norm in self._norms:
+                    norm.add_task(task)
+                self.heads[task] = head.to(like.device, dtype) if like is not None else head
+                head.train(self.training)
+        except BaseException:
+            self.forget(task)
+            raise
 
     def make_gates(self, policy: Sequence[float | Sequence[float]] | None = None) -> list[Gate]:
         """Make one task's gates in network order; with a policy, gates that follow it.
@@ -253,13 +261,13 @@ class Network(nn.Module):
 
     def forget(self, task: str) -> None:
         """Remove everything that belongs to ``task``, even if it was only partly added."""
+        if task in self.heads:  # first, so that no call begins that finds only parts of the task
+            del self.heads[task]
         self.policies.pop(task, None)
         self.origins.pop(task, None)
         self.encoded.pop(task, None)
         for module in (*self._units, *self._norms):
             module.remove_task(task)
-        if task in self.heads:
-            del self.heads[task]
 
     def settle(self, task: str) -> None:
         """Prepare for a task that is no longer trained, on a base that is no longer trained: hold W + δ instead of δ."""
@@ -456,13 +464,17 @@ def inner_first(modules: Iterable[GatedUnit | TaskNorm]) -> list[GatedUnit | Tas
     return sorted(modules, key=lambda module: -len(module.name.split(".")) * bool(module.name))
 
 
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
 def _with_buffers(backbone: nn.Module) -> Iterable[nn.Module]:
     """Yield modules of the base with buffers that training could change, except norms, which handle their own."""
     if isinstance(backbone, Place):
         backbone = backbone.base
     for child in backbone.children():
         yield from () if isinstance(child, TaskNorm) else _with_buffers(child)
-    if any(buffer is not None and buffer.is_floating_point() for buffer in backbone._buffers.values()):
+    if any(buffer is not None for buffer in backbone._buffers.values()):
         yield backbone
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from taps.core.execution import Place, State
@@ -88,7 +89,10 @@ class TaskNorm(Place):
         self._always.discard(task)
         self._fading.pop(task, None)
         if task in self.norms:
+            norm = self.norms[task]
             del self.norms[task]
+            if all(self.norms[other] is not norm for other in self.norms):
+                self._contents.pop(id(norm), None)
 
     def share(self, groups: list[list[str]]) -> None:
         """Give each group of tasks its own copy, or none if there is only one group; a group that has one keeps it."""
@@ -141,11 +145,12 @@ class TaskNorm(Place):
         # Without inner modules the dictionaries give the same tensors in a fraction of the time.
         plain = (norm._parameters.values(), norm._buffers.values())
         held = chain(norm.parameters(), norm.buffers()) if norm._modules else chain(*plain)
-        tensors = [tensor for tensor in held if tensor is not None and tensor.dim()]
+        tensors = [tensor for tensor in held if tensor is not None and tensor.is_floating_point()]
         version = tuple((id(tensor), tensor._version) for tensor in tensors)
         known = self._contents.get(id(norm))
         if known is None or known[0] != version:
-            contents = hash(tuple(tensor.detach().float().cpu().numpy().tobytes() for tensor in tensors))
+            flat = (tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in tensors)
+            contents = hash(tuple(tensor.numpy().tobytes() for tensor in flat))
             known = self._contents[id(norm)] = (version, contents)
         return known[1]
 

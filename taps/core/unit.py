@@ -9,8 +9,10 @@ knowing its type: it calls a shallow copy of the module with other parameters. T
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
@@ -68,8 +70,7 @@ class GatedUnit(Place):
         self.base, self.shortcut = base, shortcut if shortcut is not None else nn.Identity()
         self.gates, self.deltas = TaskDict(), TaskDict()
         self.ready: dict[str | None, nn.Module] = {}
-        #: whether the module has buffers that calls may change although the base is frozen, as spectral norm does
-        self.changes_itself = False
+        self.changes_itself = False  # whether calls change its buffers, as those of spectral norm do
 
     def _effective(self, task: str | None, decision: Decision) -> nn.Module:
         """Return f(·; W + specific ⊙ δ)."""
@@ -180,21 +181,20 @@ class GatedUnit(Place):
     def attribute(self, name: str):
         """Return an attribute of the base; parameters with deltas have their effective value for the current task."""
         read = self.state.execution.read
-        if name in self.parameter_names:
+        if name in self.parameter_names or (len(self.deltas) and inspect.ismethod(getattr(self.base, name, None))):
             return read(partial(self._read, name=name))
         inner = [own.removeprefix(f"{name}.") for own in self.parameter_names if own.startswith(f"{name}.")]
         if inner and self.state.call is not None:  # e.g. attention.out_proj.weight, which fast paths read
             return SimpleNamespace(**{own: read(partial(self._read, name=f"{name}.{own}")) for own in inner})
         return getattr(self.base, name)
 
-    def _read(self, task: str | None, name: str) -> Tensor:
-        base = self.base.get_parameter(name)
+    def _read(self, task: str | None, name: str):
         if task is None or task not in self.gates:
-            return base
+            return attrgetter(name)(self.base)
         decision = self.gates[task](None, self.state)
         if isinstance(decision.run, Tensor) or decision.run != 1.0:
             raise UserError(
                 f"unit {self.name!r} ({type(self.base).__name__}) cannot be skipped: the module around it reads its "
                 f"{name} instead of calling it; leave it out with layers="
             )
-        return self.effective_parameters(task, decision).get(name, base)
+        return attrgetter(name)(self._effective(task, decision))

@@ -69,7 +69,5 @@ def wrap(
         wrapper.shortcut = replacement.get(id(wrapper.shortcut), wrapper.shortcut)
         inner = list(wrapper.base.modules())
         holds_places = any(isinstance(module, Place) for module in inner)
-        wrapper.changes_itself = (
-            frozen and not holds_places and any(b.is_floating_point() for b in wrapper.base.buffers())
-        )
+        wrapper.changes_itself = frozen and not holds_places and next(wrapper.base.buffers(), None) is not None
     return replacement.get(id(net), net), units, norms

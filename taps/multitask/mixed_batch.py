@@ -127,10 +127,13 @@ class Mixable:
         unit and norm, and in the output, the first half of the rows must stay the same and the second half must change: then
         every row belongs to one sample, and samples are in order. Sequence-first transformers, for example, fail this test.
         """
-        shapes = tuple(tensor.shape[1:] for tensor in tensors((args, kwargs)))
-        if shapes not in self.reasons:
-            self.reasons[shapes] = self._find_out(model, args, kwargs)
-        return self.reasons[shapes]
+        leaves, _ = flatten((args, kwargs))
+        key = (len(args), *kwargs, *map(_kind, leaves))
+        if key not in self.reasons:
+            if len(self.reasons) >= 256:  # an argument that differs from call to call
+                self.reasons.clear()
+            self.reasons[key] = self._find_out(model, args, kwargs)
+        return self.reasons[key]
 
     @torch.no_grad()
     def _find_out(self, model: Network, args: tuple, kwargs: dict) -> str | None:
@@ -165,6 +168,13 @@ class Mixable:
             if not kept or torch.equal(before[half:], after[half:]):
                 return "the rows of some layer's input are not the samples, one after another"
         return None
+
+
+def _kind(leaf: object) -> object:
+    """Return what a network may depend on besides the values of a tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape[1:], leaf.dtype
+    return leaf if isinstance(leaf, Hashable) else type(leaf)
 
 
 def _is_opaque(leaf: object) -> bool:

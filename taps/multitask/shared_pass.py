@@ -314,9 +314,22 @@ def outputs(model: Network, view: SharedView, args: tuple, kwargs: dict, tasks: 
     args, kwargs = outside_of_inference(args, kwargs)
     shared, found = SharedPass(tasks), {}
     with _outside_of_inference():
-        for task in tasks:
-            found[task] = run_head(model.heads[task], view.run(OneOfSeveral(task, shared), args, kwargs))
+        for task, given in zip(tasks, _unchanged(args, kwargs), strict=False):
+            found[task] = run_head(model.heads[task], view.run(OneOfSeveral(task, shared), *given))
     return found
+
+
+def _unchanged(args: tuple, kwargs: dict) -> Iterator[tuple[tuple, dict]]:
+    """Yield a call's inputs again and again, as copies once a network has changed them in place."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        while True:
+            yield args, kwargs
+    before, versions = map_tensors(torch.clone, (args, kwargs)), _versions(tensors((args, kwargs)))
+    while True:
+        yield args, kwargs
+        if _versions(tensors((args, kwargs))) != versions:
+            args, kwargs = map_tensors(torch.clone, before)  # type: ignore[misc]
+            versions = _versions(tensors((args, kwargs)))
 
 
 @contextmanager
@@ -379,8 +392,9 @@ class Predictor(nn.Module):
         args, kwargs = outside_of_inference((x,), inputs)
         shared, found = SharedPass(self.tasks), {}
         with _outside_of_inference():
-            for task, view, head in zip(self.tasks, self._views, self.heads, strict=True):
-                found[task] = run_head(head, view.run(OneOfSeveral(task, shared), args, kwargs))
+            each = zip(self.tasks, self._views, self.heads, _unchanged(args, kwargs), strict=False)
+            for task, view, head, given in each:
+                found[task] = run_head(head, view.run(OneOfSeveral(task, shared), *given))
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -156,8 +157,9 @@ class ToRGB:
     def __call__(self, image: Image.Image) -> Image.Image:
         if self.published:
             return image.convert("RGB")
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        with suppress(Exception):  # a damaged block of metadata says nothing about the pixels
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

@@ -21,6 +21,7 @@ from taps.runs import setup
 from taps.runs.adaptation import measure
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings
 from taps.storage import certificate, files, run_folder
+from taps.storage.library import Library
 from taps.task_model import TaskModel
 
 #: name of the exported program with one output per task
@@ -93,12 +94,12 @@ def verify(folder: Path, descriptions: dict[str, dict], names: list[str], say: C
         raise SystemExit(1)
     say(f"base: {len(stored)} tensors, bit for bit")
     model, _ = setup.load_run(folder, [])
-    wrong = 0
+    folders, wrong = Library([folder]).folders, 0
     for name in names:
         if "probe" not in descriptions[name]:
             raise UserError(f"{folder / name}: the task has no certificate; its run did not end")
         try:
-            model.load_task(folder / name, name=name)
+            model.load_task(folders.get(name, folder / name), name=name)
             problem = certificate.check_task(model.eval(), name, descriptions[name]["probe"])
         except UserError as error:
             problem = f"not loaded: {error}"
@@ -148,7 +149,8 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
     labels = {
         name: {key: model.about(name).get(key) for key in ("classes", "preprocessing", "metric")} for name in names
     }
-    files.write_json(target / "labels.json", labels)
+    known = files.read_json(target / "labels.json") if (target / "labels.json").is_file() else {}
+    files.write_json(target / "labels.json", {**known, **labels})
     say(f"{target / 'labels.json'}: class names and preprocessing of each task")
     image = torch.zeros(2, 3, options.input_size, options.input_size)
     shapes = ({0: torch.export.Dim("batch", min=1)},)

@@ -82,6 +82,9 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
 
 
 def _check_free(names: Sequence[str], out: Path, settings: ImportSettings) -> None:
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise UserError(f"two tasks would have the name {twice[0]!r}; name them with --tasks")
     for name in names:
         if (out / name).exists() and not settings.overwrite:
             raise UserError(f"{out / name} exists; replace it with --overwrite, or choose another --out or --tasks")

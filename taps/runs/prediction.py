@@ -153,8 +153,8 @@ def classify(
 
 def _reason(message: str) -> str:
     """Return the reason in an error message of :func:`read_image`."""
-    start, end = message.find("("), message.rfind(")")
-    return message[start + 1 : end] if 0 <= start < end else message
+    _, said, reason = message.rpartition(" cannot be read (")
+    return reason.removesuffix(")") if said else message
 
 
 def ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple[tuple[str, float], ...]]:

@@ -46,6 +46,7 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
     runs = [_with_method(own) for own in sweep.runs(settings)]
     accelerator = make_accelerator(runs[0])
     tasks: dict[int, list[TaskData]] = {}  # by the seed, which divides them
+    checked: set[tuple] = set()
     for own in runs:
         if own.method == "hard_sharing" and not train_base:
             raise UserError("method hard_sharing trains all tasks together: use train_joint.py")
@@ -59,8 +60,11 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
             raise UserError(
                 f"task {several[0]}: images with several labels are for tasks trained one by one; use train_sequential.py"
             )
-        if own.budget is not None:
-            check_budget(own, adapted(own, make_base(own), train_base), tasks[own.seed])
+        if own.budget is not None or (len(runs) > 1 and (own.method, own.norm) not in checked):
+            checked.add((own.method, own.norm))
+            model = adapted(own, make_base(own), train_base)  # mistakes are said before earlier runs are replaced
+            if own.budget is not None:
+                check_budget(own, model, tasks[own.seed])
     with StopSignals() as stop, sweep.shared_start(settings, accelerator) as fork:
         prepared = [Run(own, make_accelerator(own), tasks[own.seed], stop, fork(own)) for own in runs]
         if isinstance(settings, SequentialSettings) and (settings.parallel or settings.address):

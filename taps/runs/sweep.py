@@ -12,6 +12,7 @@ differ in the size of ``--budget``.
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from tabulate import tabulate
 
 from taps.core.method import no_penalty
 from taps.errors import UserError
-from taps.methods.registry import method_of
+from taps.methods.registry import catalog, method_of
 from taps.methods.taps_budget import read_size
 from taps.plots import layers as layer_plots
 from taps.plots import style
@@ -84,16 +85,24 @@ def runs(options: A) -> list[A]:
         for lam, size, seed in itertools.product(
             lams if method in penalised else [AdaptationSettings.lam], sizes, seeds
         ):
+            short = f"{lam:g}" if float(f"{lam:g}") == lam else repr(lam)
             own = {
                 method: len(methods) > 1 or any(other.startswith(method) for other in earlier),
-                f"lam{lam:g}": method in penalised and (len(lams) > 1 or any("lam" in other for other in earlier)),
+                f"lam{short}": method in penalised and (len(lams) > 1 or any("lam" in other for other in earlier)),
                 str(size): size is not None,
                 f"seed{seed}": options.seeds is not None or any("seed" in other for other in earlier),
             }
-            name = "_".join(text for text, is_part in own.items() if is_part)
+            name = "_".join(text for text, is_part in own.items() if is_part) or method
             values = {"method": method, "lam": lam, "budget": size, "seed": seed, "seeds": None}
             found.append(replace(options, **values, experiment_name=f"{options.experiment_name}/{name}"))
     return found
+
+
+def _is_of_a_sweep(name: str) -> bool:
+    """Return whether a run's name is one that :func:`runs` gives."""
+    methods = "|".join(sorted(catalog(), key=len, reverse=True))
+    part = rf"(?:{methods}|lam[\d.e+-]+|[\d.]+(?:%|[kmg]?i?b)?|seed\d+)"
+    return re.fullmatch(rf"{part}(?:_{part})*", name) is not None
 
 
 def _several(value: object) -> list:
@@ -131,8 +140,16 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
                 f"experiment folder {path} exists; continue it or add runs with --resume, replace it with --overwrite, or "
                 "choose another --experiment_name"
             )
-        for name in _earlier(options) if options.overwrite else ():
-            shutil.rmtree(path / name)
+        replaced = _earlier(options) if options.overwrite else []
+        other = [name for name in replaced if not _is_of_a_sweep(name)]
+        if other:
+            raise UserError(f"{path} also holds the run {other[0]}; move that away before overwriting")
+        locked = [run_folder.RunFolder(path / name) for name in replaced]
+        for folder in locked:
+            folder.lock()
+        for folder in locked:
+            shutil.rmtree(folder.path)
+            folder.release()
         settings = {name: value for name, value in as_dict(options).items() if name not in (*SWEPT, "seeds")}
         opened = run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
     accelerator.wait_for_everyone()

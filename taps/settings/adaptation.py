@@ -83,7 +83,7 @@ class Optimization(Settings):
     patience: int | None = setting(None, "stop a task after N epochs without a better validation result", int, low=1, metavar="N", shown="never")
     eval_epochs: int = setting(1, "validate every N epochs and after the last", int, low=1, metavar="N")
     limit_batches: int | None = setting(None, "use only N batches per epoch and N per evaluation, for trial runs", int, low=1, metavar="N")
-    seed: int = setting(0, "random seed", int, low=0, metavar="N")
+    seed: int = setting(0, "random seed", int, low=0, high=2**32 - 1, metavar="N")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Sweep(Settings):
     """Several runs from one command."""
 
     title: ClassVar[str] = "training"
-    seeds: list[int] | None = setting(None, "instead of --seed: one run for each seed, and their means and standard deviations at the end", int, low=0, nargs="+", metavar="N", shown="one run")
+    seeds: list[int] | None = setting(None, "instead of --seed: one run for each seed, and their means and standard deviations at the end", int, low=0, high=2**32 - 1, nargs="+", metavar="N", shown="one run")
 
 
 @dataclass(frozen=True)

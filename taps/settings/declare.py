@@ -451,7 +451,7 @@ def read_config(
     for name, value in (values if converted is None else converted).items():
         if name in known:
             try:
-                if known[name].repeats:
+                if known[name].repeats or "versions" not in values:  # the record of a run has all of them
                     found[name] = check(name, value, known[name])
             except ValueError as error:
                 raise UserError(f"{path}, line {lines.get(name, 1)}: {name}: {error}") from None

@@ -161,8 +161,8 @@ class BenchmarkTraining(PolicyTraining):
     positive_weights: dict[str, float] | None = setting(None, "mimic3: factors on the loss of positive labels", "weights", nargs="+", metavar="TASK=X")
     loss_at: str | None = setting(None, "size at which maps are compared with labels: the network's output (published) or the label", choices=("output", "label"))
     delta_lr: float | None = setting(None, "sparse_delta: learning rate of the weights whose gates are open in the end", float, low=0, above=True, metavar="X", shown="as --lr")
-    seed: int = setting(0, "random seed", int, low=0, metavar="N")
-    seeds: list[int] | None = setting(None, "instead of --seed: one run for each seed, and their means and standard deviations at the end", int, low=0, nargs="+", metavar="N", shown="one run")
+    seed: int = setting(0, "random seed", int, low=0, high=2**32 - 1, metavar="N")
+    seeds: list[int] | None = setting(None, "instead of --seed: one run for each seed, and their means and standard deviations at the end", int, low=0, high=2**32 - 1, nargs="+", metavar="N", shown="one run")
 
 
 @dataclass(frozen=True)

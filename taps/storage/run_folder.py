@@ -200,12 +200,6 @@ class RunFolder:
         free = FREE_ON_RESUME
         if "data" in wanted:  # the same images may lie elsewhere
             free += ("dataset", "data")
-            known = stored.get("data") or wanted["data"]  # not stored before version 0.11
-            changed = [task for task, own in wanted["data"].items() if own != known.get(task)]
-            if changed:
-                raise UserError(
-                    f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
-                )
         before = {**(defaults or {}), **stored}  # settings that are newer than the run have their defaults
         longer = wanted.get("epochs", 0) > before.get("epochs", math.inf)
         if longer and (before.get("budget") is not None or before.get("variant") == "lite"):
@@ -220,6 +214,12 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be resumed with other settings: {listed}; leave these as they were, or start again with "
                 "--overwrite or another --experiment_name"
+            )
+        known = stored.get("data") or {}  # not stored before version 0.11
+        changed = [task for task, own in wanted.get("data", {}).items() if task in known and own != known[task]]
+        if changed:
+            raise UserError(
+                f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
             )
         return longer
 

@@ -568,7 +568,7 @@ def _fill(
             norms.append(norm)
             if not trainable:
                 norm.use_always(task)
-    model.heads[task] = head.to(like.device, model.head_type(is_own=False)).train(model.training)
+    head = head.to(like.device, model.head_type(is_own=False)).train(model.training)
     by_name = {unit.name: unit for unit in model.units}
     fill_columns("gate", tensors, [by_name[name].gates[task].state_dict() for name in listed], path)
     small = {key: EncodedDelta(name, tensors[key]) for key, name in encodings.items() if not key.startswith("delta/")}
@@ -588,7 +588,8 @@ def _fill(
     if tensors:
         raise UserError(f"{path} holds tensors this base has no place for: {', '.join(sorted(tensors)[:5])}")
     if not trainable:
-        for module in model.task_modules(task):
+        for module in (*model.task_modules(task), head):
             module.requires_grad_(False)
         if not model.train_base:
             model.settle(task)
+    model.heads[task] = head  # last, so that no call begins that finds only parts of the task

@@ -143,7 +143,7 @@ def fit(
         criterion = CrossEntropy(plan.label_smoothing)
     outputs = getattr(model.heads[task], "out_features", None)
     default = criterion is nn.functional.cross_entropy or isinstance(criterion, CrossEntropy)
-    norms = any(isinstance(norm.base, nn.modules.batchnorm._BatchNorm) for norm in model.task_norms)
+    norms = any(isinstance(norm.norms.get(task), nn.modules.batchnorm._BatchNorm) for norm in model.task_norms)
     own = (task, outputs, plan.seed, accelerator, default)
     train = UserLoader(train_loader, "train_loader", *own, has_norms=norms)
     validation = None if val_loader is None else UserLoader(val_loader, "val_loader", *own)

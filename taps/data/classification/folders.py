@@ -218,6 +218,9 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
     samples = {split: tuple(found) for split, found in splits.items()}
     if not samples["train"]:
         raise UserError(f"{path} lists no training images")
+    untrained = set(range(len(classes))) - {label for _, label in samples["train"]} if "label" in columns else set()
+    if untrained:
+        raise UserError(f"{path} lists no training images of class {classes[min(untrained)]!r}")
     task = TaskData(
         name=task_name(path.stem),
         classes=tuple(classes),
@@ -250,6 +253,8 @@ def _labels(path: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict]]
             return {name.strip() for name in re.split(r"[;|]", row["labels"])} - {""}
 
         classes = sorted({name for _, row in rows for name in named(row)})
+        if not classes:
+            raise UserError(f"{path}: column 'labels' names no label")
         return classes, lambda line, row: tuple(int(name in named(row)) for name in classes)
     classes = [name for name in columns if name and name not in ("path", "split")]
 
