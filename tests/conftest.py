@@ -118,6 +118,7 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
         gc.freeze()
     out, err = io.StringIO(), io.StringIO()
     AcceleratorState._reset_state(reset_partial_state=True)
+    threshold = gc.get_threshold()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
@@ -127,6 +128,7 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
         except SystemExit as ended:
             status = ended.code or 0
         finally:
+            gc.set_threshold(*threshold)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             AcceleratorState._reset_state(reset_partial_state=True)

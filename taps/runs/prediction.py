@@ -154,7 +154,7 @@ def classify(
 def _reason(message: str) -> str:
     """Return the reason in an error message of :func:`read_image`."""
     _, said, reason = message.rpartition(" cannot be read (")
-    return reason.removesuffix(")") if said else message
+    return reason[: reason.rfind(")")] if said else message
 
 
 def ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple[tuple[str, float], ...]]:
