@@ -599,7 +599,7 @@ def test_a_refused_task_leaves_nothing():
     with pytest.warns(UserWarning, match="is dropped"):
         model = taps.adapt(net)
     names = set(model.state_dict())
-    with pytest.raises(taps.UserError, match=r"head must be an nn\\.Module, not function"):
+    with pytest.raises(taps.UserError, match=r"head must be an nn\.Module, not function"):
         model.add_task("a", head=lambda x: x)
     with pytest.raises(RuntimeError):
         model.add_task("a", head=Refusing())
