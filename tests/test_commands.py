@@ -17,6 +17,7 @@ from conftest import ROOT, SMALL, trained_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import taps
 from taps.storage.run_folder import read_run
 
 
@@ -568,3 +569,35 @@ def test_what_cannot_be_extended_is_one_line(tree, here, tmp_path):
     here(*line)
     done = here(*line, "--resume", "--epochs", 4, check=2)
     assert "cannot be extended to 4 epochs: a budget divides all epochs into parts" in done.stderr
+
+
+def test_a_renamed_task_folder_is_the_same_task(finished, here, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0] / "results/run", folder)
+    (folder / "paint").rename(folder / "renamed")
+    assert "paint: answers bit for bit" in here("evaluate.py", folder, "--verify").stdout
+    here("evaluate.py", folder, "--no_test", "--tasks", "ink-2", "--export", "out")
+    here("evaluate.py", folder, "--no_test", "--tasks", "paint", "--export", "out")
+    labels = json.loads((tmp_path / "out/labels.json").read_text())
+    assert {name: len(own["classes"]) for name, own in labels.items()} == {"ink-2": 4, "paint": 3}
+
+
+def test_numbers_of_gpus_count_within_the_visible_ones(monkeypatch):
+    from taps.cli.program import choose_gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6")
+    with pytest.raises(taps.UserError, match="--gpus 3 is not among the 3 GPUs"):
+        choose_gpus([3])
+    assert choose_gpus([2, 0])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-6,4"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a process of the run, which has its GPUs
+    choose_gpus([2, 0])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-6,4"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert not choose_gpus([1])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_a_seed_too_large_is_one_line(here):
+    assert "--seed" in here("train_sequential.py", "--seed", 10**23, check=2).stderr

@@ -538,3 +538,18 @@ def test_an_origin_makes_the_network_again():
     for one, other in zip(net.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert np.isclose(again.patch_embed.img_size, 64).all()
+
+
+def test_a_file_name_may_have_parentheses(finished, here, tmp_path):
+    for name in ("a (1).png", "b (cannot be read (2)).png"):
+        (tmp_path / name).write_bytes(b"no image")
+        done = here("taps.cli.predict", finished[0] / "results/run", name, check=2)
+        assert done.stderr == f"error: image {name} cannot be read (not an image of a known format)\n"
+
+
+def test_fit_takes_a_last_batch_of_one_where_no_batch_norm_learns():
+    samples = [(torch.randn(3, 32, 32), index % 3) for index in range(5)]
+    model = taps.adapt(timm.create_model("test_resnet", pretrained=False, num_classes=0), "linear_probe")
+    model.add_task("a", 3)
+    taps.fit(model, "a", DataLoader(samples, 4), epochs=1)
+    assert not model.training

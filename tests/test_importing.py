@@ -224,3 +224,16 @@ def test_what_cannot_be_imported_is_one_line(small, here, tmp_path, arguments, m
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_two_files_of_one_name_have_to_be_told_apart(small, here, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        torch.save(tuned(small).state_dict(), tmp_path / folder / "model.pth")
+    files = ("a/model.pth", "b/model.pth", "--from", "state_dict", *ARGUMENTS)
+    assert (
+        "two tasks would have the name 'model'; name them with --tasks"
+        in here("taps.cli.import_tasks", *files, check=2).stderr
+    )
+    here("taps.cli.import_tasks", *files, "--tasks", "a", "b")
+    assert taps.load(tmp_path / "results/imported").tasks == ["a", "b"]

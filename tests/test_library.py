@@ -199,3 +199,11 @@ def test_mistakes_of_the_commands_are_one_line(copied, here, tmp_path):
     other.save_task("small", tmp_path / "small")
     done = here("taps.cli.tasks", "compare", copied / "task-00", tmp_path / "small", check=2)
     assert "different networks" in done.stderr
+
+
+def test_norms_forget_tasks_that_are_removed(shelf):
+    model = taps.adapt(network()).eval()
+    model.load_library(shelf[1], keep=2)
+    for name in NAMES:
+        model.predict(torch.randn(2, 6), tasks=[name, NAMES[0]])
+    assert all(len(norm._contents) <= held(model) for norm in model.task_norms)

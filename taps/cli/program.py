@@ -23,10 +23,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    gc.set_threshold(
-        50_000, 20, 20
-    )  # what imports make lives as long as the program; looking at all of it takes seconds,
-    atexit.register(gc.freeze)  # when it ends too
+    # What imports make lives as long as the program. Looking for garbage among it takes seconds, at the end too.
+    gc.set_threshold(50_000, 20, 20)
+    atexit.register(gc.freeze)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -21,7 +21,6 @@ from taps.runs import setup
 from taps.runs.adaptation import measure
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings
 from taps.storage import certificate, files, run_folder
-from taps.storage.library import Library
 from taps.task_model import TaskModel
 
 #: name of the exported program with one output per task
@@ -94,7 +93,7 @@ def verify(folder: Path, descriptions: dict[str, dict], names: list[str], say: C
         raise SystemExit(1)
     say(f"base: {len(stored)} tensors, bit for bit")
     model, _ = setup.load_run(folder, [])
-    folders, wrong = Library([folder]).folders, 0
+    folders, wrong = run_folder.task_folders(folder), 0
     for name in names:
         if "probe" not in descriptions[name]:
             raise UserError(f"{folder / name}: the task has no certificate; its run did not end")

@@ -18,8 +18,7 @@ from taps.settings.adaptation import AdaptationSettings, JointSettings, Sequenti
 from taps.settings.declare import build, declarations
 from taps.settings.multi_task import MultiTaskSettings
 from taps.storage.files import read_json
-from taps.storage.library import Library
-from taps.storage.run_folder import RunFolder, read_tasks
+from taps.storage.run_folder import RunFolder, read_tasks, task_folders
 from taps.task_model import TaskModel, adapt
 
 
@@ -133,7 +132,7 @@ def load_run(
     net, options = load_base(folder)
     prepare = make_preprocessing(options, net)
     model = adapt(net, options.method, norm=options.norm, layers=options.layers, train_base=False).to(device)
-    folders = Library([folder]).folders if names else {}
+    folders = task_folders(folder) if names else {}
     for name in names:
         model.load_task(folders.get(name, folder / name), name=name)
     return model.eval(), prepare

@@ -364,6 +364,11 @@ def summarise(descriptions: Mapping[str, dict]) -> dict:
     }
 
 
+def task_folders(path: Path) -> dict[str, Path]:
+    """Return the folder of each usable task in ``path`` by the task's name, which the folder need not have."""
+    return Library([path]).folders
+
+
 def read_tasks(path: Path) -> dict[str, dict]:
     """Return the descriptions (``task.json``) of a run's tasks, in training order.
 
