@@ -6,9 +6,9 @@ import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +84,10 @@ def adapt(
     if layers is not None and isinstance(net, nn.Module):  # before the classifier is removed
         choose(row.find_units(net, {**row.options, **options}), layers)
     net = backbones.create_backbone(net) if isinstance(net, str) else without_classifier(net)
-    return TaskModel(net, row, norm, layers, {**row.options, **options}, trains)
+    plain = {
+        name: value.item() if isinstance(value, (np.generic, Tensor)) else value for name, value in options.items()
+    }
+    return TaskModel(net, row, norm, layers, {**row.options, **plain}, trains)
 
 
 def load(
@@ -118,7 +121,12 @@ def load(
     tasks = [tasks] if isinstance(tasks, str) else tasks
     for name in tasks or ():
         if name not in library.folders:
-            raise unknown("task", name, library.folders)
+            damaged = [reason for folder, reason in library.refused.items() if folder.name == name]
+            raise (
+                UserError(f"task {name!r} cannot be used: {damaged[0]}")
+                if damaged
+                else unknown("task", name, library.folders)
+            )
     names = list(tasks or library.folders)
     library.folders = {name: library.folders[name] for name in names}
     library.descriptions = {name: library.descriptions[name] for name in names}
@@ -132,7 +140,8 @@ def load(
             model.load_task(library.folders[name], name=name)
     for name in names:
         if "preprocessing" not in found[name]:  # written before version 0.11: as the run's settings say
-            prepare = _from_settings(model, library.folders[name].resolve().parent, name)
+            usual = model.default_preprocessing(224).describe()
+            prepare = run_folder.older_preprocessing(usual, library.folders[name], name)
             model.describe_task(name, preprocessing=prepare)
     return model
 
@@ -164,7 +173,7 @@ def empty_model(
     beside = None if base is not None else _base_beside(folders[name])
     net = base if isinstance(base, nn.Module) else _build_base(folders[name], first["base"], base, beside is not None)
     try:
-        model = adapt(net, **_host(found), train_base=False).eval()
+        model = adapt(net, **host_options(found), train_base=False).eval()
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # an option of another type
@@ -186,14 +195,6 @@ def _about(description: dict, kept: Sequence[str] | None = None) -> dict:
     return {k: v for k, v in description.items() if k not in task_file.STRUCTURE and (kept is None or k in kept)}
 
 
-def _from_settings(model: TaskModel, run: Path, task: str) -> dict | None:
-    settings = run_folder.image_settings(run)
-    if settings is None:
-        return None
-    prepare = replace(model.default_preprocessing(settings["input_size"]), resize=settings["resize"])
-    return prepare.describe(stretch=settings["cropped"] or "cropped" in task.lower())
-
-
 def _base_beside(folder: Path) -> Path | None:
     """Return the file of a base that was trained with its tasks, if there is one beside the task in ``folder``."""
     paths = [parent / "base.safetensors" for parent in (folder, folder.resolve().parent)]
@@ -212,7 +213,7 @@ def _build_base(folder: Path, described: dict, weights: str | Path | None, is_em
     return rebuild(origin, weights or origin.get("path"), is_empty)
 
 
-def _host(descriptions: Mapping[str, dict]) -> dict:
+def host_options(descriptions: Mapping[str, dict]) -> dict:
     """Return arguments of :func:`adapt` for a model that can run all of these tasks."""
     made = [
         {key: description.get(key) for key in ("method", "norm", "layers")} for description in descriptions.values()
@@ -381,11 +382,13 @@ class TaskModel(Network):
         Raises:
             UserError: for an unknown task, or a number of names that is not B.
         """
+        if getattr(self, "_is_replica", False):
+            raise UserError("nn.DataParallel copies a model without its parameters; use DistributedDataParallel")
         args = () if x is _NONE else (x,)
         if not args and not inputs:
             raise UserError("the model was called without an input")
         if tasks is not None:
-            names = list(dict.fromkeys(tasks))
+            names = self._names(tasks)
             with self._loaded(names):
                 return shared_pass.outputs(self, self._shared, args, inputs, names)
         task = self.state.default if task is None else task
@@ -403,6 +406,10 @@ class TaskModel(Network):
                 return self.heads[names[0]](self.run(names[0], args, inputs))
             return mixed_batch.run_mixed(self, self._mixable, args, inputs, names)
 
+    def _names(self, tasks: Sequence[str] | None) -> list[str]:
+        """Return each of the tasks once; ``None``: all."""
+        return self.tasks if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+
     def predict(self, x=_NONE, tasks: Sequence[str] | None = None, **inputs) -> dict[str, Tensor]:
         """Return every task's output on the same batch, in evaluation mode and without gradients.
 
@@ -418,7 +425,7 @@ class TaskModel(Network):
         Returns:
             ``{task: output}`` in the order of ``tasks``.
         """
-        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        names = self._names(tasks)
         at_once = max(self._cache.keep if self._cache else len(names), 1)  # at most those that a library may hold
         args = () if x is _NONE else (x,)
         outputs = {}
@@ -437,7 +444,7 @@ class TaskModel(Network):
             ``macs``, the network's MACs for all tasks in one pass; ``macs_separate``, its MACs for one separate
             pass per task; ``macs_heads``, the MACs of the heads, which are added to either.
         """
-        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        names = self._names(tasks)
         with self._loaded(names), evaluating(self), torch.no_grad():
             self._shared.check_copies((x,), {})
             heads = separate = 0
@@ -456,7 +463,7 @@ class TaskModel(Network):
         Raises:
             ValueError: if a decision depends on the input, so that no fixed network is equivalent.
         """
-        names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+        names = self._names(tasks)
         with self._loaded(names), evaluating(self), torch.inference_mode(False):
             return shared_pass.predictor(self, names)
 
@@ -491,7 +498,7 @@ class TaskModel(Network):
             UserError: if a value is not finite, or ``max_error`` is out of range.
         """
         self.check_task(task)
-        about = {**self._about.get(task, {}), **(about or {})}
+        about = {**self._about.get(task, {}), **task_file.plain_entries(about or {})}
         task_file.save(self, task, Path(folder), about, max_error, compact, self._base_origin)
         self._about[task] = about
         return Path(folder)
@@ -563,13 +570,13 @@ class TaskModel(Network):
                 write_tensors(Path(folder) / "base.safetensors", self.base_state())
             return hub.upload(Path(folder), repository, private, message)
 
-    def load_library(self, *roots: str | Path, keep: int = 16) -> list[str]:
+    def load_library(self, *roots: str | Path, keep: int | None = None) -> list[str]:
         """Make every task stored in some folders available; each is loaded on first use.
 
         Args:
             roots: folders of tasks, or folders that contain such folders, e.g. ``"results/demo"``.
-            keep: largest number of them in memory at a time, the most recently used ones; > 0. A call that
-                needs more, such as a mixed batch or :meth:`predictor`, holds all that it needs.
+            keep: largest number of them in memory at a time, the most recently used ones; > 0; ``None``: as before, at first 16.
+                A call that needs more, such as a mixed batch or :meth:`predictor`, holds all that it needs.
 
         Returns:
             Names of the tasks that are now available.
@@ -578,6 +585,10 @@ class TaskModel(Network):
             UserError: if a root holds no task, or a name is taken. Damaged tasks, and those made for another base or
                 method, are left out with a warning that names them.
         """
+        if keep is None:
+            keep = self._cache.keep if self._cache else 16
+        if keep < 1:
+            raise UserError(f"keep must be at least 1, not {keep}")
         library = Library(roots)
         for name, folder in [*library.folders.items()]:
             try:

@@ -506,6 +506,19 @@ class Listed(nn.Module):
         return self.layer(x) * self.scales[0] + self.scales[1]
 
 
+class ByType(nn.Module):
+    """A network that treats its children by their types, as many hand-written ones do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu() if isinstance(layer, nn.Linear) else 2 * layer(x)
+        return x
+
+
 class Normed(nn.Linear):
     """A layer that contains a norm."""
 
@@ -529,8 +542,8 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize(
     "net",
-    [lambda: nn.Sequential(nn.Linear(4, 8), ScaleNorm(), nn.Linear(8, 6)), Asked, Listed, Normed, InPlace],
-    ids=["scalar norm", "asked", "listed", "normed layer", "in place"],
+    [lambda: nn.Sequential(nn.Linear(4, 8), ScaleNorm(), nn.Linear(8, 6)), Asked, Listed, ByType, Normed, InPlace],
+    ids=["scalar norm", "asked", "listed", "by type", "normed layer", "in place"],
 )
 def test_every_way_to_call_a_task_gives_the_same(net):
     model, x = with_tasks(net()), torch.randn(4, 4)
@@ -610,3 +623,216 @@ def test_a_refused_task_leaves_nothing():
 class Refusing(nn.Module):
     def to(self, *args, **kwargs):
         raise RuntimeError("not here")
+
+
+class Caching(nn.Module):
+    """A module that caches what it computes from a parameter in evaluation mode, as the attention of LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.biases, self.bias_cache = nn.Linear(4, 6), nn.Parameter(torch.zeros(6)), {}
+
+    def forward(self, x):
+        if "bias" not in self.bias_cache or self.training:
+            self.bias_cache["bias"] = self.biases.tanh()
+        return self.layer(x) + self.bias_cache["bias"]
+
+
+def test_what_a_module_caches_belongs_to_one_task():
+    model, x = with_tasks(nn.Sequential(Caching(), nn.Linear(6, 6))), torch.randn(2, 4)
+    model.features(x)
+    for task in ("a", "b", "a"):
+        torch.testing.assert_close(model(x, task=task), model.merge(task)(x))
+
+
+@pytest.mark.parametrize("kind", ["method", "partial"])
+def test_a_forward_of_its_own_sees_the_tasks_weights(kind):
+    from functools import partial
+    from types import MethodType
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias).relu()
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6))
+    net[0].forward = MethodType(forward, net[0]) if kind == "method" else partial(forward, net[0])
+    model, x = taps.adapt(net, "finetune"), torch.randn(2, 4)
+    model.add_task("a", 3)
+    before = model(x, task="a")
+    model(x, task="a").sum().backward()
+    delta = model.units[0].deltas["a"]["weight"]
+    assert delta.grad.abs().sum() > 0
+    delta.data.add_(1.0)
+    assert (model(x, task="a") - before).abs().max() > 1e-3
+
+
+class Options(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, positive=False, negative=False):
+        y = self.layer(x)
+        return y.relu() if positive else -y if negative else y
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.last = Options(), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.last(self.part(x, positive=True) + self.part(x, negative=True))
+
+
+def test_calls_that_differ_in_names_of_arguments_are_different_calls():
+    model, x = taps.adapt(CalledTwice(), "finetune", layers="last"), torch.randn(2, 4)
+    for task in ("a", "b"):
+        model.add_task(task, 3)
+    model.eval()
+    for task, output in model.predict(x).items():
+        torch.testing.assert_close(output, model(x, task=task))
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_gradients_of_a_shared_pass_reach_each_tasks_own_norm(mode):
+    model = taps.adapt(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6)), "norm_only")
+    for task in ("a", "b"):
+        model.add_task(task, 3)
+    outputs = model.train(mode)(torch.randn(2, 4), tasks=["a", "b"])
+    (outputs["a"].square().sum() + outputs["b"].square().sum()).backward()
+    for task in ("a", "b"):
+        assert model.task_norms[0].norms[task].weight.grad is not None
+
+
+def test_norms_changed_behind_autograd_are_seen():
+    model, x = (
+        taps.adapt(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6)), "norm_only"),
+        torch.randn(2, 4),
+    )
+    for task in ("a", "b"):
+        model.add_task(task, 3)
+    model.eval().predict(x)
+    for parameter in model.task_norms[0].norms["a"].parameters():
+        parameter.data.add_(0.5)
+    for task, output in model.predict(x).items():
+        torch.testing.assert_close(output, model(x, task=task))
+
+
+def test_a_frozen_base_keeps_dropout_in_training():
+    class Attention(nn.Module):
+        """As in Swin: a table of positions beside a functional dropout."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+            self.register_buffer("index", torch.arange(6))
+            self.register_buffer("mask", torch.zeros(6), persistent=False)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.layer(x)[:, self.index] + self.mask, 0.5, self.training)
+
+    model = taps.adapt(nn.Sequential(Attention()))
+    model.add_task("a", 3)
+    x = torch.ones(1, 4)
+    assert not torch.equal(model.train()(x, task="a"), model(x, task="a"))
+    assert torch.equal(model.eval()(x, task="a"), model(x, task="a"))
+
+
+def test_hooks_on_a_norm_are_called_for_tasks_too_until_they_are_removed():
+    class Watch:
+        def __init__(self):
+            self.seen = []
+
+        def hook(self, module, args, output):
+            self.seen.append(output.detach())
+
+    net, watch = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6)), Watch()
+    handle = net[1].register_forward_hook(watch.hook)
+    model = taps.adapt(net)
+    model.add_task("a", 2)
+    watch.seen.clear()
+    model(torch.randn(2, 4), task="a")
+    assert len(watch.seen) == 1
+    handle.remove()
+    model(torch.randn(2, 4), task="a")
+    assert len(watch.seen) == 1
+
+
+def test_a_gate_of_a_loaded_task_can_be_closed(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6))
+    model = with_tasks(copy.deepcopy(net), "taps")
+    for gate in model.gates("a"):
+        gate.set(True)
+    model.save_task("a", tmp_path / "a")
+    other, x = taps.adapt(net, "taps").eval(), torch.randn(2, 4)
+    other.load_task(tmp_path / "a")
+    for gate in other.gates("a"):
+        gate.set(False)
+    torch.testing.assert_close(other.backbone(x), other.features(x, task="a"))
+
+
+def test_a_part_without_gradients_is_no_checkpoint():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.stem, self.last = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+
+        def forward(self, ids):
+            with torch.no_grad():
+                h = self.stem(self.embedding(ids).mean(1))
+            return self.last(h)
+
+    model = taps.adapt(Frozen(), "finetune")
+    model.add_task("a", 3)
+    model.train()(torch.randint(9, (2, 5)), task="a").square().sum().backward()
+    unit = next(unit for unit in model.units if unit.name == "last")
+    assert unit.deltas["a"]["weight"].grad.abs().sum() > 0
+
+
+def test_norms_of_a_training_mixed_batch_see_each_task_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
+    model = taps.adapt(net, "finetune", norm="task")
+    for task in ("a", "b"):
+        model.add_task(task, 3)
+    shared = model.task_norms[0]
+    shared.share([["a", "b"], []])
+    shared.add_task("a", "b", always=True)
+    x = torch.randn(6, 3, 8, 8)
+    model.train()
+    alone = torch.cat([model(x[:3], task="a"), model(x[3:], task="b")])
+    torch.testing.assert_close(model(x, task=["a"] * 3 + ["b"] * 3), alone)
+
+
+def test_tasks_can_be_added_while_another_thread_lists_them():
+    from taps.core.modules import TaskDict
+
+    tasks = TaskDict()
+    tasks["a"], tasks["b"] = nn.Linear(1, 1), nn.Linear(1, 1)
+    for task in tasks:
+        tasks[f"{task}'"] = nn.Linear(1, 1)
+        del tasks[task]
+    assert list(tasks) == ["a'", "b'"]
+
+
+def test_data_parallel_is_refused():
+    model = with_tasks(nn.Sequential(nn.Linear(4, 6)))
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(taps.UserError, match="DistributedDataParallel"):
+        replica(torch.randn(2, 4), task="a")
+
+
+def test_options_may_be_numbers_of_numpy(tmp_path):
+    import numpy as np
+
+    model = taps.adapt(nn.Sequential(nn.Linear(4, 6)), threshold=np.float64(0.25))
+    model.add_task("a", 3)
+    model.save_task("a", tmp_path / "a")
+    assert model.options["threshold"] == 0.25
+
+
+def test_one_task_may_be_named_without_a_list(tmp_path):
+    model, x = with_tasks(nn.Sequential(nn.Linear(4, 6))), torch.randn(2, 4)
+    for found in (model.predict(x, tasks="a"), model(x, tasks="a"), model.predictor("a")(x)):
+        torch.testing.assert_close(found["a"], model(x, task="a"))
+    model.save_task("a", tmp_path / "a", about={"classes": ("x", "y", "z")})
+    assert model.classes("a") == ["x", "y", "z"]

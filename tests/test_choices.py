@@ -575,3 +575,15 @@ def test_a_gate_that_decides_gives_numbers():
         gate.logits.data = torch.tensor(logits, dtype=torch.float32)
         gate.eval()
         assert gate(torch.zeros(1, 5), State())[:2] == decision
+
+
+def test_blocks_that_the_curriculum_never_reached_run():
+    from taps.methods.policy import Policy
+
+    model = taps.adapt(timm.create_model("resnet18", num_classes=0), "adashare")
+    model.add_task("a", 2)
+    for gate in model.gates("a")[:5]:
+        gate.in_curriculum = False
+    policy = Policy.of(model)
+    assert policy.probability["a"][:5] == (1.0,) * 5
+    assert all(policy.sample(torch.Generator().manual_seed(seed)).run["a"][:5] == (1.0,) * 5 for seed in range(5))

@@ -9,6 +9,7 @@ import torch
 from cases import NETWORKS
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 
 import taps
 from taps.core.accounting import accounting, task_parameters
@@ -299,6 +300,38 @@ def test_without_a_threshold_reuse_is_the_merged_network(network, structure):
         torch.testing.assert_close(outputs["base"], model.merge("base")(x))
     assert reuse.counts["base"].done == reuse.counts["base"].dense
     assert reuse.counts["sub"].done <= reuse.counts["sub"].dense
+
+
+class AddsInPlace(nn.Module):
+    """A network that changes a product's output after it was recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.first(x)
+        y += self.second(y)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_reuse_of_unusual_layers_is_the_merged_network(is_pruned):
+    torch.manual_seed(0)
+    net = AddsInPlace()
+    if is_pruned:  # the weight is computed by a hook
+        prune.l1_unstructured(net.first, "weight", 0.5)
+    model = taps.adapt(net, "taps")
+    for task in ("base", "sub"):
+        model.add_task(task, num_classes=2)
+        for gate in model.gates(task):
+            gate.set(task == "sub")
+    changed = "first" if is_pruned else "second"
+    unit = next(unit for unit in model.units if unit.name == changed)
+    for delta in unit.deltas["sub"].parameters():
+        delta.data.normal_()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(Reuse(model.eval(), "base")(x)["sub"], model(x, task="sub"))
 
 
 def test_what_is_equal_is_not_computed_again():

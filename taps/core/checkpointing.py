@@ -6,6 +6,7 @@ that was created in such a call stores what the call ran.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves
 
 from taps.core.modules import first_input
@@ -32,8 +34,22 @@ def is_checkpointed() -> bool:
     """Return whether this point of a training call lies in a part that will run again in the backward pass."""
     if torch.compiler.is_compiling():
         return False
-    # within a training call, only use_reentrant=True disables gradients
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if torch.is_grad_enabled():
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _is_in_function()
+
+
+def _is_in_function() -> bool:
+    """Return whether gradients are off because an autograd function is running, such as that of ``use_reentrant=True``, and not
+    because the network wants none for one of its parts."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = code.co_varnames[0] if code.co_name == "forward" and code.co_argcount else None
+        if first is not None and isinstance(frame.f_locals.get(first), FunctionCtx):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def remember(outputs, key: int, execution: object) -> None:

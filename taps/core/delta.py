@@ -9,7 +9,10 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-#: layers whose output is linear in their parameters; subclasses are excluded, as they may standardise weights first
+from taps.core.modules import unseen
+
+#: layers whose output is linear in their parameters; subclasses are excluded, as they may standardise weights first, unless they
+#: have an attribute ``is_linear_in_parameters``
 _LINEAR_IN_PARAMETERS = frozenset(
     {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, Conv2dSame}
 )
@@ -17,9 +20,9 @@ _LINEAR_IN_PARAMETERS = frozenset(
 
 def is_linear_in_parameters(module: nn.Module) -> bool:
     """Return whether f(x; W + s·δ) = f(x; W) + s·f(x; δ)."""
-    return (
-        type(module) in _LINEAR_IN_PARAMETERS and not module._forward_pre_hooks
-    )  # weight normalisation uses such a hook
+    module = unseen(module)
+    known = type(module) in _LINEAR_IN_PARAMETERS or "is_linear_in_parameters" in type(module).__dict__
+    return known and not module._forward_pre_hooks  # weight normalisation uses such a hook
 
 
 class _AddDelta(torch.autograd.Function):

@@ -211,6 +211,14 @@ class Place(nn.Module):
     #: for each task that is no longer trained, the plain module that replaces the place in evaluation mode
     ready: dict[str | None, nn.Module]
 
+    @property  # type: ignore[misc]
+    def __class__(self):
+        """The base's class while a call is running: some networks ask for the type of a child (``isinstance``) in ``forward``."""
+        state, base = self.__dict__.get("state"), self.__dict__.get("_modules", {}).get("base")
+        if base is None or state is None or (state.call is None and running_backward() == -1):
+            return type(self)
+        return base.__class__
+
     def forward(self, *args, **kwargs):
         call = self.state.call
         if call is not None and call.learns:
@@ -253,8 +261,8 @@ class Place(nn.Module):
         """Return the sharing key of a module in :attr:`ready`."""
         return "base" if ready is self.base else None
 
-    def uses_batch_statistics(self) -> bool:
-        """Return whether outputs depend on the other samples in the batch, so that each task's samples must run separately."""
+    def uses_batch_statistics(self, decision) -> bool:
+        """Return whether under this decision outputs depend on the other samples in the batch, so that tasks run separately."""
         return False
 
     def compute(self, task: str | None, decision, args: tuple, kwargs: dict):

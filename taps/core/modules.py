@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 
 from torch import Tensor, nn
 
@@ -19,11 +21,14 @@ class TaskDict(nn.Module):
     def __getitem__(self, task: str):
         return self._modules[task]
 
+    # A new dictionary for each change, so that threads that iterate over the tasks are not disturbed.
     def __setitem__(self, task: str, module: nn.Module) -> None:
-        self._modules[task] = module
+        self.__dict__["_modules"] = {**self._modules, task: module}
 
     def __delitem__(self, task: str) -> None:
-        del self._modules[task]
+        left = dict(self._modules)
+        del left[task]
+        self.__dict__["_modules"] = left
 
     def __contains__(self, task: object) -> bool:
         return task in self._modules
@@ -48,16 +53,45 @@ def computed_tensors(module: nn.Module) -> dict[int, object]:
     return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
 
 
+def shared_hooks(module: nn.Module) -> dict[int, object]:
+    """Return a ``memo`` for ``copy.deepcopy`` with which copies call the module's own hooks until these are removed."""
+    inner = (vars(own) for own in module.modules())
+    return {
+        id(held): held
+        for own in inner
+        for name, held in own.items()
+        if "_hooks" in name and isinstance(held, dict) and held
+    }
+
+
+def unseen(module: nn.Module) -> nn.Module:
+    """Return the module itself where it is seen through a view that remembers its calls."""
+    return getattr(type(module), "_unseen", lambda same: same)(module)
+
+
+def without_caches(module: nn.Module) -> nn.Module:
+    """Return the module after emptying the dictionaries in which its parts cache what they computed from their parameters."""
+    for inner in module.modules():
+        for cache in _caches(inner).values():
+            cache.clear()
+    return module
+
+
+def _caches(module: nn.Module) -> dict[str, dict]:
+    return {name: value for name, value in vars(module).items() if type(value) is dict and "cache" in name}
+
+
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> nn.Module:
     """Return a shallow copy of a module with some parameters (dotted names) replaced; the module itself is not changed.
 
     The copy shares everything else, including later in-place changes. With ``copy_buffers`` the buffers are copied too.
     """
-    module = getattr(type(module), "_unseen", lambda same: same)(module)
+    module = unseen(module)
     plain = object.__new__(type(module))
     plain.__dict__ = dict(module.__dict__)
     plain._parameters = dict(module._parameters)
     plain._modules = dict(module._modules)
+    _rebind(module, plain)
     if copy_buffers:
         plain._buffers = {
             name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
@@ -73,6 +107,24 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers:
         module_of = module._modules[child]
         plain._modules[child] = None if module_of is None else with_tensors(module_of, own, copy_buffers)
     return plain
+
+
+def _rebind(module: nn.Module, plain: nn.Module) -> None:
+    """Make what a module holds besides its tensors belong to a shallow copy: a forward of its own, as hooks of accelerate set, and
+    dictionaries in which it caches what it computes from its parameters, as timm's attention biases do."""
+    own = plain.__dict__
+    if own.get("_compiled_call_impl") is not None:
+        own["_compiled_call_impl"] = None
+    forward = own.get("forward")
+    if forward is not None:  # accelerate keeps the earlier one, too
+        bound = {
+            name: value for name, value in own.items() if isinstance(value, MethodType) and value.__self__ is module
+        }
+        own.update({name: MethodType(value.__func__, plain) for name, value in bound.items()})
+    if isinstance(forward, partial):
+        held = tuple(plain if value is module else value for value in forward.args)
+        own["forward"] = partial(forward.func, *held, **forward.keywords)
+    own.update({name: {} for name in _caches(module)})
 
 
 @contextmanager

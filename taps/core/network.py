@@ -328,12 +328,15 @@ class Network(nn.Module):
     def gates(self, task: str) -> list[Gate]:
         """Return the task's gates in network order."""
         self.check_task(task)
+        for unit in self._units:
+            unit.ready.pop(task, None)  # which no longer holds if a gate is changed
         return [unit.gates[task] for unit in self._units]
 
     def penalty(self, task: str) -> Tensor:
         """Return the method's penalty as a scalar; for TAPS the mean of |s| over the units."""
         self.check_task(task)
-        gates = {name: [unit.gates[name] for unit in self._units] for name in self.heads}
+        held = {name: [unit.gates.get(name) for unit in self._units] for name in self.heads}
+        gates = {name: own for name, own in held.items() if None not in own}  # another thread may be removing a task
         value = self.method.penalty(gates, task, **self.options)
         return value.to(next(self.heads[task].parameters(), value).device)
 
@@ -344,8 +347,8 @@ class Network(nn.Module):
         gate has no single score), ``run`` and ``specific``: the hard decision, 0.0 or 1.0 (a mean where it varies). Units
         inside a skipped unit have ``run`` 0.0.
         """
-        rows = []
-        gates = self.gates(task)
+        self.check_task(task)
+        rows, gates = [], [unit.gates[task] for unit in self._units]
         decisions = self.apply_skips(gate.decide() for gate in gates)
         for unit, gate, decision in zip(self._units, gates, decisions, strict=True):
             score = getattr(gate, "score", None)
@@ -469,12 +472,16 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _with_buffers(backbone: nn.Module) -> Iterable[nn.Module]:
-    """Yield modules of the base with buffers that training could change, except norms, which handle their own."""
+    """Yield modules of the base with buffers that training could change, except norms, which handle their own.
+
+    Tables of whole numbers and what is not saved, such as relative positions and attention masks, are not among these.
+    """
     if isinstance(backbone, Place):
         backbone = backbone.base
     for child in backbone.children():
         yield from () if isinstance(child, TaskNorm) else _with_buffers(child)
-    if any(buffer is not None for buffer in backbone._buffers.values()):
+    saved = (own for name, own in backbone._buffers.items() if name not in backbone._non_persistent_buffers_set)
+    if any(own is not None and (own.is_floating_point() or not own.dim()) for own in saved):
         yield backbone
 
 

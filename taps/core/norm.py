@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taps.core.execution import Place, State
-from taps.core.modules import TaskDict, with_tensors
+from taps.core.modules import TaskDict, shared_hooks, with_tensors
 from taps.core.unit import GatedUnit
 
 
@@ -71,7 +71,7 @@ class TaskNorm(Place):
         """Give ``tasks`` one common copy if the policy requires it or ``always`` is set."""
         if not always and (self.policy == "frozen" or (self.policy == "follow" and self._feeder[0] is None)):
             return
-        norm = copy.deepcopy(self.base)
+        norm = copy.deepcopy(self.base, shared_hooks(self.base))
         norm.requires_grad_(True)
         for task in tasks:
             self.norms[task] = norm.train(self.training)
@@ -135,12 +135,13 @@ class TaskNorm(Place):
         return self.active(task) or self.base
 
     def sharing_key(self, norm: nn.Module | Fading | None) -> Hashable:
-        """Return ``"base"`` or a key for the copy; in evaluation mode copies with equal contents have equal keys."""
+        """Return ``"base"`` or a key for the copy; copies that are not trained any more have equal keys if their contents are."""
         if isinstance(norm, Fading):
             return id(norm.own), norm.share
         if norm is None or norm is self.base:
             return "base"
-        if norm.training:
+        own = norm.parameters() if norm._modules else norm._parameters.values()
+        if norm.training or any(parameter is not None and parameter.requires_grad for parameter in own):
             return id(norm)
         # Without inner modules the dictionaries give the same tensors in a fraction of the time.
         plain = (norm._parameters.values(), norm._buffers.values())
@@ -157,8 +158,9 @@ class TaskNorm(Place):
     def ready_key(self, ready: nn.Module) -> Hashable | None:
         return self.sharing_key(ready)
 
-    def uses_batch_statistics(self) -> bool:
-        return self.base.training and next(self.base.buffers(), None) is not None
+    def uses_batch_statistics(self, norm: nn.Module | Fading | None) -> bool:
+        used = norm.own if isinstance(norm, Fading) else norm or self.base
+        return used.training and next(used.buffers(), None) is not None
 
     def compute(self, task: str | None, norm: nn.Module | Fading | None, args: tuple, kwargs: dict):
         if isinstance(norm, Fading):

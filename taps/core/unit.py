@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from taps.core.delta import Deltas, add_delta
 from taps.core.execution import Place, State, plain_state
 from taps.core.gate import Decision, Gate
-from taps.core.modules import TaskDict, first_input, with_tensors
+from taps.core.modules import TaskDict, first_input, with_tensors, without_caches
 from taps.errors import UserError
 
 
@@ -172,7 +172,7 @@ class GatedUnit(Place):
             raise ValueError(f"unit {self.name!r} is run or skipped for each sample, so it cannot be merged")
         if decision.run == 0.0:
             return copy.deepcopy(self.shortcut, memo)
-        plain = copy.deepcopy(self.base, memo)
+        plain = without_caches(copy.deepcopy(self.base, memo))
         for name, value in self.effective_parameters(task, decision).items():
             owner, _, last = name.rpartition(".")  # a new parameter, since the base's may be tied to another unit's
             setattr(plain.get_submodule(owner), last, nn.Parameter(value.detach().clone()))

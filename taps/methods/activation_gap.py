@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from taps.core.delta import is_linear_in_parameters
 from taps.core.modules import evaluating, first_input
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
@@ -17,7 +18,7 @@ from taps.settings.task_names import NEIGHBOUR
 def is_product(unit: GatedUnit) -> bool:
     """Return whether the unit multiplies its input by a matrix with one row per output: a linear layer or a convolution."""
     transposed = isinstance(unit.base, nn.modules.conv._ConvTransposeNd)
-    return isinstance(unit.base, (nn.Linear, nn.modules.conv._ConvNd)) and not transposed
+    return is_linear_in_parameters(unit.base) and not transposed
 
 
 def sizes(unit: GatedUnit, x: Tensor) -> Tensor:

@@ -65,9 +65,13 @@ class Policy:
         probability, run, own, specific = {}, {}, {}, {}
         for task in model.tasks:
             rows = model.report(task)
-            probability[task] = tuple(row["run"] if row["score"] is None else row["score"] for row in rows)
+            gates = model.gates(task)
+            probability[task] = tuple(
+                1.0 if not gate.in_curriculum else row["run"] if row["score"] is None else row["score"]
+                for gate, row in zip(gates, rows, strict=True)
+            )
             run[task] = tuple(row["run"] for row in rows)
-            chances = [_probabilities(gate) for gate in model.gates(task)]
+            chances = [_probabilities(gate) if gate.in_curriculum else None for gate in gates]
             if any(chance is not None for chance in chances):
                 own[task] = tuple(0.0 if chance is None else chance[1] for chance in chances)
                 specific[task] = tuple(row["specific"] for row in rows)

@@ -31,7 +31,7 @@ _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, Conv2dSame: 2}
 
 
 class _Tracer(fx.Tracer):
-    """A tracer whose leaves are the modules that depend on the training mode: torch's own, norms and stochastic depth.
+    """A tracer whose leaves are the wanted modules and those that depend on the training mode: torch's, norms, stochastic depth.
 
     Args:
         wanted: modules that must appear in the graph, so that modules that contain them are not leaves.
@@ -47,6 +47,7 @@ class _Tracer(fx.Tracer):
             return False
         return (
             super().is_leaf_module(module, name)
+            or module in self.wanted
             or isinstance(module, Conv2dSame)
             or is_norm(module)
             or kind in ("DropPath", "StochasticDepth")

@@ -60,7 +60,7 @@ class MixedBatch:
             decisions[task] = place.decision_for(task, x[where])
             if isinstance(place, GatedUnit) and is_closed(place, decisions[task]):
                 closed[task], decisions[task] = decisions[task], Decision()
-            key = None if place.uses_batch_statistics() else place.sharing_key(decisions[task])
+            key = None if place.uses_batch_statistics(decisions[task]) else place.sharing_key(decisions[task])
             groups.setdefault(key or (task,), []).append(task)
         pieces: dict[str, object] = {}
         parts: dict[str, tuple] = {}

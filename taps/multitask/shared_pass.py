@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import OneTask, Place, State
@@ -35,6 +36,7 @@ class SharedPass:
         self.common: set[int] = set()
         self._keys: dict[tuple[int, str], Hashable | None] = {}
         self._of_places: dict[tuple[int, str], Hashable | None] = {}
+        self._alike: dict[int, bool] = {}
         self._of_modules: dict[tuple[int, str], Hashable | None] = {}
 
     def may_be_common(self, inputs: list) -> bool:
@@ -47,6 +49,18 @@ class SharedPass:
         if known not in self._keys:
             self._keys[known] = self._find_key(view, module, task)
         return self._keys[known]
+
+    def changes(self, module: nn.Module, task: str) -> bool:
+        """Return whether a module itself, and not only a part of it, gives a task something of its own."""
+        return isinstance(module, Place) and (torch.is_grad_enabled() or self._combined_key([module], task) is None)
+
+    def differs(self, view: SharedView, module: nn.Module, key: tuple) -> bool:
+        """Return whether a module with this key gives the task gradients of its own, even if its output equals the other tasks'."""
+        if not torch.is_grad_enabled() or all(own == "base" for own in key):
+            return False
+        if id(module) not in self._alike:
+            self._alike[id(module)] = len({self.key(view, module, task) for task in self.tasks}) == 1
+        return not self._alike[id(module)]
 
     def _find_key(self, view: SharedView, module: nn.Module, task: str) -> Hashable | None:
         places = view.places(module)
@@ -102,18 +116,20 @@ class OneOfSeveral(OneTask):
 class _Record:
     """A call of a module: its inputs and output, and their versions at that time."""
 
-    def __init__(self, inputs: list) -> None:
-        self.inputs, self.input_versions = inputs, _versions(inputs)
+    def __init__(self, inputs: list, structure: object) -> None:
+        self.inputs, self.input_versions, self.structure = inputs, versions(inputs), structure
         self.output: object = None
 
     def answered(self, output: object, parts: list) -> None:
-        self.output, self.parts, self.output_versions = output, parts, _versions(parts)
+        self.output, self.parts, self.output_versions = output, parts, versions(parts)
 
-    def serves(self, inputs: list, by_value: bool) -> bool:
+    def serves(self, inputs: list, structure: object, by_value: bool) -> bool:
         """Return whether the stored output is valid for these inputs; ``by_value``: equal tensors count as the same."""
-        if len(inputs) != len(self.inputs) or _versions(self.parts) != self.output_versions:
+        if len(inputs) != len(self.inputs) or structure != self.structure:
             return False
-        if _versions(self.inputs) != self.input_versions:  # their earlier values are no longer known
+        if versions(self.parts) != self.output_versions:
+            return False
+        if versions(self.inputs) != self.input_versions:  # their earlier values are no longer known
             return False
         return all(a is b or _is_equal(a, b, by_value) for a, b in zip(inputs, self.inputs, strict=True))
 
@@ -125,8 +141,9 @@ def _is_equal(a: object, b: object, by_value: bool) -> bool:
     return type(a) is type(b) and isinstance(a, (int, float, str, bool, torch.Size, torch.dtype)) and a == b
 
 
-def _versions(values: Sequence[object]) -> list[int]:
-    return [value._version for value in values if isinstance(value, Tensor)]
+def versions(values: Sequence[object]) -> list[int]:
+    """Return numbers that change when tensors are changed in place."""
+    return [0 if value.is_inference() else value._version for value in values if isinstance(value, Tensor)]
 
 
 class SharedView:
@@ -171,13 +188,14 @@ class SharedView:
         known = self._is_checked or type(root).__module__.split(".")[0] in ("timm", "torchvision")
         if known or torch.compiler.is_exporting():
             return
-        self._is_checked = True
         if not any(getattr(module, "inplace", False) for module in self.root.modules()):
+            self._is_checked = True
             return
         with evaluating(self.root), without_reentrant_warning(), torch.random.fork_rng(devices=[]), torch.no_grad():
             plain = flatten(self.state.run(None, self.root, *_copied(args, kwargs)))[0]
             seen = flatten(self.state.run(None, self.of(self.root), *_copied(args, kwargs)))[0]
         self.copies = all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True) if isinstance(a, Tensor))
+        self._is_checked = True  # only now, for other threads
 
     def places(self, module: nn.Module) -> list[Place]:
         """Return the places in a module, including the module itself."""
@@ -257,22 +275,25 @@ class _Remembering:
         is_own = id(module) in view.differing
         key = None if is_own else shared.key(view, module, execution.task)
         if key is None:
-            execution.has_differed |= is_own or isinstance(module, Place)
+            execution.has_differed |= is_own or shared.changes(module, execution.task)
             return run(*args, **kwargs)
-        inputs = _leaves(args) if not kwargs else flatten((args, kwargs))[0]
+        inputs, structure = _leaves(args, kwargs)
+        differs = shared.differs(view, module, key)
         record = None
         if not execution.has_differed or shared.may_be_common(inputs):
             records = shared.records.setdefault((id(module), key), [])
             for known in records:
-                if known.serves(inputs, by_value=not execution.has_differed):
+                if known.serves(inputs, structure, by_value=not execution.has_differed):
                     execution.reused(module)
+                    execution.has_differed |= differs
                     return known.output
-            record = _Record(inputs)
+            record = _Record(inputs, structure)
         shared.is_inside = True
         try:
             output = run(*args, **kwargs)
         finally:
             shared.is_inside = False
+        execution.has_differed |= differs
         if record is not None:
             parts = [output] if isinstance(output, Tensor) else flatten(output)[0]
             if all(isinstance(part, Tensor) for part in parts):
@@ -293,8 +314,11 @@ def _copied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return map_tensors(Tensor.clone, (args, kwargs))  # type: ignore[return-value]
 
 
-def _leaves(args: tuple) -> list:
-    return list(args) if all(isinstance(value, Tensor) for value in args) else flatten(args)[0]
+def _leaves(args: tuple, kwargs: dict) -> tuple[list, object]:
+    """Return a call's inputs, and what else a stored output depends on: their structure, and whether gradients are wanted."""
+    if not kwargs and all(isinstance(value, Tensor) for value in args):
+        return list(args), torch.is_grad_enabled()
+    return flatten((args, kwargs))[0], (torch.is_grad_enabled(), tree_structure((args, kwargs)))
 
 
 _CLASSES: dict[type, type] = {}
@@ -324,12 +348,12 @@ def _unchanged(args: tuple, kwargs: dict) -> Iterator[tuple[tuple, dict]]:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         while True:
             yield args, kwargs
-    before, versions = map_tensors(torch.clone, (args, kwargs)), _versions(tensors((args, kwargs)))
+    before, known = map_tensors(torch.clone, (args, kwargs)), versions(tensors((args, kwargs)))
     while True:
         yield args, kwargs
-        if _versions(tensors((args, kwargs))) != versions:
+        if versions(tensors((args, kwargs))) != known:
             args, kwargs = map_tensors(torch.clone, before)  # type: ignore[misc]
-            versions = _versions(tensors((args, kwargs)))
+            known = versions(tensors((args, kwargs)))
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from taps.networks.dynamic_convolution import DynamicConv1d
 class CausalConv1d(nn.Conv1d):
     """A convolution over time that depends only on the present and the past: all padding is in front."""
 
+    is_linear_in_parameters = True
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
 

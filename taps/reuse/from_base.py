@@ -31,7 +31,7 @@ from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.activation_gap import is_product, sizes
 from taps.multitask.macs import macs
-from taps.multitask.shared_pass import OneOfSeveral, SharedPass, SharedView
+from taps.multitask.shared_pass import OneOfSeveral, SharedPass, SharedView, outside_of_inference, versions
 from taps.multitask.trees import run_head
 from taps.reuse.matmul import Product
 from taps.task_model import TaskModel
@@ -62,13 +62,20 @@ class Setting:
 class Recorded:
     """The recorded inputs and outputs of a product, call by call."""
 
-    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    calls: list[tuple[tuple[Tensor, Tensor], list[int]]] = field(default_factory=list)
     at: int = 0
 
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Record a call."""
+        self.calls.append(((x, y), versions((x, y))))
+
     def next(self) -> tuple[Tensor, Tensor] | None:
-        """Return the next call; ``None`` after the last."""
+        """Return the next call; ``None`` after the last, or if the network has changed its tensors in place since."""
         self.at += 1
-        return self.calls[self.at - 1] if self.at <= len(self.calls) else None
+        if self.at > len(self.calls):
+            return None
+        call, known = self.calls[self.at - 1]
+        return call if versions(call) == known else None
 
 
 class BesideBase(OneOfSeveral):
@@ -135,7 +142,8 @@ class Reuse:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Return every task's output on a batch, (B, …); :attr:`counts` then holds each task's multiplications."""
-        with evaluating(self.model):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
+            (x,), _ = outside_of_inference((x,), {})
             features = self._features(x, [task for task in self.tasks if task not in self.merged])
             outputs = {task: run_head(self.model.heads[task], own) for task, own in features.items()}
             return {
@@ -325,7 +333,7 @@ def record_into(kept: Mapping[str, Recorded]) -> Callable:
 
     def compute(product: Product, unit: GatedUnit, x: Tensor) -> tuple[Tensor, float]:
         y = product.full(x)
-        kept[unit.name].calls.append((x, y))
+        kept[unit.name].add(x, y)
         return y, 1.0
 
     return compute

@@ -101,7 +101,7 @@ class VideoReuse:
                 y, share, x_kept = product.since(x, *own, self.threshold)
             else:
                 y, share, x_kept = product.full(x), 1.0, x
-            now[task][unit.name].calls.append((x_kept, y))
+            now[task][unit.name].add(x_kept, y)
             return y, share
 
         return compute
