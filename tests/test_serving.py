@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import os
@@ -205,6 +206,41 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_error_of_the_server(root, m
     assert all(isinstance(own, tuple) for own in engine.answer(item)[0].values())  # and is tried again
 
 
+def test_a_task_of_other_layers_is_served_without_a_restart(tmp_path):
+    from taps.storage.files import write_tensors
+
+    torch.manual_seed(0)
+    net, root = taps.create_backbone("test_resnet", pretrained=False), tmp_path / "tasks"
+    image = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
+    for name, layers in (("few", "layer4"), ("many", None)):
+        model = taps.adapt(copy.deepcopy(net), layers=layers).eval()
+        model.add_task(name, 3)
+        for unit in model.units:
+            unit.gates[name].set(True)
+            for delta in unit.deltas[name].parameters():
+                delta.data.normal_(std=0.1)
+        expected = model(torch.from_numpy(image)[None], task=name).softmax(1)[0].max().item()
+        if name == "few":
+            write_tensors(root / "base.safetensors", model.base_state())
+        else:
+            engine = Engine(root)
+        model.save_task(name, root / name, {"classes": ["x", "y", "z"], "preprocessing": PREPARE})
+    engine.folder.refresh()
+    wanted = {name: task.version for name, task in engine.folder.tasks.items()}
+    for _ in range(2):
+        (answer,) = engine.answer([Item(image, wanted, 1)])
+        assert answer["many"][0][1] == pytest.approx(expected, abs=1e-6)
+        assert answer["few"][0][1] > 0
+
+
+def test_what_json_cannot_say_is_refused_with_its_folder(root):
+    file = root / "ink/task.json"
+    file.write_text(file.read_text().replace('"task":', '"accuracy": NaN, "task":', 1))
+    folder = ServedFolder(root)
+    assert "ink" not in folder.tasks
+    assert "holds a value that JSON cannot express" in folder.refused[root / "ink"]
+
+
 def test_an_engine_needs_a_task(tmp_path):
     with pytest.raises(UserError, match="holds no task"):
         Engine(tmp_path)
@@ -270,6 +306,26 @@ def test_a_task_always_belongs_to_the_same_group():
     asyncio.run(main())
     assert all(len(own) == 1 for own in groups.values())
     assert len(set.union(*groups.values())) == 3
+
+
+def test_a_busy_group_uses_the_replica_of_an_idle_one():
+    async def main():
+        sent, free = [], asyncio.Event()
+
+        async def send(group, batch):
+            sent.append(group)
+            await free.wait()
+            return [{"t": ()} for _ in batch]
+
+        batches = Batches(send, groups=4, size=2, most=100)
+        waiting = [asyncio.create_task(batches.answer(item)) for item in items(1) * 20]
+        await asyncio.sleep(0.05)
+        own = sent[0]
+        assert sorted(sent) == sorted([own, *range(4)])  # two batches of the group, one at each of the others
+        free.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(main())
 
 
 def test_an_error_reaches_all_of_its_batch_and_a_full_queue_is_said():

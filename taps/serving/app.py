@@ -30,6 +30,7 @@ from taps.serving.engine import CHANGED, Answer, Item
 from taps.serving.folder import ServedFolder, StoredTask
 from taps.serving.requests import Uploads, Wanted, refusal
 from taps.settings.serving import ServeSettings
+from taps.storage import run_folder
 from taps.version import VERSION
 
 #: how often an image is prepared again because its task's files changed on the way
@@ -91,6 +92,7 @@ class Service:
         self.batches = Batches(self._counted_send, settings.most, settings.batch_size, settings.max_queue)
         self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="images")
         self._transforms: dict[str, Callable] = {}
+        self._older: dict[tuple[Path, str], dict] = {}  # preprocessing of tasks that do not say it themselves
 
     async def _counted_send(self, group: int, items: Sequence[Item]) -> Sequence[Answer]:
         self.measured.batch.observe(len(items))
@@ -104,18 +106,24 @@ class Service:
             tasks = self._find(wanted.tasks)
             try:
                 with self.batches.admit(len(wanted.images)):
-                    answering = _all([self._classify(number, wanted, tasks) for number in range(len(wanted.images))])
-                    images = await asyncio.wait_for(answering, self.settings.timeout)
+                    images, macs = await asyncio.wait_for(self._answer(wanted, tasks), self.settings.timeout)
             except asyncio.TimeoutError:
                 reason = f"no answer within {self.settings.timeout:g} seconds"
                 raise refusal(503, reason, **{"Retry-After": "1"}) from None
         answer: dict[str, Any] = {"images": [entry for entry, _ in images]}
-        if wanted.cost:
-            answer["macs"] = await self._cost_of(images[0][1])
+        if macs is not None:
+            answer["macs"] = macs
         now = time.perf_counter()
         answer["seconds"] = {"receiving": round(received - start, 6), "answering": round(now - received, 6)}
         self.measured.images.inc(len(images))
         return answer
+
+    async def _answer(
+        self, wanted: Wanted, tasks: dict[str, StoredTask]
+    ) -> tuple[list[tuple[dict[str, Any], list[Pass]]], dict[str, int] | None]:
+        """Return each image's entry and passes, and the MACs of an image if the request wants them."""
+        images = await _all([self._classify(number, wanted, tasks) for number in range(len(wanted.images))])
+        return images, await self._cost_of(images[0][1]) if wanted.cost else None
 
     async def _cost_of(self, passes: Sequence[Pass]) -> dict[str, int]:
         """Return the MACs of an image: the sum over its passes, which tasks share that prepare images alike."""
@@ -198,7 +206,13 @@ class Service:
         return list(zip(images, groups.values(), strict=True))
 
     def _preparation(self, task: StoredTask) -> dict:
-        return task.description.get("preprocessing") or self._default
+        stored = task.description.get("preprocessing")
+        if stored:
+            return stored
+        if (task.folder, task.version) not in self._older:
+            older = run_folder.older_preprocessing(self._default, task.folder, task.name)
+            self._older[task.folder, task.version] = older or self._default
+        return self._older[task.folder, task.version]
 
     def _transform(self, key: str) -> Callable:
         if key not in self._transforms:
@@ -338,13 +352,15 @@ def make_app(service: Service, is_ready: Callable[[], Awaitable[bool]]) -> FastA
 
     @app.middleware("http")
     async def count(request: Request, call_next):
-        start = time.perf_counter()
-        response = await call_next(request)
-        route = request.scope.get("route")
-        path = getattr(route, "path", "other")
-        service.measured.requests.labels(path, str(response.status_code)).inc()
-        if path == "/v1/predict":
-            service.measured.seconds.observe(time.perf_counter() - start)
+        start, status = time.perf_counter(), 500
+        try:
+            response = await call_next(request)
+            status = response.status_code
+        finally:
+            path = getattr(request.scope.get("route"), "path", "other")
+            service.measured.requests.labels(path, str(status)).inc()
+            if path == "/v1/predict":
+                service.measured.seconds.observe(time.perf_counter() - start)
         return response
 
     @app.post(

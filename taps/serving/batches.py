@@ -19,7 +19,8 @@ class Batches:
     """The items that wait for an answer, in groups that each go to one replica, so that it has their tasks in memory.
 
     An item goes out at once if fewer than :attr:`AT_ONCE` batches of its group are on their way; otherwise it waits and goes out
-    with all others that have come in meanwhile.
+    with all others that have come in meanwhile. A full batch does not wait if no batch of another group is on its way: that
+    group's replica answers it.
 
     Args:
         send: sends a batch and returns its answers; its first argument is the group.
@@ -63,26 +64,36 @@ class Batches:
         group = zlib.crc32(",".join(item.tasks).encode()) % len(self._waiting)
         future = asyncio.get_running_loop().create_future()
         self._waiting[group].append((item, future))
-        if self._on_their_way[group] < self.AT_ONCE:
-            self._on_their_way[group] += 1
-            task = asyncio.create_task(self._work(group))
+        lane = self._free_lane(group)
+        if lane is not None:
+            self._on_their_way[lane] += 1
+            task = asyncio.create_task(self._work(group, lane))
             self._tasks.add(task)  # or it might be collected as garbage
             task.add_done_callback(self._tasks.discard)
         return await future
 
-    async def _work(self, group: int) -> None:
+    def _free_lane(self, group: int) -> int | None:
+        """Return the group whose replica can take a batch of ``group`` now: itself, or an idle one."""
+        if self._on_their_way[group] < self.AT_ONCE:
+            return group
+        if len(self._waiting[group]) < self._size:
+            return None
+        return next((own for own, busy in enumerate(self._on_their_way) if not busy), None)
+
+    async def _work(self, group: int, lane: int) -> None:
+        """Send a group's items to the replica of ``lane`` until none waits; to another group's while these make full batches."""
         waiting = self._waiting[group]
         try:
-            while waiting:
+            while waiting and (lane == group or (len(waiting) >= self._size and not self._waiting[lane])):
                 batch = []
                 while waiting and len(batch) < self._size:
                     item, future = waiting.popleft()
                     if not future.done():  # its client may have given up
                         batch.append((item, future))
                 if batch:
-                    await self._answer_all(group, batch)
+                    await self._answer_all(lane, batch)
         finally:
-            self._on_their_way[group] -= 1
+            self._on_their_way[lane] -= 1
 
     async def _answer_all(self, group: int, batch: Sequence[tuple[Item, asyncio.Future]]) -> None:
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from taps.errors import UserError
 from taps.runs.prediction import ranked
 from taps.serving.folder import ServedFolder, StoredTask
-from taps.task_model import empty_model
+from taps.task_model import TaskModel, empty_model, host_options
 
 #: the reason for which a task is not answered when its files have changed since the image was prepared
 CHANGED = "changed"
@@ -58,20 +58,47 @@ class Engine:
         if not self.folder.tasks:
             reason = next(iter(self.folder.refused.values()), f"{root} holds no task")
             raise UserError(reason)
-        self.keep, self.device = keep, torch.device(device)
-        folders = {name: task.folder for name, task in self.folder.tasks.items()}
+        self.keep, self.device, self._base = keep, torch.device(device), base
         first = next(iter(self.folder.tasks.values())).description
-        alike = {
-            name: task.description
-            for name, task in self.folder.tasks.items()
-            if task.description["base"]["fingerprint"] == first["base"]["fingerprint"]
-        }
-        self.model = empty_model(alike, folders, base).to(self.device).eval()
+        self._fingerprint = first["base"]["fingerprint"]
+        self._seen = self.folder.tasks
+        self.model, self._hosts = self._model()
         self._format = self._fastest_format(int((first.get("preprocessing") or {}).get("input_size", 224)))
         self.model.to(memory_format=self._format)
         self._unusable: dict[tuple, str] = {}  # by stamp of the files
         self._held: dict[str, str] = {}  # version by task, the least recently used first
         self._costs: dict[tuple, dict[str, int]] = {}
+
+    def _alike(self) -> dict[str, StoredTask]:
+        """Return the tasks of the model's base."""
+        tasks = self.folder.tasks.items()
+        return {name: task for name, task in tasks if task.description["base"]["fingerprint"] == self._fingerprint}
+
+    def _model(self) -> tuple[TaskModel, dict]:
+        """Return a model for the tasks in the folder, without any task, and the options it was made with."""
+        alike = self._alike()
+        found = {name: task.description for name, task in alike.items()}
+        model = empty_model(found, {name: task.folder for name, task in alike.items()}, self._base)
+        return model.to(self.device).eval(), host_options(found)
+
+    def _adapt_to_folder(self) -> bool:
+        """Make the model anew if tasks have come that it has no place for; return whether it did."""
+        if self.folder.tasks is self._seen:
+            return False
+        self._seen = self.folder.tasks
+        descriptions = [task.description for task in self._alike().values()]
+        if self.model.method.learns_policy or any(own.get("policy") is not None for own in descriptions):
+            return False  # such tasks run only in a model made for them
+        if not descriptions or host_options({str(key): own for key, own in enumerate(descriptions)}) == self._hosts:
+            return False
+        try:
+            self.model, self._hosts = self._model()
+        except UserError:
+            return False
+        self.model.to(memory_format=self._format)
+        for known in (self._held, self._unusable, self._costs):
+            known.clear()
+        return True
 
     @torch.inference_mode()
     def _fastest_format(self, side: int) -> torch.memory_format:
@@ -159,6 +186,12 @@ class Engine:
 
     def _hold(self, wanted: dict[str, str]) -> dict[str, str]:
         """Put tasks into the model; return the reason for each that cannot be used."""
+        reasons = self._try_to_hold(wanted)
+        if any(reason != CHANGED for reason in reasons.values()) and self._adapt_to_folder():
+            reasons = self._try_to_hold(wanted)
+        return reasons
+
+    def _try_to_hold(self, wanted: dict[str, str]) -> dict[str, str]:
         self.folder.refresh({*wanted, *self._held})
         for name in [name for name in self._held if name not in self.folder.tasks]:
             self._drop(name)

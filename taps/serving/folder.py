@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,11 @@ def _read_task(folder: Path, stamp: _Stamp) -> StoredTask | str:
         description = read_description(folder)
         path = tensors_path(folder, description)
         size = path.stat().st_size
+        json.dumps(description, allow_nan=False, ensure_ascii=False).encode()
     except UserError as error:
         return str(error)
+    except ValueError as error:
+        return f"{folder / 'task.json'} holds a value that JSON cannot express ({error})"
     if size != description["bytes"]:
         return f"{path} has {size} bytes, task.json says {description['bytes']}"
     return StoredTask(description["task"], folder, version, description, stamp)

@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 import re
+import unicodedata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -107,7 +108,9 @@ async def _read_form(request: Request, body: bytes) -> Wanted:
                 if isinstance(value, UploadFile):
                     if key != "image":
                         raise refusal(400, f"unknown file field {key!r}; images are fields named image")
-                    images.append((value.filename or f"image {len(images) + 1}", await value.read()))
+                    name = value.filename or f"image {len(images) + 1}"
+                    _check_name(len(images) + 1, name)
+                    images.append((name, await value.read()))
                 elif key == "tasks":
                     tasks.extend(name.strip() for name in value.split(",") if name.strip())
                 elif key in numbers:
@@ -138,6 +141,7 @@ async def _read_json(body: bytes) -> Wanted:
             name, data = entry.get("name", name), entry.get("data")
         if not isinstance(data, str) or not isinstance(name, str):
             raise refusal(400, f"image {number} has to be a base64 text, or an object with name and data")
+        _check_name(number, name)
         try:
             images.append((name, base64.b64decode(data.partition("base64,")[2] or data, validate=True)))
         except (binascii.Error, ValueError):
@@ -150,6 +154,12 @@ async def _read_json(body: bytes) -> Wanted:
     return _checked(images, tasks, content.get("top", 5), content.get("cost", False))
 
 
+def _check_name(number: int, name: str) -> None:
+    """Refuse control characters, and halves of characters, which JSON cannot hold."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise refusal(400, f"the name of image {number} holds characters that cannot be printed")
+
+
 def _checked(images: list[tuple[str, bytes]], tasks: list[str] | None, top: object, cost: object) -> Wanted:
     if not images:
         raise refusal(400, "the request holds no image")
@@ -159,9 +169,6 @@ def _checked(images: list[tuple[str, bytes]], tasks: list[str] | None, top: obje
         raise refusal(400, "tasks is empty; leave it out for all tasks")
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= MOST_CLASSES:
         raise refusal(400, f"top has to be a whole number from 1 to {MOST_CLASSES}")
-    for number, (name, _) in enumerate(images, start=1):
-        if not name.isprintable():
-            raise refusal(400, f"the name of image {number} holds characters that cannot be printed")
     if not isinstance(cost, bool):
         raise refusal(400, "cost has to be true or false")
     return Wanted(images, None if tasks is None else list(dict.fromkeys(tasks)), top, cost)

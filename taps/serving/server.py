@@ -7,12 +7,14 @@ import errno
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from taps.errors import UserError
 from taps.runs import cluster
@@ -75,7 +77,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
     for reason in folder.refused.values():
         warnings.warn(f"a task is left out: {reason}", stacklevel=2)
     listener = _listen(settings)
-    with listener:
+    with listener, _images_of_any_size():
         count = f"{settings.least} replica{'s' * (settings.least > 1)}"
         say(f"starting {count} for {root} on {settings.address or 'this machine'} …")
         with cluster.connected(settings.address, settings.most * settings.threads_each, "taps serve"):
@@ -87,6 +89,16 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
             finally:
                 with cluster.undisturbed():
                     ray_serve.delete(name) if settings.address else ray_serve.shutdown()
+
+
+@contextmanager
+def _images_of_any_size() -> Iterator[None]:
+    """Lift Pillow's limit, since ``--max_pixels`` is checked before an image is decoded."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
