@@ -189,6 +189,7 @@ def test_lora_adapters_become_tasks(small, here, tmp_path):
     for change, message in (
         ({"use_dora": True}, "use_dora makes the adapter more than a delta"),
         ({"bias": "all"}, "bias='all' is not stored with the factors"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base's weights too"),
         ({"peft_type": "IA3"}, "adapters of type IA3 are not changes of weights; only LORA is"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
@@ -237,3 +238,34 @@ def test_two_files_of_one_name_have_to_be_told_apart(small, here, tmp_path):
     )
     here("taps.cli.import_tasks", *files, "--tasks", "a", "b")
     assert taps.load(tmp_path / "results/imported").tasks == ["a", "b"]
+
+
+def test_a_classifier_inside_a_head_is_found(here, tmp_path):
+    base = timm.create_model("test_convnext", num_classes=7).eval()
+    taps_base = {key: tensor for key, tensor in base.state_dict().items() if not key.startswith("head.fc")}
+    save_file(taps_base, tmp_path / "base.safetensors")
+    net = tuned(base)
+    torch.save(net.state_dict(), tmp_path / "ft.pth")
+    here(
+        "taps.cli.import_tasks", "ft.pth", "--from", "state_dict", "--model_type", "test_convnext", "--model_path",
+        "base.safetensors", "--cropped",
+    )  # fmt: skip
+    model = taps.load(tmp_path / "results/imported")
+    assert model.preprocessing_of("ft")["crop"] == "stretch"
+    with torch.no_grad():
+        torch.testing.assert_close(model(X, task="ft"), net(X), atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_network_of_another_kind_is_one_line(here, tmp_path):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    net = published_taps(1, resnet18().eval(), 5)
+    state = net.state_dict()
+    torch.save({"state_dict": state}, tmp_path / "birds.pth")
+    torch.save(
+        {"state_dict": {k: t for k, t in state.items() if not k.startswith("layer4.1.bn1")}}, tmp_path / "cars.pth"
+    )
+    done = here("taps.cli.import_tasks", "birds.pth", "cars.pth", "--from", "taps", check=2)
+    assert "cars.pth is not of resnet18: 4 tensors are missing, new or of another shape" in done.stderr
+    assert not (tmp_path / "results/imported").exists()

@@ -286,7 +286,27 @@ def abcd_file() -> dict:
     }  # fmt: skip
 
 
+DOMAINNET = {
+    "exp_name": "domainnet_adashare_taskbn", "seed": [88, 45], "backbone": "ResNet34", "tasks_num_class": [345] * 6,
+    "tasks": ["real", "painting", "quickdraw", "clipart", "infograph", "sketch"], "lambdas": [1] * 6,
+    "policy_model": "blockwise", "task_bn": True, "retrain_from_pl": False, "policy": True, "is_sparse": True, "is_sharing": True,
+    "is_curriculum": True, "is_deterministic": False, "curriculum_speed": 1,
+    "dataload": {"dataset": "DomainNet", "dataroot": "/data/DomainNet", "domains": ["real"], "crop_h": 224, "crop_w": 224},
+    "train": {
+        "batch_size": 32, "total_iters": 20000, "warm_up_iters": 4000, "fc_lr": 0.001, "backbone_lr": 0.00001, "policy_lr": 0.01,
+        "val_freq": 400, "imagenet_pretrain": True, "weight_iter_alternate": 400, "alpha_iter_alternate": 100, "reg_w": 0.01,
+        "reg_w_hamming": 0.1, "decay_fc_lr_freq": 2000, "decay_fc_lr_rate": 0.3, "init_temp": 5, "decay_temp": 0.965,
+    },
+    "test": {"which_epoch": 19, "batch_size": 128, "n_epochs": 20, "hard_sampling": False},
+}  # fmt: skip
+NYU_TEST = {
+    **{key: value for key, value in NYU_AIG.items() if key != "train"},
+    "retrain_from_pl": False,
+    "train": {"init_temp": 1},
+}
 FILES = {
+    "domainnet": DOMAINNET,
+    "nyu_v2_2task_test": NYU_TEST,
     "nyu_v2_2task": nyu_file(),
     "nyu_v2_2task_aig": NYU_AIG,
     "cityscapes_2task": CITYSCAPES,
@@ -332,7 +352,7 @@ def test_every_published_command_runs_as_typed(in_their_place, theirs, ours):
 
 
 def test_there_are_commands_of_every_program():
-    assert len(commands()) == 13
+    assert len(commands()) == 17
     assert {shlex.split(theirs)[1] for theirs, _ in commands()} == {
         "train_sequential.py", "train.py", "re-train.py", "test.py", "train_policy_learning.py",
     }  # fmt: skip
@@ -368,6 +388,11 @@ def same_settings(one, other, but: tuple[str, ...]) -> dict:
             },
         ),
         (
+            "domainnet",
+            "--benchmark domainnet --tasks real painting quickdraw clipart infograph sketch --dataset /data/DomainNet",
+            {"task_weights": (dict.fromkeys(DOMAINNET["tasks"], 1.0), {})},
+        ),
+        (
             "mimic_iii_4tasks_aig",
             "--benchmark mimic3 --tasks pheno los decomp ihm --dataset /data/mimic --method dynashare",
             {"eval_iterations": (10, 50)},
@@ -384,6 +409,7 @@ def test_lengths_of_the_fork_for_abcd_stay_the_presets(in_their_place):
     read = parse_mtl(["--config", "yamls/adashare/ABCD.yml", "--cat_target", "race.ethnicity", "--num_target", "age"])
     assert (read.benchmark, read.images, read.labels) == ("volumes", "/data/abcd", "/data/abcd.csv")
     assert (read.iterations, read.curriculum_speed, read.model_type) == ("69e", 3, "resnet50")
+    assert (read.lr, read.base_lr, read.wd) == (1e-3, 1e-6, 1e-3)
 
 
 def test_the_published_file_divides_the_subjects(in_their_place, here):
@@ -449,3 +475,12 @@ def test_the_head_of_efficient_computation_sharing():
 def test_polynomial_decay():
     recipe = Recipe(epochs=10, decay="poly")
     assert [recipe.learning_rate(epoch) for epoch in (0, 5, 9)] == pytest.approx([1.0, 0.5**0.9, 0.1**0.9])
+
+
+def test_maps_of_a_transformer_keep_their_place_at_any_size():
+    net = create_dense_backbone("test_vit", image_size=(32, 32), patch_size=16).eval()
+    x = torch.randn(1, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = net(x)
+        torch.testing.assert_close(found, net(torch.nn.functional.interpolate(x, (48, 64), mode="bilinear")))
+    assert found.shape[-2:] == (3, 4)

@@ -16,6 +16,8 @@ from taps.storage.files import read_json, read_tensors
 from taps.storage.state_dict import listed, read_state_dict
 
 State = Mapping[str, Tensor]
+#: ways of PEFT to start LoRA's factors that leave the base as it is
+_STARTS = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -36,17 +38,19 @@ class Changes:
 
 
 def split_head(state: State, classifiers: Collection[str], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the network and those of its classifier.
+    """Return the tensors of the network and those of its classifier, the first of ``classifiers`` that is there.
 
     Raises:
         UserError: if the classifier is not one linear layer.
     """
-    head: dict[str, Tensor] = {}
+    prefix, head = "", {}
     for prefix in classifiers:
-        head.update({key[len(prefix) + 1 :]: tensor for key, tensor in state.items() if key.startswith(f"{prefix}.")})
-    rest = {key: t for key, t in state.items() if not any(key.startswith(f"{prefix}.") for prefix in classifiers)}
+        head = {key[len(prefix) + 1 :]: tensor for key, tensor in state.items() if key.startswith(f"{prefix}.")}
+        if head:
+            break
     if head and (not set(head) <= {"weight", "bias"} or "weight" not in head or head["weight"].dim() != 2):
-        raise UserError(f"{path}: the classifier is no single linear layer ({listed(head)})")
+        raise UserError(f"{path}: the classifier {prefix} is no single linear layer ({listed(head)})")
+    rest = {key: tensor for key, tensor in state.items() if not head or not key.startswith(f"{prefix}.")}
     return rest, head
 
 
@@ -114,6 +118,11 @@ def peft_changes(folder: Path, base: State, norms: Collection[str], classifiers:
         raise UserError(
             f"{config_path}: bias={config['bias']!r} is not stored with the factors; merge it with PEFT and use state_dict"
         )
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in (None, *_STARTS):
+        raise UserError(
+            f"{config_path}: init_lora_weights={start!r} changes the base's weights too; merge it with PEFT and use state_dict"
+        )
     path = folder / "adapter_model.safetensors"
     state = read_tensors(path) if path.is_file() else read_state_dict(folder / "adapter_model.bin")
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
@@ -137,6 +146,8 @@ def peft_changes(folder: Path, base: State, norms: Collection[str], classifiers:
             raise UserError(f"{folder}: {name} is no layer of this network; its layers are e.g. {listed(base)}")
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        if ups[name].shape[1] != rank:
+            raise UserError(f"{folder}: {name} is a grouped convolution, whose factors PEFT cannot merge either")
         product = ups[name].double().flatten(1) @ down.double().flatten(1)
         if config.get("fan_in_fan_out"):
             product = product.T

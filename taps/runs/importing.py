@@ -25,6 +25,7 @@ from taps.networks.published.result import Published, PublishedTask, load
 from taps.networks.weights import check_finite
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.storage.files import read_json, read_tensors, write_tensors
+from taps.storage.state_dict import listed
 from taps.task_model import TaskModel, adapt
 
 #: names of classifiers besides the one that a timm model declares
@@ -65,7 +66,7 @@ def import_files(settings: ImportSettings, say: Callable[[str], None]) -> None:
             models[method] = adapt(copy.deepcopy(net), method, norm="task").eval()
         add_changes(models[method], name, changes, path)
         about = {
-            "preprocessing": _preprocessing(models[method], settings).describe(),
+            "preprocessing": _preprocessing(models[method], settings).describe(settings.cropped),
             "provenance": {"imported": path.name, "from": settings.source},
             **({"classes": classes[index]} if classes else {}),
         }
@@ -136,7 +137,10 @@ def _import_published(settings: ImportSettings, paths: list[Path], out: Path, sa
     prepare = Preprocessing(settings.input_size, settings.resize or settings.input_size, **found.pixels)  # type: ignore[arg-type]
     for name in found.tasks:
         file = paths[list(found.tasks).index(name)] if len(paths) > 1 else paths[0]
-        about = {"preprocessing": prepare.describe(), "provenance": {"imported": file.name, "from": source}}
+        about = {
+            "preprocessing": prepare.describe(settings.cropped),
+            "provenance": {"imported": file.name, "from": source},
+        }
         model.save_task(name, out / name, about, settings.max_error)
         rows = model.report(name)
         run, tuned = sum(row["run"] > 0 for row in rows), sum(row["specific"] > 0 for row in rows)
@@ -224,6 +228,14 @@ def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> 
             load(net, base, paths[0])
         held = net.state_dict()
         for (own, _), path in zip(read, paths, strict=True):
+            shapes = [
+                {k: t.shape for k, t in part.items() if not k.endswith("num_batches_tracked")} for part in (held, own)
+            ]
+            if shapes[0] != shapes[1]:
+                wrong = sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+                raise UserError(
+                    f"{path} is not of {name}: {len(wrong)} tensors are missing, new or of another shape, {listed(wrong)}"
+                )
             other = [key for key in shared if key not in held or not torch.equal(own[key], held[key])]
             if other:
                 raise UserError(

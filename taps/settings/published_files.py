@@ -20,12 +20,13 @@ _RENAMED = {
     "train.decay_lr_freq": "decay_iterations", "train.decay_lr_rate": "decay_rate", "train.init_temp": "init_temperature",
     "train.decay_temp": "temperature_decay", "train.weight_iter_alternate": "weight_iterations",
     "train.alpha_iter_alternate": "policy_iterations", "train.seqlen": "hours",
-    "task.cat_target": "cat_target", "task.num_target": "num_target",
+    "train.fc_lr": "lr", "train.decay_fc_lr_freq": "decay_iterations", "train.decay_fc_lr_rate": "decay_rate",
+    "train.imagenet_pretrain": "pretrained", "task.cat_target": "cat_target", "task.num_target": "num_target",
 }  # fmt: skip
 #: entries that choose something here
 _CHOOSING = {
     "backbone", "tasks", "lambdas", "tasks_num_class", "policy_model", "dataload.dataset", "dataload.dataroot", "is_curriculum",
-    "is_sparse", "is_sharing", "retrain_from_pl", "train.hard_sampling", "train.cw_pheno", "train.cw_decomp", "train.cw_ihm",
+    "is_sparse", "is_sharing", "retrain_from_pl", "task_bn", "train.hard_sampling", "train.cw_pheno", "train.cw_decomp", "train.cw_ihm",
 }  # fmt: skip
 #: entries without a use here: places and names of files, what the published programs do not read, and what the data says itself
 _UNUSED = {
@@ -34,13 +35,14 @@ _UNUSED = {
     "train.print_freq", "train.decay_temp_freq", "train.resume", "train.retrain_resume", "train.policy_iter", "train.which_iter",
     "train.init_method", "train.cw_los", "train.prop", "train.policy_learning_checking", "test.which_iter", "task.targets",
     "task.tasks_num_class", "data_split.warmup_size", "data_split.train_batch_size", "data_split.val_batch_size",
-    "data_augmentation.resize",
+    "data_augmentation.resize", "is_deterministic", "dataload.domains", "test.which_epoch", "test.batch_size", "test.n_epochs",
+    "test.hard_sampling",
 }  # fmt: skip
 _DATA = {
     "NYU_v2": "nyuv2", "CityScapes": "cityscapes", "Taskonomy": "taskonomy", "DomainNet": "domainnet", "mimic": "mimic3",
     "ABCD": "volumes",
 }  # fmt: skip
-_METHODS = {"task-specific": "adashare", "Dynamic": "adashare", "AIG": "dynashare"}
+_METHODS = {"task-specific": "adashare", "blockwise": "adashare", "Dynamic": "adashare", "AIG": "dynashare"}
 #: kernels of the dynamic convolutions of ``policy_model: Dynamic``
 _DYNAMIC_KERNELS = 4
 
@@ -62,12 +64,13 @@ def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = Fals
     """Return the settings of ``train_mtl.py`` that a published settings file stands for.
 
     The weight of NYUv2's normals is divided by 4, since the loss here is 4 times as large, and MIMIC-III's loss weights are squared,
-    since the program applies them twice. Lengths of the fork for ABCD, which are epochs of parts of the data, stay the preset's.
+    since the program applies them twice. Lengths of the fork for ABCD, which are epochs of parts of the data, stay the preset's, as do
+    its learning rates and weight decay, for which that program takes the defaults of its command line.
 
     Args:
         values: the file's contents.
         path: the file, for messages.
-        ignore_unknown: leave out entries that nobody knows, instead of refusing them.
+        ignore_unknown: leave out unknown entries instead of refusing them.
 
     Raises:
         UserError: for an unknown entry, data set, backbone or policy.
@@ -103,6 +106,10 @@ def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = Fals
         if not flat.get(key, True):
             chosen[name] = 0.0
     chosen["retrain_from"] = "policy" if flat.get("retrain_from_pl") else "scratch"
+    if benchmark == "domainnet" and "crop" in chosen:
+        chosen["input_size"] = chosen.pop("crop")
+    if flat.get("task_bn"):
+        chosen["norm"] = "task"
     if flat.get("train.hard_sampling"):
         chosen["sampling"] = "hard"
     positive = {name: flat[f"train.cw_{name}"] for name in ("ihm", "decomp", "pheno") if f"train.cw_{name}" in flat}
@@ -128,6 +135,9 @@ def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = Fals
             "eval_iterations",
             "decay_iterations",
             "decay_rate",
+            "lr",
+            "base_lr",
+            "wd",
             "policy_lr",
         ):
             chosen.pop(name, None)
