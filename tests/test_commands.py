@@ -286,7 +286,13 @@ def test_resume_of_a_finished_run_changes_nothing(finished, here, tree):
 def start(folder: Path, *arguments) -> subprocess.Popen:
     line = [sys.executable, str(ROOT / "train_sequential.py"), *map(str, arguments)]
     return subprocess.Popen(
-        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        line,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+        start_new_session=True,
     )
 
 
@@ -300,11 +306,12 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_in_an_epoch_and_resumed_ends_with_the_same_bytes(finished, tree, here, tmp_path, number):
-    """The run is killed during the second epoch of the first task."""
-    process = start(tmp_path, *trained_arguments(tree))
+    """The run is killed during the second epoch of the first task; SIGTERM reaches its workers too, as from ``timeout``."""
+    workers = ("--workers", 1) if number == signal.SIGTERM else ()
+    process = start(tmp_path, *trained_arguments(tree, *workers))
     wait_for(tmp_path / "results/run/metrics.jsonl", 1, process)
     time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if workers else process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
     assert process.returncode == expected[number], stderr
@@ -601,3 +608,12 @@ def test_numbers_of_gpus_count_within_the_visible_ones(monkeypatch):
 
 def test_a_seed_too_large_is_one_line(here):
     assert "--seed" in here("train_sequential.py", "--seed", 10**23, check=2).stderr
+
+
+def test_a_stopped_run_is_finished_before_it_is_extended(finished, tree, here, tmp_path, stop_at):
+    line = ("train_sequential.py", *trained_arguments(tree / "paint"))
+    with stop_at(3):
+        here(*line, check=143)
+    done = here(*line, "--resume", "--epochs", 4, check=2)
+    assert "was stopped before its 2 epochs: finish them with --resume" in done.stderr
+    here(*line, "--resume")

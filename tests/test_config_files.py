@@ -142,3 +142,41 @@ def test_a_file_written_by_hand_sets_everything(tmp_path):
     assert (settings.resume, settings.parallel) == (True, 2)
     path.write_text("dataset: datasets/demo/digits\nresume: true\nversions: {}\n")  # the record of a resumed run
     assert not parse_sequential(["--config", str(path)]).resume
+
+
+def test_what_belongs_to_another_value_is_not_taken_from_the_file(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("input_size: 224\nresize: 256\nseeds: [0, 1, 2]\ndataset: [x]\n")
+    with pytest.warns(UserWarning, match="the command line wins over"):
+        read = parse_sequential(["--config", str(file), "--input_size", "64", "--seed", "5"])
+    assert (read.input_size, read.resize, read.seed, read.seeds) == (64, 73, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("experiment_name: 2024-31-12\n", "cannot be read: month must be in 1..12"),
+        ("dataset: [x]\nresize: 100\n", "--resize 100 is"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(here, tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text)
+    done = here("train_sequential.py", "--config", "own.yaml", check=2)
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_settings_of_a_run_name_it_for_evaluation(tmp_path):
+    from taps.cli.options import parse_evaluate
+
+    file = tmp_path / "settings.yaml"
+    file.write_text("experiment_name: run\nlam: 1.0\ndataset: [x]\n")
+    read = parse_evaluate(["--config", str(file), "--verify"])
+    assert (read.folder, read.dataset) == ("results/run", None)
+    with pytest.warns(UserWarning, match="the command line wins over"):
+        assert parse_evaluate(["--config", str(file), "--dataset", "y"]).dataset == ["y"]
+
+
+def test_the_published_program_trains_the_demo():
+    read = parse_sequential(["--published"])
+    assert (read.warmup_epochs, read.settle_epochs) == (3.0, 0.0)

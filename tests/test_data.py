@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
+import taps
 from taps.data.checks import check
 from taps.data.classification import domainnet
-from taps.data.classification.folders import Reading, find_tasks
+from taps.data.classification.folders import Reading, find_tasks, read_table
 from taps.data.classification.images import (
     TaskData,
     make_loader,
@@ -249,6 +250,16 @@ def test_a_wrong_table_is_one_line(text, message, tmp_path):
         find_tasks([tmp_path / "own.csv"])
 
 
+def test_columns_of_labels_keep_their_names(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "Path,Split,Dog,cat\n" + "".join(f"{n}.png,{s},1,0\n" for n, s in ((1, "train"), (2, "test")))
+    )
+    assert read_table(tmp_path / "a.csv").classes == ("Dog", "cat")
+    (tmp_path / "b.csv").write_text("path,Dog,Dog\n1.png,1,0\n")
+    with pytest.raises(taps.UserError, match="two columns 'Dog'"):
+        read_table(tmp_path / "b.csv")
+
+
 def test_the_digest_of_a_task_does_not_depend_on_its_place(tmp_path):
     first, second = (pictures(tmp_path / place / "fruit", "apple", "pear") for place in ("a", "b/c"))
     assert find_tasks([first])[0].digest() == find_tasks([second])[0].digest()
@@ -300,6 +311,7 @@ def test_domainnet_by_lists(tmp_path):
     root = domainnet_root(tmp_path / "DomainNet")
     tasks = find_tasks([root])
     assert [task.name for task in tasks] == ["painting", "sketch"]
+    assert all(task.stretch for task in find_tasks([root, root / "sketch"][:1], Reading(cropped=True)))
     painting = find_tasks([root / "painting"])[0]
     assert painting == tasks[0]
     assert len(painting.classes) == 345

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import NETWORKS
@@ -158,3 +159,13 @@ def test_damaged_encodings_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="is stored as 'int7', which this library or this file does not know"):
         model.load_task(tmp_path / "a")
     assert "a" not in model.tasks
+
+
+def test_a_flipped_count_of_positions_asks_for_no_memory():
+    from taps.storage.encoding import _gaps, _read_gaps
+
+    stored = np.concatenate([_gaps(torch.tensor([1, 5, 9])).numpy(), np.zeros(6, dtype=np.uint8)])
+    assert _read_gaps(stored, 2)[0].tolist() == [1, 5, 9]
+    stored[3] |= 0x80  # the highest bit of the count
+    with pytest.raises(ValueError, match="positions with values"):
+        _read_gaps(stored, 2)

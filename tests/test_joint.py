@@ -293,6 +293,10 @@ def test_sizes_stopped_in_the_second_end_the_same(tree, here, stop_at, tmp_path)
         (("--compile",), "unknown option --compile"),
         (("--method", "hard_sharing", "--variant", "lite"), "choose another --method"),
         (("--batch_size", "1"), "too small for 2 tasks"),
+        (
+            ("--variant", "lite", "--epochs", 3, "--shared_epochs", 2, "--lr_warmup_epochs", 2),
+            "leaves none of 2 --shared_epochs at the full rate",
+        ),
     ],
 )
 def test_mistakes_are_one_line(more, message, tree, here):

@@ -260,7 +260,7 @@ def test_published_values_fill_every_option(benchmark, method):
     ("arguments", "message"),
     [
         (("--tasks", "semseg", "edgs"), "unknown task of benchmark scenes 'edgs'; did you mean 'edges'"),
-        (("--iterations", 5), "takes 4: give at least 10 iterations"),
+        (("--iterations", 3), "leave no cycle of 1 + 1 steps after 2 of warm-up: give at least 10"),
         (("--warmup_iterations", 11), "--warmup_iterations 11 are more than --iterations 10"),
         (("--batch_size", 20), "--batch_size 20 is larger than the"),
         (("--config", "nowhere.yml"), "--config nowhere.yml cannot be read"),
@@ -386,6 +386,25 @@ def test_plans_are_the_published_schedule():
     assert [phase.curriculum for phase in faster.phases[1:29:2]] == [*range(1, 52, 5), 52, 52, 52]
     again = weights_plan(options, {"weights": 636, "policy": 159}, 3)
     assert (again.recipe.epochs, again.batches, again.recipe.seed) == (50, {"train": 400}, 3)
+
+
+def test_a_plan_too_short_for_all_blocks_is_said():
+    options = parse_mtl(["--benchmark", "nyuv2", "--tasks", "seg", "sn", "--iterations", "4096"])
+    with pytest.warns(UserWarning, match="for 2 cycles of 39 \\+ 9 steps; to learn the policy of all 8 blocks"):
+        plan = policy_plan(options, {"weights": 636, "policy": 159}, 8)
+    assert plan.phases[-1].curriculum == 1
+
+
+def test_a_policy_may_be_retrained_under_other_settings(complete, scenes, here, tmp_path):
+    """As in the published program of DynaShare, whose two phases have two settings files and one name."""
+    shutil.copytree(complete[0] / "results/run", tmp_path / "results/run")
+    more = ("--method", "dynashare", "--target_rates", 0.5, "--retrain_iterations", 6)
+    line = ("train_mtl.py", "--dataset", scenes, *SMALL, *more, "--phases", "retrain")
+    done = here(*line, "--exp_ids", 0, check=2)
+    assert "cannot be resumed with other settings" in done.stderr, "what was retrained goes on as it was begun"
+    here(*line, "--exp_ids", 7)
+    stored = json.loads((tmp_path / "results/run/settings.json").read_text())
+    assert (stored["method"], stored["retrain_iterations"]) == ("dynashare", 6)
 
 
 def test_interrupted_is_not_swallowed(scenes, monkeypatch, tmp_path):

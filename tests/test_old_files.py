@@ -1,6 +1,7 @@
-"""Task files and results folders of version 0.9.0 load and give bit-identical outputs."""
+"""Task files and results folders of version 0.9.0 load and give the same outputs, up to the rounding of the processor."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -41,13 +42,14 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize("task", ANSWERS)
-def test_tasks_of_every_method_answer_to_the_bit(task):
+def test_tasks_of_every_method_answer_as_before(task):
     stored = ANSWERS[task]
     model = taps.adapt(network(), stored["method"], norm=stored["norm"], train_base=False).eval()
     assert model.load_task(OLD / "tasks" / task) == task
     x = (torch.arange(2 * 3 * 12 * 12, dtype=torch.float32).reshape(2, 3, 12, 12) * 0.37).sin()
     with torch.no_grad():
-        assert [value.hex() for value in model(x, task).flatten().tolist()] == stored["output"]
+        output = torch.tensor([float.fromhex(value) for value in stored["output"]])
+        torch.testing.assert_close(model(x, task).flatten(), output, rtol=1e-5, atol=1e-6)
         if stored["method"] != "dynashare":
             torch.testing.assert_close(model.merge(task)(x), model(x, task))
     assert sum(row["specific"] > 0 for row in model.report(task)) == stored["tuned"]
@@ -56,8 +58,7 @@ def test_tasks_of_every_method_answer_to_the_bit(task):
 def test_a_results_folder_is_tested_and_verified(tree, here, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")
     verified = here("evaluate.py", tmp_path / "run", "--verify").stdout
-    assert verified.splitlines()[1:] == [
-        f"{task}: answers bit for bit as after its training" for task in ("ink-2", "paint")
-    ]
+    for task, line in zip(("ink-2", "paint"), verified.splitlines()[1:], strict=True):
+        assert re.match(f"{task}: answers (bit for bit )?as after its training", line), line
     table = here("evaluate.py", tmp_path / "run", "--dataset", tree, "--device", "cpu").stdout
     assert ["mean", "100.00", "63.3"] in [line.split() for line in table.splitlines()]

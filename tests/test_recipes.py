@@ -1,14 +1,18 @@
 """Recipes that people expect: augmentation, smoothing, warm-up, layer decay, clipping, early stopping, class weights, trackers."""
 
+import copy
 import json
 import random
 
 import numpy as np
 import pytest
+import timm
+import timm.optim
 import torch
 from conftest import SMALL
 from PIL import Image
 from test_front_door import fit, fresh, network, samples
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -55,17 +59,39 @@ def test_learning_rates_rise_and_fall():
     assert rates[3:] == pytest.approx(expected)
 
 
-def test_layer_decay_scales_each_layer_by_its_distance():
-    model = fresh()
-    optimizer = make_optimizer(model, ["a"], Recipe(lr=0.1, layer_decay=0.5))
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_layer_decay_is_that_of_timm(name):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=3)
+    groups = timm.optim.param_groups_layer_decay(plain, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    expected = {key: scale[id(parameter)] for key, parameter in plain.named_parameters()}
+    net = copy.deepcopy(plain)
+    net.reset_classifier(0)
+    model = taps.adapt(net, "finetune", train_base=True)
+    model.add_task("a", 3)
+    optimizer = make_optimizer(model, ["a"], Recipe(lr=0.1, base_lr=0.1, norm_lr=0.1, layer_decay=0.5))
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    last = len(model.units) - 1
-    for index, unit in enumerate(model.units):
-        for parameter in unit.deltas["a"].parameters():
-            assert rates[id(parameter)] == pytest.approx(0.1 * 0.5 ** (last - index))
-        assert rates[id(unit.gates["a"].score)] == pytest.approx(0.1 * 0.5**0)
+    for unit in model.units:
+        for key in unit.parameter_names:
+            wanted = pytest.approx(0.1 * expected[f"{unit.name}.{key}" if unit.name else key])
+            assert rates[id(unit.deltas["a"][key])] == wanted, (unit.name, key)
+            assert rates[id(unit.base.get_parameter(key))] == wanted
+    for norm in model.task_norms:
+        for key, parameter in norm.norms["a"].named_parameters():
+            assert rates[id(parameter)] == pytest.approx(0.1 * expected[f"{norm.name}.{key}"]), norm.name
     assert rates[id(model.heads["a"].weight)] == 0.1
     assert len(rates) == sum(len(parameters) for parameters in model.roles("a").values())
+
+
+def test_layer_decay_counts_layers_where_blocks_are_not_known():
+    model = taps.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
+    model.add_task("a", 3)
+    optimizer = make_optimizer(model, ["a"], Recipe(lr=0.1, layer_decay=0.5))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for index, unit in enumerate(model.units):
+        for parameter in unit.deltas["a"].parameters():
+            assert rates[id(parameter)] == pytest.approx(0.1 * 0.5 ** (2 - index))
 
 
 def test_gradients_are_clipped_to_their_norm():
@@ -227,3 +253,27 @@ def test_a_published_experiment_name_stays_in_the_results_folder(tree, here, tmp
         "--experiment_name", "./results/own",
     )  # fmt: skip
     assert (tmp_path / "results/own/summary.json").is_file()
+
+
+def test_patience_waits_for_a_validation():
+    from taps.training.loop import Progress, _Run
+
+    run = object.__new__(_Run)
+    run.recipe, run.progress = Recipe(epochs=20, patience=3, eval_epochs=5), Progress()
+    run.progress.risen = 5
+    stalled = []
+    for epoch in range(5, 11):
+        run.progress.epoch = epoch
+        stalled.append(run.has_stalled())
+    assert stalled == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("budget", [0.03, True])
+def test_a_budget_that_is_no_size_is_refused(budget):
+    with pytest.raises(taps.UserError, match="is not a number of bytes or a size"):
+        Recipe(budget=budget)
+
+
+def test_numbers_of_some_epochs_alone_are_a_curve():
+    record = fit(fresh(), epochs=3, eval_epochs=2)
+    assert [value is None for value in record.curve("val_error")] == [True, False, False]

@@ -142,6 +142,14 @@ def test_multi_task_runs_over_seeds_and_policies(here, tmp_path):
     assert all(alone[key] == own[key] for key in ("tasks", "delta_t", "executed_blocks", "macs_x_single", "seed"))
     assert "adashare" in done.stdout
     assert "±" in done.stdout
+    assert "add runs with --resume" in here(*line, "--seeds", 2, check=2).stderr
+    here(*line, "--seeds", 2, "--resume")
+    assert [row.split(",")[0] for row in (root / "summary.csv").read_text().split()] == [
+        "run",
+        "seed0",
+        "seed1",
+        "seed2",
+    ]
     policies = [root / f"seed{seed}/policy/policy.json" for seed in (0, 1)]
     more = ("--phases", "retrain", "test", "--retrain_from", "scratch", "--policy", *policies)
     here(*line[:-3], "policies", "--exp_ids", 0, *more, "--single_task", "measure")
@@ -180,3 +188,25 @@ def test_close_values_have_different_names():
         for own in sweep.runs(parse_sequential(["--dataset", ".", "--lam", "0.1234567", "0.12345671", "1"]))
     ]
     assert [name.rpartition("/")[2] for name in names] == ["lam0.1234567", "lam0.12345671", "lam1"]
+
+
+def test_runs_are_added_only_to_their_like(tree, here, tmp_path):
+    arguments = ("--dataset", tree / "paint", *SMALL, "--epochs", 1, "--experiment_name", "s")
+    here("train_sequential.py", *arguments, "--seeds", 0)
+    done = here(
+        "train_sequential.py", *arguments[:-4], "--epochs", 2, *arguments[-2:], "--resume", "--seeds", 1, check=2
+    )
+    assert "has other settings: epochs=2 (was 1)" in done.stderr
+    assert not (tmp_path / "results/s/seed1").exists()
+    here("train_sequential.py", *arguments, "--resume", "--seeds", 1)
+    assert len((tmp_path / "results/s/summary.csv").read_text().splitlines()) == 3
+
+
+def test_jobs_wait_only_for_the_one_that_trains_their_start(tmp_path):
+    from taps.runs.parallel import Job, _next
+
+    start = tmp_path / "0_sgd.safetensors"
+    first, second, other = (Job(None, "t", 1, "", path) for path in (start, start, tmp_path / "1.safetensors"))
+    assert _next([second, other], [first]) is other
+    start.touch()
+    assert _next([second, other], [first]) is second

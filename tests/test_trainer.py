@@ -280,6 +280,14 @@ def test_loaders_by_task_are_checked():
             "the loader of 'segment_semantic' gives a Tensor; it has to",
         ),
         (
+            {**good, "train": {**good["train"], "depth_zbuffer": [good["train"]["depth_zbuffer"]] * 3}},
+            "'segment_semantic' has one training loader, others have three",
+        ),
+        (
+            {**good, "train": {**good["train"], "depth_zbuffer": by_task(32, 4)["depth_zbuffer"]}},
+            "training loaders have batch sizes 4, 8; give one size",
+        ),
+        (
             {**good, "train": {name: [one] * 2 for name, one in good["train"].items()}},
             "are 2; give one, or for train all",
         ),

@@ -478,3 +478,17 @@ def test_mistakes_end_with_one_line(made, here, tmp_path, name):
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
     assert (tmp_path / "datasets").exists() == (name == "one default target")
+
+
+def test_volumes_of_nifti_have_one_orientation(tmp_path):
+    """One volume stored with its axes in another order and direction."""
+    from taps.data.records.volumes import read_volume, volume_shape
+
+    values = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    turned = np.flip(values, 0).transpose(1, 2, 0)
+    affine = np.array([[0, 0, -1, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=float)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
+    nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(turned), affine), tmp_path / "b.nii.gz")
+    for name in ("a.nii", "b.nii.gz"):
+        assert volume_shape(tmp_path / name) == (2, 3, 4)
+        assert np.array_equal(read_volume(tmp_path / name), values), name

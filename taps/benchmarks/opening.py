@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from accelerate import Accelerator
@@ -23,11 +24,17 @@ def open_benchmark(options: MultiTaskSettings, accelerator: Accelerator) -> Benc
         UserError: if the data is missing or invalid, or the benchmark lacks a task.
     """
     if options.benchmark == "domainnet":
-        return open_classes(options, accelerator)
+        benchmark = open_classes(options, accelerator)
+        _check_weights(options, benchmark.tasks, "domainnet")
+        return benchmark
     opener = {"mimic3": open_stays, "volumes": open_subjects}.get(options.benchmark, open_dense)
     benchmark = opener(options, accelerator)
     data = split_train(benchmark.data, options.val_fraction, options.policy_fraction, options.seed)
-    for name in options.task_weights:
-        if name not in data.tasks:
-            raise unknown(f"task of benchmark {data.name} in --task_weights", name, data.tasks)
+    _check_weights(options, data.tasks, data.name)
     return replace(benchmark, data=data)
+
+
+def _check_weights(options: MultiTaskSettings, tasks: Collection[str], benchmark: str) -> None:
+    for name in options.task_weights or ():
+        if name not in tasks:
+            raise unknown(f"task of benchmark {benchmark} in --task_weights", name, tasks)

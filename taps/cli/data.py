@@ -38,7 +38,7 @@ def _check(given: argparse.Namespace, parser: Parser) -> None:
         lines, bad = check(Path(folder))
         print("\n".join(lines))
         wrong += bad
-    print("complete" if wrong == 0 else f"{wrong} things are missing or different")
+    print("nothing is missing" if wrong == 0 else f"missing or different: {wrong}")
     sys.exit(wrong > 0)
 
 

@@ -150,7 +150,7 @@ def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
     action = parser._option_string_actions["--method"]
     action.metavar = "{" + ",".join(methods) + "}"  # checked once the command line and the file are combined
     summaries = "; ".join(f"{name}: {summary}" for name, summary in methods.items()).replace("%", "%%")
-    action.help = f"{summaries} {action.help or ''}".strip()
+    action.help = "; ".join(filter(None, (summaries, action.help)))
     return parser
 
 
@@ -170,6 +170,9 @@ def _given(
     stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, convert)
     if _keeps_only_a_budget({**stored, **given}):  # settings.yaml has their defaults
         stored = {name: value for name, value in stored.items() if name not in _OF_PENALTIES}
+    for name, derived in (("input_size", "resize"), ("seed", "seeds"), ("seeds", "seed")):
+        if name in given and given[name] != stored.get(name):
+            stored.pop(derived, None)  # the file's belongs to the file's other value
     beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
     if beaten:
         warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
@@ -196,7 +199,14 @@ def parse_joint(arguments: Sequence[str]) -> JointSettings:
     settings = _complete(parser, JointSettings, given, preset, f"_{variant}")
     if "hard_sharing" in _as_list(settings.method) and variant == "lite":
         parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
-    return settings if settings.shared_epochs is not None else replace(settings, shared_epochs=settings.epochs)
+    if settings.shared_epochs is None:
+        return replace(settings, shared_epochs=settings.epochs)
+    if variant == "lite" and 0 < settings.shared_epochs <= (settings.lr_warmup_epochs or 0):
+        parser.error(
+            f"--lr_warmup_epochs {settings.lr_warmup_epochs} leaves none of {settings.shared_epochs} --shared_epochs at the "
+            "full rate"
+        )
+    return settings
 
 
 def _experiment_name(parser: Parser, settings: AdaptationSettings | MultiTaskSettings) -> str | None:
@@ -214,13 +224,16 @@ def _experiment_name(parser: Parser, settings: AdaptationSettings | MultiTaskSet
 
 
 def _like_published(settings: A) -> A:
-    """The published program's choices that depend on others: torchvision's weights of ResNets, and no margin around the crop."""
+    """The published program's choices that depend on others: torchvision's weights of ResNets, no margin around the crop, bilinear
+    resizing, and folders' names that say nothing."""
     tagged = f"{settings.model_type}.tv_in1k"
     known = re.fullmatch(r"resnet(18|34|50|101|152)", settings.model_type) and not settings.model_path
     return replace(
         settings,
         model_type=tagged if known and settings.pretrained else settings.model_type,
         resize=settings.resize or settings.input_size,
+        interpolation=settings.interpolation or "bilinear",
+        cropped_names=False,
     )
 
 
@@ -231,15 +244,6 @@ def _has_budget(given: Mapping[str, Any]) -> bool:
 def _keeps_only_a_budget(given: Mapping[str, Any]) -> bool:
     methods = _as_list(given.get("method"))
     return methods == ["taps_budget"] or (given.get("budget") is not None and len(methods) <= 1)
-
-
-def _check_seeds(parser: Parser, given: dict[str, Any]) -> None:
-    """Refuse both ``--seed`` and ``--seeds``; a ``--config`` file of an earlier run always has the former."""
-    if given.get("seeds") is None or "seed" not in given:
-        return
-    if "config" not in given:
-        parser.error("--seed and --seeds exclude each other")
-    del given["seed"]
 
 
 def _as_list(value: Any) -> list:
@@ -258,7 +262,8 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     for name in (*_OF_PENALTIES, "patience", "ema_decay"):
         if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
             parser.error(f"--{name} is not used with a budget: leave one of them out")
-    _check_seeds(parser, given)
+    if given.get("seeds") is not None and "seed" in given:
+        parser.error("--seed and --seeds exclude each other")
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
     if given.get("dataset"):
@@ -271,6 +276,8 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     settings = build(kind, preset, given)
     if settings.published:
         settings = _like_published(settings)
+    if settings.resize is not None and settings.resize < settings.input_size:
+        parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
     name = _experiment_name(parser, settings)
     if name is None:
         data = "_".join(Path(path).name or Path(path).resolve().name for path in settings.dataset or ())
@@ -304,7 +311,8 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         parser.error(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
     if given.get("skip") is not None and method != "automtl":
         parser.error(f"--skip is for --method automtl, not {method}")
-    _check_seeds(parser, given)
+    if given.get("seeds") is not None and "seed" in given:
+        parser.error("--seed and --seeds exclude each other")
     of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
     if benchmark != "volumes" and of_volumes:
         parser.error(f"--{of_volumes[0]} is for --benchmark volumes")
@@ -364,7 +372,10 @@ def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:
     """Parse the settings of ``evaluate.py``."""
     parser = evaluate_parser()
     run: dict[str, Any] = {}
+    named = vars(parser.parse_intermixed_args(arguments))
     given = _given(parser, EvaluateSettings, arguments, run)
+    if run and "dataset" in given and "dataset" not in named:  # the images that the run was trained on, not others
+        del given["dataset"]
     if "folder" not in given and run.get("experiment_name"):  # the settings.yaml of a run
         given["folder"] = os.path.join(run.get("result_path", "results"), run["experiment_name"])
     if "folder" not in given:

@@ -57,13 +57,23 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def choose_gpus(numbers: Sequence[int] | None) -> bool:
-    """Let this process see only these GPUs, and return whether they are several. To be called before torch is imported."""
+    """Let this process see only these GPUs, and return whether they are several. To be called before torch starts CUDA."""
     if numbers and "WORLD_SIZE" not in os.environ:  # else the process that started this one has chosen
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         if visible and max(numbers) >= len(visible):
             raise UserError(f"--gpus {max(numbers)} is not among the {len(visible)} GPUs of CUDA_VISIBLE_DEVICES")
+        _check_gpus(numbers)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[n] if visible else str(n) for n in numbers)
     return numbers is not None and len(numbers) > 1
+
+
+def _check_gpus(numbers: Sequence[int]) -> None:
+    """Raise a ``UserError`` if this machine does not have all of these GPUs; CUDA leaves out those it does not find."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if found and max(numbers) >= found:
+        raise UserError(f"--gpus {max(numbers)}: this machine has {found}, counted from 0")
 
 
 def launch_on_every_gpu(command: str, arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from taps.data.classification import domainnet
 from taps.data.classification.folders import find_tasks, read_folder
+from taps.data.classification.images import TaskData
 from taps.data.dense import astmt_layout
 from taps.data.dense.adashare_layout import layout_of, read_lists, read_sample
 from taps.data.dense.video_layout import check_video, is_video
@@ -93,8 +94,7 @@ def check(path: Path) -> tuple[list[str], int]:
         if any(list_path(images, split).is_file() for split in SPLITS):
             return check_volumes(images)
     lines, wrong = [], 0
-    for folder in _task_folders(path):
-        task = read_folder(folder)
+    for folder, task in _tasks(path):
         known = {**SKETCH, **DOMAINNET}.get(folder.name)
         found = Counts(len(task.classes), len(task.train), len(task.test))
         lines.append(f"{folder}: {found.classes} classes, {found.train} train, {found.test} test")
@@ -117,14 +117,12 @@ def _differences(found: Mapping[str, int], published: Mapping[str, int]) -> list
     ]
 
 
-def _task_folders(path: Path) -> list[Path]:
-    if (path / "train").is_dir():
-        return [path]
-    folders = sorted(inner for inner in path.iterdir() if (inner / "train").is_dir()) if path.is_dir() else []
-    if not folders:
-        find_tasks([path])  # raises an error that says what is wrong with the path
-        raise UserError(f"{path} holds no data set")
-    return folders
+def _tasks(path: Path) -> list[tuple[Path, TaskData]]:
+    """Return the tasks of folders with ``train/``, or of a folder of classes or a table, with the path of each."""
+    folders = [path] if (path / "train").is_dir() else []
+    if not folders and path.is_dir():
+        folders = sorted(inner for inner in path.iterdir() if (inner / "train").is_dir())
+    return [(folder, read_folder(folder)) for folder in folders] or [(path, task) for task in find_tasks([path])]
 
 
 def _check_lists(root: Path) -> tuple[list[str], int]:

@@ -20,7 +20,9 @@ def read_data(paths: Sequence[str] | None, options: AdaptationSettings | MultiTa
     """The tasks in ``paths``; without paths those of the demo, which are generated if missing."""
     if paths:
         fraction = options.test_fraction if isinstance(options, AdaptationSettings) else Reading.test_fraction
-        return find_tasks(paths, Reading(True if options.cropped else None, fraction, options.seed))
+        by_name = None if getattr(options, "cropped_names", True) else False
+        cropped = True if options.cropped else by_name
+        return find_tasks(paths, Reading(cropped, fraction, options.seed))
     root = Path("datasets/demo")
     make_demo(root)
     return read_demo(root)
@@ -39,7 +41,10 @@ def make_base(options: AdaptationSettings | MultiTaskSettings, path: Path | None
 def make_preprocessing(options: AdaptationSettings | MultiTaskSettings, net: torch.nn.Module) -> Preprocessing:
     """Preprocessing with the options' input size and the mean, std and interpolation of the backbone's training."""
     reading = {name: getattr(options, name) for name in ("background", "published") if hasattr(options, name)}
-    prepare = Preprocessing(input_size=options.input_size, resize=options.resize, **of_network(net), **reading)
+    of_base = of_network(net)
+    if getattr(options, "interpolation", None):
+        of_base["interpolation"] = options.interpolation
+    prepare = Preprocessing(input_size=options.input_size, resize=options.resize, **of_base, **reading)
     prepare.transform(
         True, policy=getattr(options, "auto_augment", None)
     )  # refuses an unknown policy before anything is written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -41,6 +42,9 @@ def planned_loader(samples: Dataset, batches, workers: int, seed: int, keep_work
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process of a terminal: the main process finishes its step and ends the workers."""
+    """Keep out signals that are sent to all processes of a group, by Ctrl-C or ``timeout``: the main process finishes its step and
+    ends the workers."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

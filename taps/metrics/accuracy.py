@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -52,13 +53,11 @@ def accuracy_by_class(
     mode."""
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-    top1 = MulticlassAccuracy(num_classes=num_classes, average="micro").to(accelerator.device)
-    confusion = MulticlassConfusionMatrix(num_classes).to(accelerator.device)
-    top5 = (
-        MulticlassAccuracy(num_classes=num_classes, average="micro", top_k=5).to(accelerator.device)
-        if num_classes > 5
-        else None
-    )
+    here = {"sync_on_compute": False}  # every process sees all outputs
+    kind = partial(MulticlassAccuracy, num_classes=num_classes, average="micro", **here)
+    top1 = kind().to(accelerator.device)
+    confusion = MulticlassConfusionMatrix(num_classes, **here).to(accelerator.device)
+    top5 = kind(top_k=5).to(accelerator.device) if num_classes > 5 else None
     for output, labels in _outputs(model, task, loader, accelerator, limit_batches, title):
         top1.update(output.argmax(1), labels)
         confusion.update(output.argmax(1), labels)

@@ -49,21 +49,20 @@ class Meter:
 
     @torch.no_grad()
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add a batch of the head's outputs and labels."""
+        """Add a batch of the head's outputs and labels.
+
+        Raises:
+            UserError: if an output is not finite.
+        """
+        if not prediction.isfinite().all():
+            raise UserError(f"task {self.task.name}: the network's outputs are not finite; lower --lr")
         prediction, target = self.select(prediction, target)
         self.predictions.append(prediction.cpu().double().numpy())
         self.targets.append(target.cpu().numpy())
 
     def compute(self) -> dict[str, float]:
-        """The metrics by name; NaN if the labels do not define them.
-
-        Raises:
-            UserError: if a prediction is not finite.
-        """
-        prediction = np.concatenate(self.predictions)
-        if not np.isfinite(prediction).all():
-            raise UserError(f"task {self.task.name}: the network's outputs are not finite; lower --lr")
-        return self.measure(prediction, np.concatenate(self.targets))
+        """The metrics by name; NaN if the labels do not define them."""
+        return self.measure(np.concatenate(self.predictions), np.concatenate(self.targets))
 
 
 def area_under_roc(target: np.ndarray, score: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import timm
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from taps.errors import UserError
 from taps.networks.backbones import create_backbone
@@ -25,6 +26,11 @@ class TokenMap(nn.Module):
         self.pretrained_cfg = getattr(net, "pretrained_cfg", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", None)
+        if patch is not None and getattr(self.net.patch_embed, "dynamic_img_pad", False):
+            size = tuple(-(-side // of) * of for side, of in zip(x.shape[-2:], patch, strict=True))
+            if size != tuple(x.shape[-2:]):  # padding would move the map against the image
+                x = interpolate(x, size, mode="bilinear", align_corners=False)
         tokens = self.net(x)  # not its forward_features: only a call uses a task's own class token
         if tokens.dim() == 4:  # (B, h, w, C)
             return tokens.permute(0, 3, 1, 2)

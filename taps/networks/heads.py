@@ -152,10 +152,9 @@ def make_head(description: Mapping) -> nn.Module | None:
     make, arguments = HEADS.get(description["type"]), description.get("arguments")
     if make is None or not isinstance(arguments, Mapping):
         return None
-    if (
-        any(isinstance(value, int) and value > _LARGEST for value in arguments.values())
-        or arguments.get("depth", 0) > _DEEPEST
-    ):
+    depth = arguments.get("depth", 0)
+    large = any(isinstance(value, int) and value > _LARGEST for value in arguments.values())
+    if large or not isinstance(depth, int) or depth > _DEEPEST:
         raise UserError(f"the description of a head of type {description['type']} is damaged: {dict(arguments)}"[:200])
     try:
         with torch.device("meta"):

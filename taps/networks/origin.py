@@ -93,8 +93,6 @@ def _made(origin: Mapping, name: str, pretrained: bool, path: str | Path | None,
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        if kind is None:
-            raise
         reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
             f"the task's description of its network is damaged ({type(error).__name__}: {reason})"

@@ -24,7 +24,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: st
     figure = new_figure(side + longest + 1.4, side + longest + 0.9)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(size), classes, rotation=90 if size > 5 else 0, fontsize=7)
+    axes.set_xticks(range(size), classes, rotation=90 if size > 5 or longest > 0.4 else 0, fontsize=7)
     axes.set_yticks(range(size), classes, fontsize=7)
     axes.set_xlabel("predicted", fontsize=8)
     axes.set_ylabel("class", fontsize=8)
@@ -69,7 +69,7 @@ def curves(metrics: Iterable[Mapping]) -> Figure:
         Line2D([], [], color="black", label="validation"),
         Line2D([], [], color="black", linestyle="--", label="training"),
     ]
-    shown = handles if len(handles) <= 12 else []
+    shown = handles if len(handles) <= 10 else []  # as many as there are colours
     figure.legend(handles=[*shown, *styles], loc="outside right upper", frameon=False, fontsize=8)
     if not shown:
         left.set_title(f"{len(handles)} tasks", fontsize=9, loc="left")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from taps.data.dense.dataset import CLASS_KINDS
 from taps.data.multi_label import IGNORE_INDEX
+from taps.networks.preprocessing import ToRGB
 from taps.plots.style import SECOND, bare, new_figure
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def predictions(image: Image, outputs: Mapping[str, Sequence[tuple[str, float]]]
     figure = new_figure(2.6 + 3.0 * columns, max(2.6, 1.4 * lines + 0.4))
     grid = figure.add_gridspec(lines, columns + 1, width_ratios=[1.0] + [1.1] * columns)
     picture = figure.add_subplot(grid[:, 0])
-    picture.imshow(image)
+    picture.imshow(ToRGB()(image))
     picture.set_anchor("N")
     picture.axis("off")
     for index, (task, classes) in enumerate(outputs.items()):

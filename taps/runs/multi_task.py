@@ -34,8 +34,8 @@ from taps.metrics.relative_gain import Metrics, mean_metrics, score
 from taps.plots import style
 from taps.runs import tensorboard
 from taps.runs.multi_task_summary import policy_pictures, read_reference, summarise, table
-from taps.settings.declare import as_dict, as_yaml
-from taps.settings.multi_task import MultiTaskSettings
+from taps.settings.declare import as_dict, as_yaml, declarations
+from taps.settings.multi_task import BenchmarkTraining, MultiTaskSettings, Report, Stages
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint, run_folder
 from taps.storage.files import read_json, read_tensors, write_json, write_tensors
@@ -81,14 +81,23 @@ class MultiTask:
             raise UserError(f"{path} holds no run; start it with --phases policy, or all phases")
         if later and options.overwrite and exists:
             raise UserError(f"--overwrite starts {path} again from its first phase; leave it out, or name all --phases")
+        free = _free_settings(options, path) if later and exists else ()
         options = resolve_passes(options, benchmark.size("train"))
         settings = {**as_dict(options), "resize": options.resize, "tasks": benchmark.tasks}
         run = cls(options, benchmark, accelerator, run_folder.RunFolder(path), stop)
         run.check()
         if accelerator.is_main_process:
             run.folder = run_folder.RunFolder.open(
-                path, settings, options.resume or later, options.overwrite, repeatable=as_yaml(options)
+                path,
+                settings,
+                options.resume or later,
+                options.overwrite,
+                repeatable=as_yaml(options),
+                free=free,
+                records="retrain" in options.phases,
             )
+            for name, (before, now) in run.folder.changed.items():
+                accelerator.print(f"--{name} is {now}, unlike in the run's earlier phases ({before})")
         accelerator.wait_for_everyone()
         try:
             with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
@@ -176,16 +185,29 @@ class MultiTask:
         return model.eval()
 
     def _start_from(self, model: TaskModel, stage: str) -> None:
-        """Load the weights, heads and norms that a stage has saved into a model with new gates."""
+        """Load the weights, heads and norms that a stage has saved, perhaps by another method, into a model with new gates."""
         path = self.folder.path / stage
         tasks = model.tasks
         model.load_base(read_tensors(path / "base.safetensors"))
+        method = str(read_json(path / tasks[0] / "task.json").get("method")) if tasks else model.method.name
+        if method != model.method.name:
+            self._take(model, self.stored(stage, tasks, method))
+            return
         for task in tasks:
             head = model.heads[task]
             model.remove_task(task)
             model.load_task(path / task, head=head, trainable=True)
             for unit, gate in zip(model.units, model.make_gates(), strict=True):
                 unit.change_gate(task, gate)
+
+    @staticmethod
+    def _take(model: TaskModel, earlier: TaskModel) -> None:
+        """Give a model the heads and norms of one of another method."""
+        for task in model.tasks:
+            model.heads[task].load_state_dict(earlier.heads[task].state_dict())
+            for own, theirs in zip(model.task_norms, earlier.task_norms, strict=True):
+                if task in own.norms and task in theirs.norms:
+                    own.norms[task].load_state_dict(theirs.norms[task].state_dict())
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -451,3 +473,28 @@ def _first(metrics: Mapping[str, float]) -> str:
     """Return a task's first metric as a short text."""
     name, value = next(iter(metrics.items()))
     return f"{name} {value:.3g}"
+
+
+def _free_settings(options: MultiTaskSettings, path: Path) -> set[str]:
+    """Return the settings in which a run's later phases may differ from its earlier ones.
+
+    A policy may be followed by training of another length or at other rates, or under the gates of another method with the same
+    kind of policy, as in the published program of DynaShare; what has been retrained may be tested with any.
+    """
+    stages = [path / f"retrain_{number:03d}" for number in options.exp_ids or ()]
+    if "retrain" in options.phases and any(stage.is_dir() for stage in stages):
+        return set()  # they go on as they were begun
+    of_training = {*declarations(Stages), *declarations(BenchmarkTraining), *declarations(Report), *_OF_POLICIES} - {
+        "seed"
+    }
+    stored = METHODS.get(str(read_json(path / "settings.json").get("method")))
+    if "retrain" in options.phases and stored is not None and stored.gate is METHODS[options.method].gate:
+        of_training.add("method")
+    return of_training
+
+
+#: settings of methods that policy learning, or training under a policy, uses
+_OF_POLICIES = (
+    "sparsity_weight", "sharing_weight", "sparsity_loss", "sharing_loss", "sampling", "target_rates", "target_weight",
+    "target_loss", "preference_weight", "policy_scale", "cost_weight", "cost", "cost_target",
+)  # fmt: skip

@@ -9,6 +9,7 @@ Runs that differ in the policy alone have the same single-task networks, which t
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,8 +20,11 @@ from tabulate import tabulate
 from taps.errors import UserError
 from taps.plots import policies as policy_plots
 from taps.plots import style
+from taps.settings.declare import as_dict
 from taps.settings.multi_task import MultiTaskSettings
 from taps.storage.files import csv_text, read_json, write_text
+from taps.storage.run_folder import RunFolder
+from taps.training.schedules import STEPS, learns_policy
 
 
 def is_sweep(settings: MultiTaskSettings) -> bool:
@@ -59,7 +63,25 @@ def runs(settings: MultiTaskSettings) -> list[MultiTaskSettings]:
                 replace(settings, seed=seed, seeds=None, policy=policy, experiment_name=name, single_task=single)
             )
             first = first or Path(settings.result_path, name)
+    if "policy" not in settings.phases and learns_policy(settings.method):
+        return found  # later phases of the same runs
+    if any(path.glob("*/settings.json")) and not (settings.resume or settings.overwrite):
+        raise UserError(
+            f"experiment folder {path} exists; continue it or add runs with --resume, replace runs with --overwrite, or choose "
+            "another --experiment_name"
+        )
+    ours = {name: value for name, value in as_dict(settings).items() if name not in ("seed", "seeds", "policy")}
+    ours = {
+        name: value for name, value in ours.items() if name not in STEPS or isinstance(value, int)
+    }  # runs have steps
+    for folder in _earlier(path) - {Path(own.result_path, str(own.experiment_name)) for own in found}:
+        RunFolder(folder).check_alike(ours)
     return found
+
+
+def _earlier(path: Path) -> set[Path]:
+    """Return the folders of the runs in an experiment's folder."""
+    return {inner.parent for inner in path.glob("*/settings.json")}
 
 
 def _check_policy(path: Path, policy: object, number: int) -> None:
@@ -71,20 +93,26 @@ def _check_policy(path: Path, policy: object, number: int) -> None:
         )
 
 
-def show(settings: MultiTaskSettings, finished: Sequence[MultiTaskSettings], say: Callable[[str], None]) -> None:
-    """Write the table, ``summary.csv`` and the picture of the finished runs."""
+def _numbered(path: Path) -> list:
+    """Return the key by which ``seed10`` comes after ``seed9``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def show(settings: MultiTaskSettings, say: Callable[[str], None]) -> None:
+    """Write the table, ``summary.csv`` and the picture of the finished runs, also those of earlier commands."""
     path = Path(settings.result_path) / str(settings.experiment_name)
     rows = []
-    for own in finished:
-        folder = Path(own.result_path) / str(own.experiment_name)
+    for folder in sorted(_earlier(path), key=_numbered):
         if (folder / "summary.json").is_file():
-            rows.append((own, read_json(folder / "summary.json")))
+            rows.append(
+                ({**read_json(folder / "settings.json"), "run": folder.name}, read_json(folder / "summary.json"))
+            )
     if not rows:
         return
     write_text(path / "summary.csv", _csv(rows))
     by_policy: dict[str, list[dict]] = {}
     for own, summary in rows:
-        by_policy.setdefault(str(own.policy or own.method), []).append(summary)
+        by_policy.setdefault(str(own["policy"] or own["method"]), []).append(summary)
     heads = ("policy", "runs", "Δ_T %", "blocks run %", "MACs × single")
     cells = [
         (
@@ -113,12 +141,12 @@ def _points(found: Sequence[dict]) -> list[tuple[float, float]]:
     return [(100 * one["executed_blocks"], one["delta_t"]) for one in found if one["delta_t"] is not None]
 
 
-def _csv(rows: Sequence[tuple[MultiTaskSettings, dict]]) -> str:
+def _csv(rows: Sequence[tuple[dict, dict]]) -> str:
     """Return one row per run: what was varied, and its results in all and per task and metric."""
     keys = ("delta_t", "executed_blocks", "macs_x_single", "parameters_x_single", "seconds")
     metrics = list(dict.fromkeys((t, m) for _, summary in rows for t, own in summary["tasks"].items() for m in own))
     table: list[list] = [["run", "method", "policy", "seed", *keys, *(f"{t}:{m}" for t, m in metrics)]]
     for own, summary in rows:
         values = [summary.get(key) for key in keys] + [summary["tasks"].get(t, {}).get(m) for t, m in metrics]
-        table.append([Path(str(own.experiment_name)).name, own.method, own.policy, own.seed, *values])
+        table.append([*(own[key] for key in ("run", "method", "policy", "seed")), *values])
     return csv_text(table)

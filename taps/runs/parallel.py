@@ -44,6 +44,7 @@ class Job:
         task: the task's name.
         units: number of layers of the model.
         label: what to call it.
+        start: file of the state from which its training may start, there or not.
         rows: number of epochs that have been shown.
         tries: how often it was stopped by something else than this program, or lost a process that reads images.
         bar: its line on a terminal.
@@ -53,6 +54,7 @@ class Job:
     task: str
     units: int
     label: str
+    start: Path | None = None
     rows: int = 0
     tries: int = 0
     bar: tqdm | None = None
@@ -181,8 +183,7 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
 def _next(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
     """Return the next job that may start: of runs that share a beginning, one trains it before the others go on from it."""
     for job in waiting:
-        start = job.experiment.start_of(job.task)
-        if start is None or start.is_file() or all(own.experiment.start_of(own.task) != start for own in running):
+        if job.start is None or job.start.is_file() or all(own.start != job.start for own in running):
             return job
     return None
 

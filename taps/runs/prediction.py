@@ -46,7 +46,7 @@ def predict(settings: PredictSettings, say: Callable[[str], None], complain: Cal
     """
     images = find_images(settings.images)
     device = pick_device(settings.device)
-    model = load(settings.folder, base=settings.base, tasks=settings.tasks).to(device)
+    model = load(settings.folder, base=settings.base, tasks=settings.tasks, keep=settings.keep).to(device)
     bad: dict[str, str] = {}
     found = classify(model, images, settings.top, settings.batch_size, settings.workers, bad.__setitem__)
     bar = tqdm(total=len(images), unit="image", disable=None if len(images) > 1 else True, leave=False)
@@ -201,12 +201,12 @@ def _as_json(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> N
             one.task: [{"class": name, "probability": probability} for name, probability in one.classes]
             for one in predictions
         }
-        before = json.dumps({"image": predictions[0].image, "tasks": tasks}, ensure_ascii=False)
+        before = json.dumps({"image": predictions[0].image, "tasks": tasks})
     say(f"{before}\n]" if before is not None else "]")
 
 
 def _as_csv(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> None:
-    writer = csv.writer(_Lines(say), lineterminator="")
+    writer = csv.writer(_Lines(say), lineterminator="\n")
     writer.writerow(("image", "task", "rank", "class", "probability"))
     for predictions in found:
         for one in predictions:
@@ -218,4 +218,7 @@ class _Lines:
     """A file that hands each line on."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.write = say
+        self._say = say
+
+    def write(self, line: str) -> None:
+        self._say(line.removesuffix("\n"))

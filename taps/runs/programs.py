@@ -13,12 +13,13 @@ from accelerate import Accelerator
 
 from taps.benchmarks.opening import open_benchmark
 from taps.data.classification.images import TaskData
+from taps.data.classification.mixed_batches import check_batch_size
 from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError
 from taps.methods.registry import METHODS, method_of
 from taps.networks.preprocessing import Preprocessing
 from taps.runs import multi_task_sweep, parallel, sweep
-from taps.runs.adaptation import Experiment, check_budget, prepare_tasks
+from taps.runs.adaptation import Experiment, check_budget, prepare_tasks, recipe_of
 from taps.runs.multi_task import MultiTask
 from taps.runs.setup import adapted, make_accelerator
 from taps.runs.sub_tasks import SubTasks
@@ -26,6 +27,7 @@ from taps.settings.adaptation import AdaptationSettings, JointSettings, Sequenti
 from taps.settings.multi_task import MultiTaskSettings
 from taps.stop_signals import StopSignals
 from taps.storage.files import read_tensors, write_tensors
+from taps.training.loop import start_file
 
 A = TypeVar("A", bound=AdaptationSettings)
 
@@ -55,6 +57,8 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
         if isinstance(own, JointSettings) and len(tasks[own.seed]) < 2:
             name = tasks[own.seed][0].name
             raise UserError(f"joint training needs at least two tasks, {name} is one; use train_sequential.py")
+        if isinstance(own, JointSettings):  # mistakes are said before earlier runs are replaced
+            check_batch_size(own.batch_size, len(tasks[own.seed]))
         several = [task.name for task in tasks[own.seed] if task.has_several_labels]
         if isinstance(own, JointSettings) and several:
             raise UserError(
@@ -62,7 +66,7 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
             )
         if own.budget is not None or (len(runs) > 1 and (own.method, own.norm) not in checked):
             checked.add((own.method, own.norm))
-            model = adapted(own, make_base(own), train_base)  # mistakes are said before earlier runs are replaced
+            model = adapted(own, make_base(own), train_base)
             if own.budget is not None:
                 check_budget(own, model, tasks[own.seed])
     with StopSignals() as stop, sweep.shared_start(settings, accelerator) as fork:
@@ -145,7 +149,11 @@ def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
             experiment.announce(model)
             experiments.append(experiment)
             label = f"{run.path.name} " if len(runs) > 1 else ""
-            jobs += [parallel.Job(experiment, task.name, len(model.units), label) for task in experiment.unfinished]
+            defaults = model.method.defaults(model, recipe_of(run.settings))
+            for task in experiment.unfinished:
+                start = experiment.start_of(task.name)
+                start = None if start is None else start_file(start, defaults)
+                jobs.append(parallel.Job(experiment, task.name, len(model.units), label, start))
         parallel.train(settings, jobs, runs[0].stop)
         for experiment in experiments:
             experiment.finish()
@@ -176,6 +184,7 @@ def _lite(run: Run[JointSettings]) -> None:
             norm="frozen",
             epochs=settings.shared_epochs,
             optimizer=settings.shared_optimizer or settings.optimizer,
+            base_lr=settings.lr if settings.published and settings.base_lr is None else settings.base_lr,
             accumulate=1 if settings.published else settings.accumulate,
             budget=None,
             layers=None,
@@ -212,5 +221,5 @@ def train_multi_task(settings: MultiTaskSettings) -> None:
                 if "test" in own.phases:
                     run.test()
         if multi_task_sweep.is_sweep(settings) and accelerator.is_main_process:
-            multi_task_sweep.show(settings, runs, accelerator.print)
+            multi_task_sweep.show(settings, accelerator.print)
     accelerator.end_training()

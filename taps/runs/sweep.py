@@ -33,7 +33,7 @@ from taps.plots import style
 from taps.settings.adaptation import AdaptationSettings
 from taps.settings.declare import as_dict
 from taps.storage import run_folder
-from taps.storage.files import csv_text, write_text
+from taps.storage.files import csv_text, read_json, write_text
 
 #: settings of which a command may name several values
 SWEPT = ("method", "lam", "budget", "seed")
@@ -151,6 +151,8 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
             shutil.rmtree(folder.path)
             folder.release()
         settings = {name: value for name, value in as_dict(options).items() if name not in (*SWEPT, "seeds")}
+        if options.resume:
+            _check_alike(options, settings, path)
         opened = run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
     accelerator.wait_for_everyone()
 
@@ -164,6 +166,16 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
         shutil.rmtree(path / "opened")
         opened.release()
         _show(path, accelerator)
+
+
+def _check_alike(options: AdaptationSettings, settings: Mapping, path: Path) -> None:
+    """Refuse to add runs to a table whose other runs of the same method were trained otherwise."""
+    new = {(own.method, own.budget is None) for own in runs(options)}
+    named = {Path(str(own.experiment_name)).name for own in runs(options)}
+    for name in _earlier(options):
+        stored = read_json(path / name / "settings.json")
+        if name not in named and (stored.get("method"), stored.get("budget") is None) in new:
+            run_folder.RunFolder(path / name).check_alike(settings)
 
 
 def _show(path: Path, accelerator: Accelerator) -> None:

@@ -16,7 +16,9 @@ class Data(Settings):
 
     title: ClassVar[str] = "data"
     dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), folders of classes, CSV files with path,label or path,labels, a folder that holds several of the first, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
-    cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped*", bool)
+    cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped* unless --no-cropped_names", bool)
+    cropped_names: bool = setting(True, "do so for folders whose name contains cropped, as the ImageNet-to-Sketch sets have it", bool, negatable=True)
+    interpolation: str | None = setting(None, "how images are resized", choices=("bilinear", "bicubic"), shown="as the base was trained")
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
     resize: int | None = setting(None, "shorter side of evaluation images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size, 256 for 224")
     background: str = setting("white", "colour under transparent pixels: a name or #rrggbb", metavar="COLOUR")
@@ -45,7 +47,7 @@ class MethodChoice(Settings):
     title: ClassVar[str] = "method"
     method: str | None = setting(None, "", metavar="NAME", shown="taps, with --budget taps_budget")
     norm: str | None = setting(None, "norm layers: each task's own everywhere (task), its own only after tuned layers (follow), or the base's (frozen)", choices=NORMS, shown="task, with --budget follow")
-    published: bool = setting(False, "whatever the published program of TAPS does otherwise, unless set here: torchvision's first ImageNet weights for ResNets, no margin around the test crop, gradients summed over eight batches, three epochs without λ, which is divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a ground under transparent pixels", bool)
+    published: bool = setting(False, "everything that the published program of TAPS does differently, unless set here: torchvision's first ImageNet weights for ResNets, no margin around the test crop, gradients summed over eight batches, three epochs without λ, which is divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a background under transparent pixels", bool)
     layers: str | None = setting(None, "only layers whose name matches can be tuned, e.g. 'layer[34]'", metavar="REGEX")
 
 
@@ -69,12 +71,12 @@ class Optimization(Settings):
     accumulate: int = setting(1, "batches per optimiser step", int, low=1, metavar="N")
     gradients: str = setting("mean", "of the batches of a step: their mean, or their sum", choices=("mean", "sum"))
     optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas (from a --budget of 2 bits per weight on, adam) and adam for norms and heads, at 0.3 times the learning rate", choices=OPTIMIZERS, shown="sgd; with --budget split")
-    lr: float = setting(0.01, "learning rate of the first epoch, which then follows a cosine; with --budget below 2 bits per weight it falls almost linearly", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
+    lr: float = setting(0.01, "initial learning rate, which falls along a cosine; with --budget below 2 bits per weight it falls almost linearly", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
     wd: float = setting(0.0, "weight decay on deltas, heads and a base that is trained; never on scores and norms", float, low=0, metavar="X")
     lr_warmup_epochs: int = setting(0, "first epochs, in which learning rates rise linearly (--warmup_epochs is about λ)", int, low=0, metavar="N")
-    layer_decay: float = setting(1.0, "factor on the learning rates of deltas and norms per layer of distance from the last layer", float, low=0, above=True, high=1, metavar="X")
+    layer_decay: float = setting(1.0, "factor on the learning rates of deltas and norms per block of distance from the head, blocks as in timm", float, low=0, above=True, high=1, metavar="X")
     clip_grad: float | None = setting(None, "largest norm of the gradients of a step", float, low=0, above=True, metavar="X", shown="no limit")
     label_smoothing: float = setting(0.0, "share of the target that is spread over all classes", float, low=0, high=0.99, metavar="X", aliases=("--smoothing",))
     mixup: float = setting(0.0, "α of mixup, which blends pairs of training images; 0 turns it off", float, low=0, metavar="α")
@@ -93,7 +95,7 @@ class Augmentation(Settings):
     title: ClassVar[str] = "training"
     auto_augment: str | None = setting(None, "policy of timm: rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 (AugMix), original or 3a (AutoAugment)", metavar="POLICY", aliases=("--aa",), shown="none")
     random_erasing: float = setting(0.0, "probability of erasing a part of a training image", float, low=0, high=1, metavar="P", aliases=("--reprob",))
-    class_weights: str = setting("none", "balanced: weigh each class in the loss by the inverse of its number of images; of several labels, those that an image has by how many images lack them", choices=("none", "balanced"))
+    class_weights: str = setting("none", "balanced: weigh each class in the loss by the inverse of its number of images; with several labels per image, weigh each label by the ratio of images without it to images with it", choices=("none", "balanced"))
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Output(Settings):
 
     title: ClassVar[str] = "output"
     config: str | None = setting(None, "a YAML file of settings, such as settings.yaml of an earlier run; the command line takes precedence", metavar="FILE", repeats=False)
-    ignore_unknown: bool = setting(False, "go on if the --config file has entries that nobody knows", bool, repeats=False)
+    ignore_unknown: bool = setting(False, "continue if the --config file has unknown entries", bool, repeats=False)
     result_path: str = setting("results", "folder of the experiment folders; with several machines, a folder that all of them share", metavar="DIR")
     experiment_name: str | None = setting(None, "name of the experiment's folder", metavar="NAME", aliases=("--exp_name",), shown="named after the data, model and method")
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
@@ -142,8 +144,8 @@ class Sweep(Settings):
 class AdaptationSettings(Output, Machine, Sweep, Batches, Augmentation, Optimization, Schedule, MethodChoice, Network, Data):
     """Settings that sequential and joint training share."""
 
-    method: list[str] | str | None = several(MethodChoice, "method", "With several methods, as with several values of --lam, there is one run for each combination")  # type: ignore[assignment]
-    lam: list[float] | float = several(Schedule, "lam", "With several values there is one run for each, from one warm-up")  # type: ignore[assignment]
+    method: list[str] | str | None = several(MethodChoice, "method", "with several methods, as with several values of --lam, there is one run for each combination")  # type: ignore[assignment]
+    lam: list[float] | float = several(Schedule, "lam", "with several values there is one run for each, from one warm-up")  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         for name in ("method", "lam", "budget"):
@@ -189,7 +191,7 @@ class EvaluateSettings(Settings):
     export: str | None = setting(None, "also write each task as a separate network: DIR/<task>.safetensors, a state dict for timm, and DIR/<task>.pt2, a torch.export program; and DIR/together.pt2, one program for all tasks that computes shared work once", metavar="DIR")
     onnx: bool = setting(False, "with --export: also write every program as .onnx", bool)
     no_test: bool = setting(False, "do not test, only print the stored table or export", bool)
-    verify: bool = setting(False, "instead of testing, verify that every tensor of the base and every task's output on a known input are bit for bit what they were after training; exit status 1 if not", bool)
+    verify: bool = setting(False, "instead of testing, verify that every tensor of the base is bit for bit what it was after training, and every task's output on a known input up to rounding; exit status 1 if not", bool)
     batch_size: int | None = setting(None, "", int, low=1, metavar="N", shown="as in the run")
     workers: int | None = setting(None, "", int, low=0, metavar="N", shown="as in the run")
     device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))

@@ -64,7 +64,7 @@ def several(kind: type, name: str, more: str) -> Any:
     """Return a field like that of another group, of which several values may be given; ``more`` is added to the help."""
     field = next(own for own in dataclasses.fields(kind) if own.name == name)
     declared: Declaration = field.metadata["setting"]
-    changed = dataclasses.replace(declared, help=f"{declared.help} {more}".strip(), nargs="+")
+    changed = dataclasses.replace(declared, help=f"{declared.help}; {more}" if declared.help else more, nargs="+")
     return dataclasses.field(default=field.default, metadata={"setting": changed})
 
 
@@ -410,7 +410,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
         values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # also a date that no calendar has
         raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path} does not hold name: value lines")
@@ -439,7 +439,7 @@ def read_config(
         ignored: entries that are not settings but may be present.
         rest: receives the settings in the file that only ``others`` declare; ``None`` refuses them.
         others: settings classes of other programs.
-        ignore_unknown: leave out entries that nobody knows, instead of refusing them.
+        ignore_unknown: leave out unknown entries instead of refusing them.
         convert: returns the settings that the contents of another program's file stand for, or ``None`` for a file of this one.
 
     Raises:
@@ -447,7 +447,12 @@ def read_config(
     """
     values, lines = _read_yaml(path)
     known, found = declarations(kind), {}
-    converted = None if convert is None else convert(values, path, ignore_unknown)
+    try:
+        converted = None if convert is None else convert(values, path, ignore_unknown)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds a value of another type than the published program's: {error}") from None
     for name, value in (values if converted is None else converted).items():
         if name in known:
             try:

@@ -55,7 +55,7 @@ class BenchmarkNetwork(Settings):
 
     title: ClassVar[str] = "network"
     model_type: str | None = setting(None, "any timm model with residual blocks; mimic3: resnet10 to resnet152 or tcn; volumes: resnet10 to resnet152", metavar="NAME")
-    dynamic_kernels: int = setting(0, "mimic3, resnets: number of kernels of dynamic convolutions (arXiv 1912.03458), which the first layer and the projections of shortcuts are then; DynaShare's program has 4", int, low=0, high=64, metavar="K", shown="none are dynamic")
+    dynamic_kernels: int = setting(0, "mimic3, resnets: number of kernels per dynamic convolution (arXiv 1912.03458), used in the first layer and in the projections of shortcuts; DynaShare's program has 4", int, low=0, high=64, metavar="K", shown="none are dynamic")
     causal: bool | None = setting(None, "mimic3: no block sees hours after the one that is predicted; with --no-causal blocks see the whole series, as published. Gates of dynashare see the whole series either way", bool, negatable=True)
     model_path: str | None = setting(None, "initial weights", metavar="FILE")
     pretrained: bool | None = setting(None, "start from timm's ImageNet weights rather than random ones", bool, negatable=True)
@@ -148,7 +148,7 @@ class PolicyTraining(Settings):
     policy_lr: float | None = setting(None, "learning rate of the policy steps (adam)", float, low=0, above=True, metavar="X")
     policy_decay_iterations: int | None = setting(None, "steps of policy learning after which --policy_lr falls to a tenth", int, low=1, metavar="N", shown="never")
     policy_wd: float | None = setting(None, "weight decay of the policy steps", float, low=0, metavar="X")
-    layer_decay: float = setting(1.0, "factor on the learning rates of the shared network per layer of distance from the last layer", float, low=0, above=True, high=1, metavar="X")
+    layer_decay: float = setting(1.0, "factor on the learning rates of the shared network per block of distance from the head, blocks as in timm", float, low=0, above=True, high=1, metavar="X")
     clip_grad: float | None = setting(None, "largest norm of the gradients of a step", float, low=0, above=True, metavar="X", shown="no limit")
     limit_batches: int | None = setting(None, "use only N batches per epoch of the loop and N per evaluation, for trial runs", int, low=1, metavar="N")
 

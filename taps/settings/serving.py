@@ -22,7 +22,7 @@ class ServeSettings(Settings):
     base: str | None = setting(None, "weights of the base, if the tasks' files do not say where they are", metavar="FILE")
     keep: int = setting(64, "largest number of tasks that a replica holds in memory; others are loaded on first use", int, low=1, metavar="N")
     batch_size: int = setting(32, "most images that run in one batch", int, low=1, metavar="N")
-    replicas: list[int] = setting([1], "copies of the model, or the least and the largest number of them, between which the load decides", int, low=1, nargs="+", metavar="N")
+    replicas: list[int] = setting([1], "copies of the model, or a minimum and a maximum, between which it scales with the load", int, low=1, nargs="+", metavar="N")
     threads: int | None = setting(None, "processor threads per replica", int, low=1, metavar="N", shown="those of the machine, divided by the replicas")
     address: str | None = setting(None, "HOST:PORT of a Ray cluster to run the replicas on, or auto", metavar="ADDRESS", shown="processes on this machine")
     device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))

@@ -2,7 +2,7 @@
 
 A task's outputs are recorded when its training has ended and are stored in its ``task.json`` (``probe``); the base's fingerprints
 are in the results folder's ``fingerprints.json``. The checks compute all of them again and compare them bit for bit, on one CPU
-thread, since the number of threads changes the order of sums.
+thread, since the number of threads changes the order of sums. Processors round differently, too, which counts as the same.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from taps.core.modules import evaluating
 from taps.core.network import Network, fingerprint
 from taps.errors import UserError
 
+#: largest difference of outputs, relative to the largest of them, that counts as rounding
+_ROUNDING = 1e-5
 _SHOWN = 16  # number of output values that are stored as such, to measure the deviation on another machine
 
 
@@ -56,7 +58,9 @@ def probe(model: Network, task: str, shape: tuple[int, ...]) -> dict:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with _one_thread(model):
         outputs = [
-            leaf.detach().float().contiguous() for leaf in tree_leaves(model(x, task)) if isinstance(leaf, Tensor)
+            leaf.detach().float().contiguous()
+            for leaf in tree_leaves(type(model).forward(model, x, task))  # accelerate may have put autocast around it
+            if isinstance(leaf, Tensor)
         ]
     digest = hashlib.sha256(b"".join(output.numpy().tobytes() for output in outputs)).hexdigest()
     first = torch.cat([output.flatten() for output in outputs])[:_SHOWN].tolist()
@@ -75,8 +79,8 @@ def check_base(net: nn.Module, stored: Mapping[str, str]) -> list[str]:
     return sorted(name for name in {*now, *stored} if now.get(name) != stored.get(name))
 
 
-def check_task(model: Network, task: str, stored: Mapping) -> str | None:
-    """Return what is wrong with a task's outputs, or ``None`` if they equal the certificate's bit for bit.
+def check_task(model: Network, task: str, stored: Mapping) -> tuple[bool, str]:
+    """Return whether a task's outputs are those of the certificate, up to rounding, and a text that says so.
 
     Raises:
         UserError: if the task's certificate is damaged.
@@ -85,13 +89,17 @@ def check_task(model: Network, task: str, stored: Mapping) -> str | None:
         now = probe(model, task, tuple(stored["shape"]))
         same_input, same = now["input"] == stored["input"], now["output"] == stored["output"]
         before = [struct.unpack(">f", bytes.fromhex(value))[0] for value in stored["values"]]
+        if len(before) != len(now["values"]) or not before:
+            raise ValueError(f"{len(before)} values instead of {len(now['values'])}")
     except (KeyError, TypeError, ValueError, struct.error, RuntimeError) as error:
         raise UserError(f"task {task}: its certificate is damaged ({(str(error).splitlines() or [''])[0]})") from None
     if same:
-        return None
+        return True, "answers bit for bit as after its training"
     if not same_input:
-        return "the random numbers of this torch are not those of the certificate's; use the version in settings.json"
+        reason = "the random numbers of this torch are not those of the certificate's; use the version in settings.json"
+        return False, reason
     after = [struct.unpack(">f", bytes.fromhex(value))[0] for value in now["values"]]
     apart = max(abs(a - b) for a, b in zip(before, after, strict=True))
-    hint = "; another processor or torch rounds differently" if apart < 1e-4 * max(1.0, *map(abs, before)) else ""
-    return f"its answers differ, by {apart:.3g} in the first {len(before)} numbers{hint}"
+    if apart <= _ROUNDING * max(1.0, *map(abs, before)):
+        return True, f"answers as after its training, to {apart:.2g}: another processor or torch rounds differently"
+    return False, f"its answers differ, by {apart:.3g} in the first {len(before)} numbers"

@@ -209,9 +209,11 @@ def _read_gaps(stored: np.ndarray, width: int) -> tuple[np.ndarray, int]:
     if bits > 31:
         raise ValueError("the bytes are no positions with values")
     middle, end = 5 + math.ceil(count * bits / 8), len(stored) - width * count
+    if end < middle:  # before memory for them is asked for
+        raise ValueError(f"the bytes are not {count} positions with values")
     low = np.unpackbits(stored[5:middle], count=count * bits).reshape(count, bits)
     ends = np.flatnonzero(np.unpackbits(stored[middle : max(end, middle)]) == 0)[:count]
-    if len(ends) != count or end < middle:
+    if len(ends) != count:
         raise ValueError(f"the bytes are not {count} positions with values")
     high = np.diff(ends, prepend=-1) - 1
     gaps = (high << bits) + low @ (1 << np.arange(bits, dtype=np.int64)[::-1])

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from taps.core import accounting
 from taps.errors import UserError
-from taps.storage import task_file
+from taps.storage import checkpoint, task_file
 from taps.storage.files import read_json, write_json, write_text
 from taps.storage.library import Library
 from taps.version import VERSION
@@ -75,6 +75,8 @@ class RunFolder:
         self.base_path = path / "base.safetensors"
         self.fingerprints_path = path / "fingerprints.json"
         self.rows: list[dict] = []
+        #: settings that a later phase has changed: before and now, by name
+        self.changed: dict[str, tuple] = {}
         self._lock: weakref.finalize | None = None
         self._handle = -1
 
@@ -132,6 +134,8 @@ class RunFolder:
         stages: Sequence[str] = (),
         repeatable: str | None = None,
         defaults: Mapping | None = None,
+        free: Collection[str] = (),
+        records: bool = True,
     ) -> RunFolder:
         """Start or continue an experiment; the settings are written before anything else.
 
@@ -142,6 +146,8 @@ class RunFolder:
             overwrite: delete the earlier run in the folder.
             repeatable: contents of ``settings.yaml``, which repeats the run when given to ``--config``.
             defaults: defaults of the options, for a run that was begun before there were some of them.
+            free: settings that may differ from the run's; they are in ``changed`` of the result.
+            records: whether the run's record has the new ones from now on.
             stages: subfolders that hold earlier stages of the same run, and are deleted with it.
 
         Raises:
@@ -157,9 +163,9 @@ class RunFolder:
             if not is_run:
                 raise UserError(f"{path} exists and is not a run of this program; choose another --experiment_name")
             if resume:
-                longer = folder._check_same(settings, defaults)
+                longer, folder.changed = folder._check_same(settings, defaults, free)
                 folder.rows = folder.read_metrics()
-                if longer:
+                if longer or (folder.changed and records):
                     folder._write_settings(settings, repeatable)
                 return folder
             if not overwrite:
@@ -184,8 +190,26 @@ class RunFolder:
         more = {"versions": versions(), "commit": commit(), "command": list(sys.argv)}
         write_json(self.path / "settings.json", {**settings, **more})
 
-    def _check_same(self, settings: dict, defaults: Mapping | None = None) -> bool:
-        """Refuse to continue with other settings; return whether the run is to be longer than it was.
+    def check_alike(self, settings: Mapping) -> None:
+        """Refuse settings that this run, which theirs are to be compared with, does not have.
+
+        Raises:
+            UserError: naming the settings that differ.
+        """
+        stored, wanted = read_json(self.path / "settings.json"), json.loads(json.dumps(dict(settings)))
+        free = (*FREE_ON_RESUME, "dataset", "data")  # the same images may lie elsewhere
+        given = {key: value for key, value in wanted.items() if value is not None and key not in free}
+        other = [key for key, value in given.items() if key in stored and _unordered(stored[key]) != _unordered(value)]
+        if other:
+            listed = ", ".join(f"{key}={wanted[key]} (was {stored[key]})" for key in other)
+            raise UserError(
+                f"{self.path} has other settings: {listed}; leave these as they were, or choose another --experiment_name"
+            )
+
+    def _check_same(
+        self, settings: dict, defaults: Mapping | None = None, may_differ: Collection[str] = ()
+    ) -> tuple[bool, dict[str, tuple]]:
+        """Refuse to continue with other settings; return whether the run is to be longer, and before and now of allowed changes.
 
         Raises:
             UserError: naming the settings that differ.
@@ -207,8 +231,14 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be extended to {wanted['epochs']} epochs: {what} divides all epochs into parts"
             )
+        record = checkpoint.read_record(self.state_path) if longer else None
+        if record is not None and record["progress"]["epoch"] < before["epochs"]:
+            raise UserError(
+                f"{self.path} was stopped before its {before['epochs']} epochs: finish them with --resume, and extend it then"
+            )
         free += ("epochs", "shared_epochs") if longer else ()
-        other = [key for key in wanted if key not in free and key in before and wanted[key] != before[key]]
+        differing = [key for key in wanted if key not in free and key in before and wanted[key] != before[key]]
+        other = [key for key in differing if key not in may_differ]
         if other:
             listed = ", ".join(f"{key}={wanted[key]} (was {before[key]})" for key in other)
             raise UserError(
@@ -221,7 +251,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be resumed: the images of {', '.join(changed)} are not those of the run"
             )
-        return longer
+        return longer, {key: (before[key], wanted[key]) for key in differing}
 
     def task_path(self, task: str) -> Path:
         return self.path / task
@@ -282,6 +312,25 @@ def image_settings(path: Path) -> dict | None:
     sizes = {name: settings.get(name) for name in ("input_size", "resize")}
     whole = all(isinstance(size, int) for size in sizes.values())
     return {**sizes, "cropped": bool(settings.get("cropped"))} if whole else None
+
+
+def _unordered(value: object) -> object:
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
+def older_preprocessing(default: Mapping, folder: Path, task: str) -> dict | None:
+    """Return the preprocessing of a task that was saved before version 0.11, as its run's settings say, or ``None``.
+
+    Args:
+        default: the base's, as :meth:`taps.networks.preprocessing.Preprocessing.describe` returns it.
+        folder: the task's folder.
+        task: the task's name.
+    """
+    settings = image_settings(folder.resolve().parent)
+    if settings is None:
+        return None
+    crop = "stretch" if settings["cropped"] or "cropped" in task.lower() else "center"
+    return {**default, "input_size": settings["input_size"], "resize": settings["resize"], "crop": crop}
 
 
 @dataclass(frozen=True)

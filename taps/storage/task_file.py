@@ -462,6 +462,8 @@ def _linear(description: Mapping, tensors: Mapping[str, Tensor], folder: Path, p
     encoded, shape = "head/weight" in description.get("encodings", {}), (linear["out_features"], linear["in_features"])
     if not encoded and tensors.get("head/weight", torch.empty(0)).shape != shape:
         raise UserError(f"{path}: head/weight is missing or of another shape than task.json says")
+    if min(shape) < 0 or math.prod(shape) > _LARGEST_HEAD:
+        raise UserError(f"{folder / 'task.json'} is damaged: a head of {shape[1]} inputs and {shape[0]} outputs")
     return nn.Linear(linear["in_features"], linear["out_features"], linear["bias"])
 
 

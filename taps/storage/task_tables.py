@@ -43,6 +43,9 @@ def list_table(library: Library) -> str:
     return _table(heads, rows, "lrrrrlll")
 
 
+_ROLES = (("deltas", "delta"), ("norms", "norm"), ("head", "head"))
+
+
 def show_table(description: dict) -> str:
     """Return the properties of one task and a table with one row per layer: parameters, score and whether it is tuned."""
     account, classes, base = description["accounting"], description.get("classes"), description["base"]
@@ -54,8 +57,9 @@ def show_table(description: dict) -> str:
         "method": f"{description['method']}, norm={description['norm']}, options {description['options']}",
         "classes": names,
         description.get("metric") or "accuracy": "not tested" if accuracy is None else f"{accuracy:.2f} %",
-        "stored": f"{description['bytes']:,} bytes: deltas {account['delta_parameters']:,}, norms "
-        f"{account['norm_parameters']:,}, head {account['head_parameters']:,} parameters",
+        "stored": f"{description['bytes']:,} bytes: "
+        + ", ".join(f"{role} {account.get(f'{key}_parameters', '?')}" for role, key in _ROLES)
+        + " parameters",
         "tuned": f"{account['tuned_units']} of {account['units']} layers",
     }
     stored_as: dict[str, set[str]] = {}
@@ -63,7 +67,7 @@ def show_table(description: dict) -> str:
         stored_as.setdefault(key.split("/")[1], set()).add(encoding)
     rows = []
     for unit in description["units"]:
-        score = "–" if unit["score"] is None else f"{unit['score']:.4f}"
+        score = "–" if unit.get("score") is None else f"{unit['score']:.4f}"
         tuned = ", ".join(["yes", *sorted(stored_as.get(unit["name"], ()))]) if is_tuned(unit) else ""
         rows.append((unit["name"], unit["kind"], f"{unit['parameters']:,}", score, tuned))
     heads = ("layer", "kind", "parameters", "score", "tuned")
@@ -83,9 +87,11 @@ def compare_table(library: Library) -> str:
     names = [unit["name"] for unit in first["units"]]
     for name, description in tasks.items():
         if [unit["name"] for unit in description["units"]] != names:
+            same = description["base"]["name"] == first["base"]["name"]
+            what = "have gates on different layers" if same else "are for different networks"
             raise UserError(
-                f"tasks {first['task']} ({first['base']['name']}) and {name} ({description['base']['name']}) "
-                "are for different networks, whose layers cannot be compared"
+                f"tasks {first['task']} ({first['base']['name']}) and {name} ({description['base']['name']}) {what}, which "
+                "cannot be compared"
             )
     tuned = {name: {u["name"] for u in description["units"] if is_tuned(u)} for name, description in tasks.items()}
     rows = []

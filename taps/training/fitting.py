@@ -49,8 +49,9 @@ class Record:
 
     def curve(self, name: str) -> list:
         """Return one number of every epoch, e.g. ``curve("val_error")``."""
-        if name not in self.rows[0]:
-            raise unknown("number", name, self.rows[0])
+        known = {key: None for row in self.rows for key in row}
+        if name not in known:
+            raise unknown("number", name, known)
         return [row.get(name) for row in self.rows]
 
 

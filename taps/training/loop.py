@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from taps.core.accounting import is_tuned
-from taps.core.method import ROLES, Phase
+from taps.core.method import ROLES, Defaults, Phase
 from taps.data.seeded import mix_seed
 from taps.errors import DivergedError, UserError
 from taps.stop_signals import Interrupted, StopSignals
@@ -136,6 +136,7 @@ def run_phases(
         if validate is not None and (is_last or run.validates_now()):
             with run.averaged():
                 found, number = validate()
+            number = -math.inf if math.isnan(number) else number
             for row in rows:
                 row.update(found[row["task"]])
             # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
@@ -173,6 +174,11 @@ def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[st
             parameter.requires_grad_(role in trains)
 
 
+def start_file(fork: Path, defaults: Defaults) -> Path:
+    """Return the file of a shared start, whose name says what the runs that begin with it have in common."""
+    return fork.with_stem("_".join((fork.stem, defaults.optimizer, defaults.decay, *defaults.adaptive)))
+
+
 class _Run:
     """The state of a training run and the steps that change it, used by :func:`run_phases`."""
 
@@ -196,7 +202,7 @@ class _Run:
         defaults = model.method.defaults(model, recipe)
         self.phases, self.decay = recipe.phases(model), defaults.decay
         if fork is not None:
-            self.fork = fork.with_stem("_".join((fork.stem, defaults.optimizer, defaults.decay, *defaults.adaptive)))
+            self.fork = start_file(fork, defaults)
         self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
         recipes = {"main": recipe, **recipe.others}
         self.recipes = {name: recipes[name] for name in dict.fromkeys(phase.optimizer for phase in self.phases)}
@@ -289,7 +295,8 @@ class _Run:
     def has_stalled(self) -> bool:
         """Return whether validation has not improved for ``patience`` epochs."""
         progress, patience = self.progress, self.recipe.patience
-        return patience is not None and progress.risen > 0 and progress.epoch - progress.risen >= patience
+        has_validated = progress.epoch % self.recipe.eval_epochs == 0 or self.recipe.plan is not None
+        return patience is not None and has_validated and 0 < progress.risen <= progress.epoch - patience
 
     def validates_now(self) -> bool:
         """Return whether the loop validates after the current epoch."""
@@ -518,8 +525,13 @@ class _Run:
         return blended, call, shares
 
     def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average the gradients over all processes."""
+        """Average the gradients over all processes; a parameter without one on any process keeps none and is not moved."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        there = torch.tensor([p.grad is not None for p in parameters], device=self.accelerator.device).float()
+        wanted = self.accelerator.reduce(there, "sum").tolist()
+        parameters = [p for p, count in zip(parameters, wanted, strict=True) if count]
+        if not parameters:
+            return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -598,7 +610,8 @@ class _Run:
     def _share_buffers(self) -> None:
         """Copy the first process's running statistics, which are validated and saved, to every process."""
         if self.accelerator.num_processes > 1:
-            for _, tensor in self.model.named_buffers():
+            averaged = () if self.average is None else self.average.values.values()
+            for tensor in (*(own for _, own in self.model.named_buffers()), *averaged):
                 tensor.copy_(broadcast(tensor.clone(), from_process=0))
 
     def stop_requested(self) -> bool:

@@ -128,6 +128,10 @@ class PolicyTrainer:
             if isinstance(value := getattr(self.options, name), str):
                 raise UserError(f"{name}: {value!r} are passes; give a number of steps")
         self.val = by_split["val"] if self.separate else loaders["val"]
+        held = [(len(own.dataset), own.batch_size) for own in by_split["val"].values()]
+        self._has_single_samples = any(
+            size % batch == 1 or batch == 1 for size, batch in held
+        )  # without batch statistics
         self.parts = self._divide(by_split)
         self.collate = {name: own.collate_fn for name, own in by_split["train"].items()}
         self.history: list[dict] = []
@@ -157,6 +161,19 @@ class PolicyTrainer:
                         found.setdefault(part, {})[task] = loader
                 else:
                     found.setdefault(split, {})[task] = one
+        for own in found.values():
+            missing = [task for task in self.tasks if self.separate and task not in own]
+            if missing:
+                raise UserError(
+                    f"task {missing[0]!r} has one training loader, others have three: give all tasks as many"
+                )
+        sizes = {
+            loader.batch_size for split in ("train", "weights", "policy") for loader in found.get(split, {}).values()
+        }
+        if len(sizes) > 1:
+            raise UserError(
+                f"training loaders have batch sizes {', '.join(map(str, sorted(sizes, key=str)))}; give one size"
+            )
         return {
             split: {task: own[task] for task in (self.tasks if self.separate else own)} for split, own in found.items()
         }
@@ -275,7 +292,8 @@ class PolicyTrainer:
                 streams[name] = made[""]
 
         def validate() -> tuple[dict[str, dict], float]:
-            with evaluating(model), batch_statistics(model, not model.policies), torch.no_grad():
+            relies = not model.policies and not self._has_single_samples
+            with evaluating(model), batch_statistics(model, relies), torch.no_grad():
                 found = self.evaluate(model)
             return found, -sum(options.task_weights.get(task, 1.0) * row["loss"] for task, row in found.items())
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
+from timm.models import group_parameters
 
+from taps.core.execution import Place
 from taps.core.method import ROLES, Phase
 from taps.core.network import Network
 from taps.errors import UserError
@@ -73,9 +76,8 @@ class Recipe(Optimization, Schedule):
             raise UserError(
                 f"lr_warmup_epochs: {self.lr_warmup_epochs} leaves none of {self.epochs} epochs at the full rate"
             )
-        if isinstance(self.budget, bool) or (
-            not isinstance(self.budget, str) and self.budget is not None and self.budget < 0
-        ):
+        is_size = isinstance(self.budget, (str, int)) and not isinstance(self.budget, bool)
+        if self.budget is not None and (not is_size or (isinstance(self.budget, int) and self.budget < 0)):
             raise UserError(f"budget: {self.budget!r} is not a number of bytes or a size such as '10%'")
 
     def phases(self, model: Network) -> tuple[Phase, ...]:
@@ -167,16 +169,49 @@ def make_optimizer(
 def _by_factor(
     model: Network, parameters: list[torch.nn.Parameter], decay: float
 ) -> dict[float, list[torch.nn.Parameter]]:
-    """Return the parameters by their factor on the learning rate: ``decay`` to the power of the distance from the last unit."""
+    """Return the parameters by their factor on the learning rate: ``decay`` to the power of the distance from the head."""
     if decay == 1.0:
         return {1.0: parameters}
-    position = {
-        id(p): index for index, unit in enumerate(model.units) for m in (unit.deltas, unit.base) for p in m.parameters()
-    }
-    for norm in model.task_norms:
-        position.update((id(p), max(norm.position - 1, 0)) for p in norm.parameters())
-    last, groups = len(model.units) - 1, {}
+    distance = _distances(model)
+    groups: dict[float, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
-        distance = last - position.get(id(parameter), last)
-        groups.setdefault(decay**distance, []).append(parameter)
+        groups.setdefault(decay ** distance.get(id(parameter), 0), []).append(parameter)
     return groups
+
+
+def _distances(model: Network) -> dict[int, int]:
+    """Return the distance of each parameter, by identity, from the head: in blocks as timm groups them, else in units."""
+    base = dict(_base_parameters(model.backbone))
+    first = len(model.units) - 1
+    if hasattr(model.backbone, "group_matcher"):
+        names = [*base, "head.fc.weight"]  # a name that no block has, for the head that tasks have instead
+        named = SimpleNamespace(named_parameters=lambda: ((name, None) for name in names))
+        groups = group_parameters(named, model.backbone.group_matcher(), reverse=True)
+        depths = {name: groups["head.fc.weight"] - groups[name] for name in base}
+    else:
+        units = enumerate(model.units)
+        depths = {_full(unit, name): first - index for index, unit in units for name, _ in unit.base.named_parameters()}
+        for norm in model.task_norms:
+            own = first - max(norm.position - 1, 0)
+            depths.update((_full(norm, name), own) for name, _ in norm.base.named_parameters())
+    named_parameters = [*base.items()]
+    for unit in model.units:
+        held = [unit.deltas[task] for task in unit.deltas]
+        named_parameters += [(_full(unit, name), deltas[name]) for deltas in held for name in unit.parameter_names]
+    for norm in model.task_norms:
+        copies = [norm.norms[task] for task in norm.norms]
+        named_parameters += [(_full(norm, name), own) for copied in copies for name, own in copied.named_parameters()]
+    return {id(parameter): depths.get(name, first) for name, parameter in named_parameters}
+
+
+def _full(place: Place, name: str) -> str:
+    return f"{place.name}.{name}" if place.name else name
+
+
+def _base_parameters(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the base's parameters with their names in the unwrapped network."""
+    while isinstance(module, Place):
+        module = module.base
+    yield from ((prefix + name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
+    for name, child in module.named_children():
+        yield from _base_parameters(child, f"{prefix}{name}.")

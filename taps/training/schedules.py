@@ -7,6 +7,7 @@ a curriculum that opens blocks starting from the last (AdaShare §3.3) → retra
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,7 +74,14 @@ def _recipe(options: MultiTaskSettings, steps: int, seed: int, **changes) -> Rec
 
 
 #: options given in steps, or in passes over the training samples
-STEPS = ("iterations", "warmup_iterations", "retrain_iterations", "eval_iterations", "decay_iterations")
+STEPS = (
+    "iterations",
+    "warmup_iterations",
+    "retrain_iterations",
+    "eval_iterations",
+    "decay_iterations",
+    "pull_iterations",
+)
 
 
 def resolve_passes(options: MultiTaskSettings, samples: int) -> MultiTaskSettings:
@@ -126,18 +134,25 @@ def policy_plan(options: MultiTaskSettings, sizes: dict[str, int], units: int) -
         units: L, the number of blocks.
 
     Raises:
-        UserError: if there are too few iterations to open all blocks.
+        UserError: if there are too few iterations for one cycle. With too few to open all blocks there is a warning, since some
+            published settings have so few.
     """
     weight_steps, policy_steps = cycle_steps(options, sizes)
     each = weight_steps + policy_steps
     cycles = (options.iterations - options.warmup_iterations) // each
     speed = options.curriculum_speed
     needed = math.ceil(speed * (units - 1)) + 1
-    if cycles < needed:
+    if cycles < 1:
         raise UserError(
-            f"--iterations {options.iterations} leave {max(cycles, 0)} cycles of {weight_steps} + {policy_steps} steps after "
-            f"{options.warmup_iterations} of warm-up; to open {units} blocks at --curriculum_speed {speed:g} "
-            f"takes {needed}: give at least {options.warmup_iterations + needed * each} iterations"
+            f"--iterations {options.iterations} leave no cycle of {weight_steps} + {policy_steps} steps after "
+            f"{options.warmup_iterations} of warm-up: give at least {options.warmup_iterations + needed * each}"
+        )
+    if cycles < needed:
+        warnings.warn(
+            f"--iterations {options.iterations} are for {cycles} cycles of {weight_steps} + {policy_steps} steps; to learn the "
+            f"policy of all {units} blocks at --curriculum_speed {speed:g} takes {needed}, which is "
+            f"{options.warmup_iterations + needed * each} iterations; the first blocks stay in use for every task",
+            stacklevel=2,
         )
     batches = {"weights": weight_steps, "policy": policy_steps}
     phases: list[Phase] = []
@@ -178,6 +193,7 @@ def policy_plan(options: MultiTaskSettings, sizes: dict[str, int], units: int) -
             momentum=options.momentum,
             wd=options.wd,
             betas=main.betas,
+            layer_decay=main.layer_decay,
             **alternating,
         ),
         "policy": _policy_recipe(options, each, alternating),
@@ -242,13 +258,13 @@ def weights_plan(options: MultiTaskSettings, sizes: dict[str, int], seed: int) -
     Where retraining starts from the weights of policy learning, methods without policies take as many weight steps as
     policy learning and retraining together, so that all networks are trained equally long.
     """
-    total = options.retrain_iterations
-    if not learns_policy(options.method) and options.retrain_from == "policy":
+    total, row = options.retrain_iterations, METHODS.get(options.method)
+    builds_on_base = row is not None and row.builds_on_base
+    if not learns_policy(options.method) and options.retrain_from == "policy" and not builds_on_base:
         weight_steps, policy_steps = cycle_steps(options, sizes)
         cycles = max(options.iterations - options.warmup_iterations, 0) // (weight_steps + policy_steps)
         total += options.warmup_iterations + cycles * weight_steps
-    row = METHODS.get(options.method)
-    if row is not None and row.builds_on_base:  # as many steps as a sub-task has
+    if builds_on_base:  # as many steps as a sub-task has
         total += options.iterations + options.pull_iterations
     epochs, steps = _segments(total, options.eval_iterations)
     settle = 0

@@ -68,8 +68,8 @@ def class_names(root: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_domain(root: Path, domain: str) -> TaskData:
-    """One domain with its official split and all 345 labels.
+def read_domain(root: Path, domain: str, stretch: bool = False) -> TaskData:
+    """One domain with its official split and all 345 labels; ``stretch``: images are resized to a square, not cropped.
 
     Raises:
         UserError: for a damaged list, or if none of the listed images exists.
@@ -84,7 +84,8 @@ def read_domain(root: Path, domain: str) -> TaskData:
     names = class_names(root)
     found = {split: {names[label] for _, label in samples} for split, samples in splits.items()}
     paths = {split: tuple((str(root / name), label) for name, label in samples) for split, samples in splits.items()}
-    return TaskData(name=domain, classes=names, **paths, notes=missing_notes(names, found), is_listed=True)
+    notes = missing_notes(names, found)
+    return TaskData(name=domain, classes=names, **paths, notes=notes, stretch=stretch, is_listed=True)
 
 
 def official_order(names: Iterable[str]) -> list[str]:

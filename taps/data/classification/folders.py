@@ -65,11 +65,11 @@ def _tasks_of(path: Path, reading: Reading) -> list[TaskData]:
             f"dataset folder {path} does not exist" if not path.exists() else f"{path} is not a folder or a .csv file"
         )
     if domainnet.has_lists(path):
-        return [domainnet.read_domain(path, domain) for domain in domainnet.listed_domains(path)]
+        return [domainnet.read_domain(path, domain, bool(reading.cropped)) for domain in domainnet.listed_domains(path)]
     if _is_divided(path) or (path / "test").is_dir():
         return [read_folder(path, reading)]
     if path.name in domainnet.listed_domains(path.parent):
-        return [domainnet.read_domain(path.parent, path.name)]
+        return [domainnet.read_domain(path.parent, path.name, bool(reading.cropped))]
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not is_hidden(folder, path)]
     inner = [folder for folder in folders if _is_divided(folder)]
     if inner:
@@ -198,11 +198,14 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+            columns = [_column(name) for name in reader.fieldnames or ()]
             reader.fieldnames = columns
             rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {str(error).splitlines()[0]}") from None
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has two columns {twice!r}; leave one of them out")
     if "path" not in columns:
         raise UserError(f"{path} has no column 'path'; its first line has to name the columns path,label")
     classes, label_of = _labels(path, columns, rows)
@@ -231,6 +234,12 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
         is_listed=True,
     )
     return task if task.test else split_test(task, reading)
+
+
+def _column(name: str | None) -> str:
+    """Return the name of a table's column; labels are written as they are, the others in any case."""
+    plain = (name or "").strip()
+    return plain.lower() if plain.lower() in ("path", "label", "labels", "split") else plain
 
 
 def _labels(path: Path, columns: Sequence[str], rows: Sequence[tuple[int, dict]]) -> tuple[list[str], Callable]:

@@ -135,6 +135,8 @@ def decode_image(
                 image.load()
                 is_loaded = True
                 return convert(image)
+    except Image.DecompressionBombError as error:
+        raise LargeImageError(str(error)) from None
     except UnidentifiedImageError:
         raise UnreadableImageError("not an image of a known format") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files

@@ -24,6 +24,12 @@ from taps.settings.choices import IMAGE_SAMPLINGS
 _FEWEST = 2  # images per task in a batch, if any: batch normalisation needs two
 
 
+def check_batch_size(batch_size: int, tasks: int) -> None:
+    """Raise a ``UserError`` if a batch of several tasks would be too small."""
+    if batch_size < _FEWEST * tasks:
+        raise UserError(f"a batch of {batch_size} images is too small for {tasks} tasks; use at least two per task")
+
+
 class TaskSampler:
     """Batches of (task, index, pass) that depend on the seed and the epoch alone. Set ``epoch`` before iterating.
 
@@ -54,10 +60,7 @@ class TaskSampler:
     ) -> None:
         if sampling not in IMAGE_SAMPLINGS:
             raise unknown("sampling", sampling, IMAGE_SAMPLINGS)
-        if batch_size < _FEWEST * len(sizes):
-            raise UserError(
-                f"a batch of {batch_size} images is too small for {len(sizes)} tasks; use at least two per task"
-            )
+        check_batch_size(batch_size, len(sizes))
         self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
         power = {"equal": 0.0, "proportional": 1.0, "temperature": 1.0 / temperature}[sampling]
         weights = [size**power for size in sizes]

@@ -36,18 +36,21 @@ def volume_shape(path: Path) -> tuple[int, ...]:
     stored = _open(path)
     if not hasattr(stored, "shape"):
         raise UserError(f"{path} holds several arrays; a volume is one")
-    return tuple(stored.shape)
+    if isinstance(stored, np.ndarray) or len(stored.shape) != 3:
+        return tuple(stored.shape)
+    axes = _orientation(stored)[:, 0]
+    return tuple(size for _, size in sorted(zip(axes, stored.shape, strict=True)))
 
 
 def read_volume(path: Path) -> np.ndarray:
-    """A volume (D, H, W) as float32.
+    """A volume (D, H, W) as float32; one of NIfTI with its axes from left to right, back to front and bottom to top.
 
     Raises:
         UserError: if it cannot be read, has not three dimensions, or holds values that are not finite numbers.
     """
     stored = _open(path)
     try:
-        array = np.asarray(stored if isinstance(stored, np.ndarray) else stored.get_fdata(dtype=np.float32))
+        array = np.asarray(stored) if isinstance(stored, np.ndarray) else _canonical(stored)
     except Exception as error:  # decoders of compressed files raise almost anything on damaged ones
         raise _unreadable(path, error) from None
     if array.ndim != 3 or array.dtype.kind not in "uif":
@@ -56,6 +59,20 @@ def read_volume(path: Path) -> np.ndarray:
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds values that are not finite")
     return array
+
+
+def _orientation(image) -> np.ndarray:
+    """Return for each axis which canonical axis it is, and its direction, (3, 2)."""
+    from nibabel.orientations import io_orientation
+
+    return io_orientation(image.affine)
+
+
+def _canonical(image) -> np.ndarray:
+    from nibabel.orientations import apply_orientation
+
+    values = image.get_fdata(dtype=np.float32)
+    return apply_orientation(values, _orientation(image)) if values.ndim == 3 else values
 
 
 def _open(path: Path):
