@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_mtl
 from taps.benchmarks.opening import open_benchmark
-from taps.cli.parser import Parser
 from taps.cli.program import run
 from taps.methods.policy import read_policy
 from taps.multitask import macs
-from taps.networks.backbones import attach_head
+from taps.networks.classifier import attach_head
 from taps.runs.multi_task import MultiTask
+from taps.settings.declare import Parser
 from taps.stop_signals import StopSignals
 from taps.storage import run_folder
 
@@ -56,7 +57,7 @@ def measure(work: MultiTask, stage: Path, rounds: int, batch: int) -> list[tuple
     x = work.benchmark.example(count=batch)
     rows = []
     for norm in ("follow", "frozen", "task"):
-        work.options.norm = norm
+        work.options = replace(work.options, norm=norm)
         model = work.model(tasks, policy=policy).eval()
         for own in {id(own): own for one in model.task_norms for own in one.norms._modules.values()}.values():
             torch.nn.init.normal_(own.bias)  # all different, as after training

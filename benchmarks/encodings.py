@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from taps.data import opening  # noqa: E402
 from taps.runs import setup  # noqa: E402
-from taps.runs.adaptation import score  # noqa: E402
+from taps.runs.adaptation import measure  # noqa: E402
 from taps.storage import files, run_folder  # noqa: E402
 from taps.storage.encoding import encode, encode_as, error_of  # noqa: E402
 
@@ -67,7 +67,9 @@ def main() -> None:
                     unit.deltas[task][part].data.copy_(value)
                     stored_bytes += delta.nbytes if found is None else len(found.data)
                     errors.append(error_of(delta, value))
-        scores = [score(model, data[task], data[task].test, prepare, accelerator, how, task) for task in names]
+        scores = [
+            measure(model, data[task], data[task].test, prepare, accelerator, how, task).accuracy for task in names
+        ]
         share = stored_bytes / sum(delta.nbytes for delta in exact.values())
         print(
             f"{case:16} {share:.3f}  error {statistics.mean(errors):.4f}  accuracy {statistics.mean(scores):.2f} %",

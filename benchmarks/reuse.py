@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_mtl
 from taps.benchmarks.opening import open_benchmark
-from taps.cli.parser import Parser
 from taps.cli.program import run
 from taps.data.generated.scenes import clip
 from taps.metrics.relative_gain import relative_gain
 from taps.reuse.from_base import Reuse
 from taps.reuse.video import VideoReuse
 from taps.runs.sub_tasks import Reusing, SubTasks
+from taps.settings.declare import Parser
 from taps.stop_signals import StopSignals
 from taps.storage import run_folder
 

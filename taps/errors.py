@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 
 
@@ -39,15 +38,3 @@ def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> 
     if len(names) <= 20:
         message += f"{'' if near else ';'} allowed: {', '.join(names) if names else 'none yet'}"
     return UserError(f"{message}; {hint}" if hint else message)
-
-
-def check_number(name: str, value: object, low: float = 0, high: float = math.inf, with_low: bool = True) -> None:
-    """Refuse what is no finite number from ``low`` (or above it, without ``with_low``) to ``high``; ``None`` passes.
-
-    Raises:
-        UserError: naming the number and its range.
-    """
-    is_number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-    if value is not None and not (is_number and (with_low or value > low)):
-        limits = f"{'at least' if with_low else 'above'} {low}" + (f" and at most {high}" if high < math.inf else "")
-        raise UserError(f"{name} has to be {limits}, not {value!r}")

@@ -592,6 +592,7 @@ def test_a_renamed_task_folder_is_the_same_task(finished, here, tmp_path):
 def test_numbers_of_gpus_count_within_the_visible_ones(monkeypatch):
     from taps.cli.program import choose_gpus
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6")
     with pytest.raises(taps.UserError, match="--gpus 3 is not among the 3 GPUs"):
         choose_gpus([3])
@@ -604,6 +605,9 @@ def test_numbers_of_gpus_count_within_the_visible_ones(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert not choose_gpus([1])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(taps.UserError, match="--gpus 3: this machine has 3, counted from 0"):
+        choose_gpus([3])
 
 
 def test_a_seed_too_large_is_one_line(here):

@@ -92,6 +92,13 @@ def site():
     return module
 
 
+def test_every_benchmark_finds_what_it_imports():
+    code = "import runpy, sys; sys.path.append('benchmarks'); [runpy.run_path(path, run_name='b') for path in sys.argv[1:]]"
+    paths = sorted(map(str, (ROOT / "benchmarks").glob("*.py")))
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_page_of_options_is_made_from_their_declarations():
     page = (ROOT / "docs/options.md").read_text()
     assert page == site().options_page(), "run python docs/site.py"

@@ -198,7 +198,7 @@ def test_mistakes_of_the_commands_are_one_line(copied, here, tmp_path):
     other.add_task("small", num_classes=2)
     other.save_task("small", tmp_path / "small")
     done = here("taps.cli.tasks", "compare", copied / "task-00", tmp_path / "small", check=2)
-    assert "different networks" in done.stderr
+    assert "have gates on different layers, which cannot be compared" in done.stderr
 
 
 def test_norms_forget_tasks_that_are_removed(shelf):

@@ -223,17 +223,19 @@ def _experiment_name(parser: Parser, settings: AdaptationSettings | MultiTaskSet
     return name
 
 
-def _like_published(settings: A) -> A:
+def _like_published(settings: A, given: Mapping[str, Any]) -> A:
     """The published program's choices that depend on others: torchvision's weights of ResNets, no margin around the crop, bilinear
     resizing, and folders' names that say nothing."""
     tagged = f"{settings.model_type}.tv_in1k"
+    record = Path(settings.result_path, settings.experiment_name or "demo", "settings.json")
+    is_older = settings.resume and record.is_file() and '"interpolation"' not in record.read_text(encoding="utf-8")
     known = re.fullmatch(r"resnet(18|34|50|101|152)", settings.model_type) and not settings.model_path
     return replace(
         settings,
         model_type=tagged if known and settings.pretrained else settings.model_type,
         resize=settings.resize or settings.input_size,
-        interpolation=settings.interpolation or "bilinear",
-        cropped_names=False,
+        interpolation=settings.interpolation or (None if is_older else "bilinear"),
+        cropped_names=settings.cropped_names if "cropped_names" in given or is_older else False,
     )
 
 
@@ -275,7 +277,7 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
         preset = {**preset, **published_taps(kind is JointSettings)}
     settings = build(kind, preset, given)
     if settings.published:
-        settings = _like_published(settings)
+        settings = _like_published(settings, given)
     if settings.resize is not None and settings.resize < settings.input_size:
         parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
     name = _experiment_name(parser, settings)

@@ -30,14 +30,7 @@ from taps.errors import UserError
 
 
 class Execution(Protocol):
-    """Protocol for running one call of the network.
-
-    Attributes:
-        tasks: names of the tasks, ``None`` for the base alone.
-    """
-
-    @property
-    def tasks(self) -> tuple[str | None, ...]: ...
+    """Protocol for running one call of the network."""
 
     def run(self, place: Place, args: tuple, kwargs: dict):
         """Run a place of the network."""
@@ -51,10 +44,6 @@ class OneTask:
 
     def __init__(self, task: str | None) -> None:
         self.task = task
-
-    @property
-    def tasks(self) -> tuple[str | None, ...]:
-        return (self.task,)
 
     def run(self, place: Place, args: tuple, kwargs: dict):
         ready = place.ready.get(self.task)

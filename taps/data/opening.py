@@ -20,7 +20,7 @@ def read_data(paths: Sequence[str] | None, options: AdaptationSettings | MultiTa
     """The tasks in ``paths``; without paths those of the demo, which are generated if missing."""
     if paths:
         fraction = options.test_fraction if isinstance(options, AdaptationSettings) else Reading.test_fraction
-        by_name = None if getattr(options, "cropped_names", True) else False
+        by_name = False if isinstance(options, AdaptationSettings) and not options.cropped_names else None
         cropped = True if options.cropped else by_name
         return find_tasks(paths, Reading(cropped, fraction, options.seed))
     root = Path("datasets/demo")

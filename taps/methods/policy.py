@@ -60,18 +60,26 @@ class Policy:
     parents: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, model: Network) -> Policy:
-        """Return the policy that the model's gates have learned, with the most probable choice for each unit."""
+    def of(cls, model: Network, opened: int | None = None) -> Policy:
+        """Return the policy that the model's gates have learned, with the most probable choice for each unit.
+
+        Args:
+            model: the model.
+            opened: number of units, counted from the last, that policies were learned for; the others run in every policy.
+                ``None``: those that the curriculum has reached.
+        """
         probability, run, own, specific = {}, {}, {}, {}
         for task in model.tasks:
             rows = model.report(task)
             gates = model.gates(task)
+            first = 0 if opened is None else len(gates) - opened
+            learned = [gate.in_curriculum and index >= first for index, gate in enumerate(gates)]
             probability[task] = tuple(
-                1.0 if not gate.in_curriculum else row["run"] if row["score"] is None else row["score"]
-                for gate, row in zip(gates, rows, strict=True)
+                1.0 if not own else row["run"] if row["score"] is None else row["score"]
+                for own, row in zip(learned, rows, strict=True)
             )
             run[task] = tuple(row["run"] for row in rows)
-            chances = [_probabilities(gate) if gate.in_curriculum else None for gate in gates]
+            chances = [_probabilities(gate) if own else None for gate, own in zip(gates, learned, strict=True)]
             if any(chance is not None for chance in chances):
                 own[task] = tuple(0.0 if chance is None else chance[1] for chance in chances)
                 specific[task] = tuple(row["specific"] for row in rows)

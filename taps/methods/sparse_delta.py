@@ -255,7 +255,7 @@ def _level(allowed: float, changes: list) -> float:
     size = torch.cat([size for _, _, size, _, _ in changes])
     each = torch.cat([torch.full_like(size, count) for _, _, size, count, _ in changes])
     order = size.argsort(descending=True)
-    kept = int((each[order].double().cumsum(0) <= allowed).sum())
+    kept = int((each[order].cpu().double().cumsum(0) <= allowed).sum())  # not every device has float64
     return float(size[order[kept]]) if kept < len(order) else 0.0
 
 

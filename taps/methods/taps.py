@@ -11,6 +11,7 @@ and its last learning rate is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from taps.core.execution import State
 from taps.core.find import Unit
 from taps.core.gate import Decision, Gate, HardThreshold
 from taps.core.method import SETTLED, Lengths, Method, Model, Phase
-from taps.errors import UserError, check_number
+from taps.errors import UserError
 from taps.methods.registry import register
 
 
@@ -116,7 +117,8 @@ def mean_absolute_score(
     Raises:
         UserError: for a divisor that is no number above 0.
     """
-    check_number("penalty_divisor", penalty_divisor, with_low=False)
+    if penalty_divisor is not None and not (math.isfinite(penalty_divisor) and penalty_divisor > 0):
+        raise UserError(f"penalty_divisor has to be above 0, not {penalty_divisor!r}")
     scores = torch.stack([gate.score for gate in gates[task]]).abs()
     return scores.mean() if penalty_divisor is None else scores.sum() / penalty_divisor
 

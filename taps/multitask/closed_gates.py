@@ -76,7 +76,8 @@ class _ClosedGates(torch.autograd.Function):
             if any(map(any_nonzero, values)):
                 tensors = {name: value.to(x.dtype) for name, value in zip(names, values, strict=True)}
                 slope = with_tensors(ctx.unit.base, tensors)(x[place])
-                zero = torch.sum(gradient[place] * slope).to(zero.dtype)
+                wide = torch.promote_types(slope.dtype, torch.float32)  # half precision overflows
+                zero = torch.sum(gradient[place].to(wide) * slope.to(wide)).to(zero.dtype)
             of_specific.append(zero)
         needed = ctx.needs_input_grad[4 + len(ctx.rows) :]
         of_deltas = [torch.zeros_like(delta) if needs else None for delta, needs in zip(deltas, needed, strict=True)]

@@ -35,10 +35,6 @@ class MixedBatch:
     def __init__(self, state: State, sizes: dict[str, int]) -> None:
         self.state, self.sizes, self.samples = state, sizes, sum(sizes.values())
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return tuple(self.sizes)
-
     def rows(self, size: int) -> dict[str, slice]:
         """Return each task's rows in a tensor of ``size`` rows, in which every sample has the same number of rows."""
         each, rest = divmod(size, self.samples)

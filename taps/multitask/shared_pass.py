@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -372,6 +373,18 @@ def outside_of_inference(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs
     with torch.inference_mode(False):
         return map_tensors(lambda t: t.clone() if t.is_inference() else t, (args, kwargs))  # type: ignore[return-value]
+
+
+def tracked(function: Callable) -> Callable:
+    """Decorator of methods that compute without gradients, and need to see which tensors are changed in place."""
+
+    @wraps(function)
+    def run(self, *args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = outside_of_inference(args, kwargs)
+            return function(self, *args, **kwargs)
+
+    return run
 
 
 class Predictor(nn.Module):

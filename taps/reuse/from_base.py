@@ -31,7 +31,7 @@ from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.activation_gap import is_product, sizes
 from taps.multitask.macs import macs
-from taps.multitask.shared_pass import OneOfSeveral, SharedPass, SharedView, outside_of_inference, versions
+from taps.multitask.shared_pass import OneOfSeveral, SharedPass, SharedView, tracked, versions
 from taps.multitask.trees import run_head
 from taps.reuse.matmul import Product
 from taps.task_model import TaskModel
@@ -139,11 +139,10 @@ class Reuse:
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @tracked
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Return every task's output on a batch, (B, …); :attr:`counts` then holds each task's multiplications."""
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
-            (x,), _ = outside_of_inference((x,), {})
+        with evaluating(self.model):
             features = self._features(x, [task for task in self.tasks if task not in self.merged])
             outputs = {task: run_head(self.model.heads[task], own) for task, own in features.items()}
             return {
@@ -228,7 +227,7 @@ class Reuse:
 
     # -- thresholds ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @tracked
     def calibrate(
         self, inputs: Tensor | Iterable[Tensor], error: float, rounds: int = 3, by_time: bool = False
     ) -> None:
@@ -270,10 +269,10 @@ class Reuse:
             def look(product: Product, unit: GatedUnit, x: Tensor, kept, seen=seen, calls=calls):
                 before = kept[unit.name].next()
                 if before is not None and before[0].shape == x.shape:
-                    base = sizes(unit, before[0]).double()
+                    base = sizes(unit, before[0]).cpu().double()
                     rms = base.square().mean().sqrt()
                     seen[unit.name].append(
-                        (sizes(unit, x - before[0]).double().flatten() / rms, (base / rms).flatten())
+                        (sizes(unit, x - before[0]).cpu().double().flatten() / rms, (base / rms).flatten())
                     )
                     calls[unit.name] = (product, (x, *before))
                 return product.full(x), 1.0
@@ -294,7 +293,7 @@ class Reuse:
         slower = [task for task, own in self.beside_dense(batches[0], rounds).items() if own["time"] > 1.0]
         self.merged = {task: self.model.merge(task) for task in slower}
 
-    @torch.no_grad()
+    @tracked
     def beside_dense(self, x: Tensor, rounds: int = 5) -> dict[str, dict[str, float]]:
         """Return the cost that a sub-task adds to its base task, divided by the cost of its merged network.
 

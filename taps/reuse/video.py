@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from taps.core.modules import evaluating
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.activation_gap import is_product
+from taps.multitask.shared_pass import tracked
 from taps.multitask.trees import run_head
 from taps.reuse.from_base import Recorded, Reuse
 from taps.reuse.matmul import Product
@@ -51,7 +51,7 @@ class VideoReuse:
         self._since_key = 0
         self._past: dict[str, dict[str, Recorded]] = {}
 
-    @torch.no_grad()
+    @tracked
     def __call__(self, x: Tensor, frame: int | None = None) -> dict[str, Tensor]:
         """Return every task's output on the next frame, (1, …), or on the next frames of several videos, (B, …).
 

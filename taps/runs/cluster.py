@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import signal
 import socket
@@ -91,3 +92,8 @@ def _check(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
         raise UserError(f"the Ray cluster at {address} does not answer: {error}") from None
+
+
+def share(gpus: int, processes: int) -> float:
+    """Return the part of a GPU that each process gets, so that all find room; Ray puts each on a single GPU."""
+    return 1.0 if processes <= gpus else int(1e4 / math.ceil(processes / gpus)) / 1e4

@@ -60,7 +60,7 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
         data = {task.name: task for task in opening.read_data(given.dataset or options.dataset, options)}
         stored = files.read_json(folder / "settings.json").get("data", {}) if not given.dataset else {}
         for name, task in data.items():
-            if stored.get(name, task.digest()) != task.digest():
+            if name in stored and not task.is_known_as(stored[name]):
                 say(f"warning: the images of {name} are not those of the run; some may have been trained on")
         absent = [name for name in names if name not in data]
         if absent:

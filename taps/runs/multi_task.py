@@ -26,7 +26,7 @@ from taps.benchmarks.executed import measure_executed
 from taps.core import accounting
 from taps.core.modules import evaluating
 from taps.core.norm import batch_statistics
-from taps.errors import UserError
+from taps.errors import UserError, unknown
 from taps.methods.policy import Policy, read_policy
 from taps.methods.registry import METHODS
 from taps.metrics import cost
@@ -45,9 +45,6 @@ from taps.training.stage import Stage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-
-PHASES = ("policy", "retrain", "test")
 
 
 @dataclass
@@ -144,7 +141,12 @@ class MultiTask:
     # -- models --------------------------------------------------------------------------------------------------
 
     def model(
-        self, tasks: Sequence[str], method: str | None = None, policy: Policy | None = None, start: str | None = None
+        self,
+        tasks: Sequence[str],
+        method: str | None = None,
+        policy: Policy | None = None,
+        start: str | None = None,
+        options: Mapping | None = None,
     ) -> TaskModel:
         """Return a new model, whose initial state depends on the seed but not on earlier training.
 
@@ -153,13 +155,11 @@ class MultiTask:
             method: method to use instead of that of the options.
             policy: policy that the tasks follow.
             start: stage that supplies the initial weights, heads and norms.
+            options: the method's options; ``None``: those of the run.
         """
         name = method or self.options.method
-        options = {
-            key: getattr(self.options, key)
-            for key in METHODS[name].options
-            if getattr(self.options, key, None) is not None
-        }
+        given = vars(self.options) if options is None else options
+        options = {key: given[key] for key in METHODS[name].options if given.get(key) is not None}
         norm = self.options.norm if self.options.norm in METHODS[name].norms else None
         learns = not METHODS[name].builds_on_base
         model = adapt(self.benchmark.backbone(), name, norm=norm, train_base=learns, **options)
@@ -175,39 +175,31 @@ class MultiTask:
             model.follow({task: policy.entries(task) for task in tasks})
         return model.to(self.accelerator.device)
 
-    def stored(self, stage: str, tasks: Sequence[str], method: str | None = None) -> TaskModel:
-        """Return the model that a stage has saved."""
+    def stored(self, stage: str, tasks: Sequence[str], trainable: bool = False) -> TaskModel:
+        """Return the model that a stage has saved, with the method and options that it had."""
         path = self.folder.path / stage
-        model = self.model((), method)
+        made = read_json(path / tasks[0] / "task.json")
+        if made.get("method") not in METHODS:
+            raise unknown(f"method in {path / tasks[0]}", made.get("method"), METHODS)
+        model = self.model((), made["method"], options=made["options"])
         model.load_base(read_tensors(path / "base.safetensors"))
         for task in tasks:
-            model.load_task(path / task, head=self.benchmark.head(task, model.num_features))
+            model.load_task(path / task, head=self.benchmark.head(task, model.num_features), trainable=trainable)
         return model.eval()
 
     def _start_from(self, model: TaskModel, stage: str) -> None:
-        """Load the weights, heads and norms that a stage has saved, perhaps by another method, into a model with new gates."""
-        path = self.folder.path / stage
-        tasks = model.tasks
-        model.load_base(read_tensors(path / "base.safetensors"))
-        method = str(read_json(path / tasks[0] / "task.json").get("method")) if tasks else model.method.name
-        if method != model.method.name:
-            self._take(model, self.stored(stage, tasks, method))
-            return
-        for task in tasks:
-            head = model.heads[task]
-            model.remove_task(task)
-            model.load_task(path / task, head=head, trainable=True)
-            for unit, gate in zip(model.units, model.make_gates(), strict=True):
-                unit.change_gate(task, gate)
-
-    @staticmethod
-    def _take(model: TaskModel, earlier: TaskModel) -> None:
-        """Give a model the heads and norms of one of another method."""
+        """Give a model the weights, heads, norms and deltas that a stage has saved, perhaps of another method; gates are new."""
+        earlier = self.stored(stage, model.tasks, trainable=True)
+        model.load_base(earlier.base_state())
         for task in model.tasks:
             model.heads[task].load_state_dict(earlier.heads[task].state_dict())
-            for own, theirs in zip(model.task_norms, earlier.task_norms, strict=True):
-                if task in own.norms and task in theirs.norms:
-                    own.norms[task].load_state_dict(theirs.norms[task].state_dict())
+            norms = [
+                (own.norms, theirs.norms) for own, theirs in zip(model.task_norms, earlier.task_norms, strict=True)
+            ]
+            deltas = [(own.deltas, theirs.deltas) for own, theirs in zip(model.units, earlier.units, strict=True)]
+            for held, stored in (*norms, *deltas):
+                if task in held and task in stored:
+                    held[task].load_state_dict(stored[task].state_dict())
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -417,7 +409,7 @@ class MultiTask:
                     raise UserError(
                         f"task {task} has no single-task network yet; run all phases, or --phases retrain test"
                     )
-                model = self.stored(stage, [task], "hard_sharing")
+                model = self.stored(stage, [task])
                 with evaluating(model):
                     return {
                         "tasks": self.benchmark.evaluate(model, "test", self.accelerator, self.options.limit_batches)
@@ -433,7 +425,7 @@ class MultiTask:
             return self.benchmark.shown(self.stored(best, self.benchmark.tasks))
         shown: list[dict] = []
         for task in self.benchmark.tasks:
-            own = self.benchmark.shown(self.stored(f"single_task/{task}", [task], "hard_sharing"))
+            own = self.benchmark.shown(self.stored(f"single_task/{task}", [task]))
             shown = shown or own
             for row, other in zip(shown, own, strict=True):
                 row["predicted"].update(other["predicted"])

@@ -63,7 +63,7 @@ def runs(settings: MultiTaskSettings) -> list[MultiTaskSettings]:
                 replace(settings, seed=seed, seeds=None, policy=policy, experiment_name=name, single_task=single)
             )
             first = first or Path(settings.result_path, name)
-    if "policy" not in settings.phases and learns_policy(settings.method):
+    if settings.phases == ["test"] or ("policy" not in settings.phases and learns_policy(settings.method)):
         return found  # later phases of the same runs
     if any(path.glob("*/settings.json")) and not (settings.resume or settings.overwrite):
         raise UserError(

@@ -138,7 +138,9 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
         import ray
 
         gpus = _gpus(settings, at_once)
-        remote = ray.remote(_train_task).options(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)
+        # A process that has used a GPU keeps its memory, so none trains a second task there.
+        calls = 1 if gpus else 0
+        remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES, max_calls=calls)(_train_task)
         data = {id(job.experiment): ray.put(job.experiment.tasks) for job in jobs}
         waiting, running = list(jobs), {}
         bars = _show_bars(jobs)
@@ -199,7 +201,7 @@ def _gpus(settings: SequentialSettings, at_once: int) -> float:
     there = ray.cluster_resources().get("GPU", 0)
     if settings.device == "cpu" or not there:
         return 0
-    return 1.0 if settings.address is not None else min(1.0, there / at_once)
+    return 1.0 if settings.address is not None else cluster.share(int(there), at_once)
 
 
 def _show_bars(jobs: Sequence[Job]) -> list[tqdm]:

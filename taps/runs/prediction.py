@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from taps.data.seeded import leave_signals_to_the_main_process
 from taps.errors import UserError
 from taps.runs.setup import pick_device
 from taps.settings.prediction import PredictSettings
+from taps.storage.files import csv_text
 from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel, load
 
@@ -206,19 +206,8 @@ def _as_json(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> N
 
 
 def _as_csv(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> None:
-    writer = csv.writer(_Lines(say), lineterminator="\n")
-    writer.writerow(("image", "task", "rank", "class", "probability"))
+    say("image,task,rank,class,probability")
     for predictions in found:
         for one in predictions:
             for rank, (name, probability) in enumerate(one.classes, start=1):
-                writer.writerow((one.image, one.task, rank, name, f"{probability:.6g}"))
-
-
-class _Lines:
-    """A file that hands each line on."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def write(self, line: str) -> None:
-        self._say(line.removesuffix("\n"))
+                say(csv_text([(one.image, one.task, rank, name, f"{probability:.6g}")]).removesuffix("\n"))

@@ -58,7 +58,7 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
             name = tasks[own.seed][0].name
             raise UserError(f"joint training needs at least two tasks, {name} is one; use train_sequential.py")
         if isinstance(own, JointSettings):  # mistakes are said before earlier runs are replaced
-            check_batch_size(own.batch_size, len(tasks[own.seed]))
+            check_batch_size(own.batch_size * len(tasks[own.seed]), len(tasks[own.seed]))
         several = [task.name for task in tasks[own.seed] if task.has_several_labels]
         if isinstance(own, JointSettings) and several:
             raise UserError(

@@ -127,7 +127,7 @@ def _start_replicas(settings: ServeSettings, root: Path, name: str):
     resources: dict[str, float] = {"num_cpus": settings.threads_each}
     if device == "cuda":
         gpus = torch.cuda.device_count() if settings.address is None else settings.most
-        resources["num_gpus"] = min(1.0, gpus / settings.most)
+        resources["num_gpus"] = cluster.share(gpus, settings.most)
     scale: dict = {"num_replicas": settings.least}
     if settings.most > settings.least:
         bounds = {"min_replicas": settings.least, "max_replicas": settings.most, "initial_replicas": settings.least}

@@ -100,6 +100,6 @@ def check_task(model: Network, task: str, stored: Mapping) -> tuple[bool, str]:
         return False, reason
     after = [struct.unpack(">f", bytes.fromhex(value))[0] for value in now["values"]]
     apart = max(abs(a - b) for a, b in zip(before, after, strict=True))
-    if apart <= _ROUNDING * max(1.0, *map(abs, before)):
+    if 0 < apart <= _ROUNDING * max(1.0, *map(abs, before)):
         return True, f"answers as after its training, to {apart:.2g}: another processor or torch rounds differently"
     return False, f"its answers differ, by {apart:.3g} in the first {len(before)} numbers"

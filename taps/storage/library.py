@@ -108,7 +108,7 @@ class TaskCache:
     def __init__(
         self, library: Library, keep: int, load: Callable[[Path, str], object], drop: Callable[[str], object]
     ) -> None:
-        self.library, self.keep = library, _positive(keep)
+        self.library, self.keep = library, keep
         self._load, self._drop = load, drop
         self._users: dict[str, int] = {}  # number of users per held task, least recently used first
         self._lock = threading.RLock()
@@ -127,7 +127,7 @@ class TaskCache:
         with self._lock:
             self.library.folders.update(library.folders)
             self.library.descriptions.update(library.descriptions)
-            self.keep = _positive(keep)
+            self.keep = keep
 
     @contextmanager
     def holding(self, tasks: Sequence[str]) -> Iterator[None]:
@@ -162,9 +162,3 @@ class TaskCache:
             self._users.pop(task, None)
             self.library.folders.pop(task, None)
             self.library.descriptions.pop(task, None)
-
-
-def _positive(keep: int) -> int:
-    if keep < 1:
-        raise UserError(f"keep must be at least 1, not {keep}")
-    return keep

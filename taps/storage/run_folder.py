@@ -231,8 +231,9 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be extended to {wanted['epochs']} epochs: {what} divides all epochs into parts"
             )
-        record = checkpoint.read_record(self.state_path) if longer else None
-        if record is not None and record["progress"]["epoch"] < before["epochs"]:
+        paths = [self.state_path, *self.path.glob("parallel/*/checkpoint/state.safetensors")] if longer else []
+        records = [record for path in paths if (record := checkpoint.read_record(path)) is not None]
+        if any(record["progress"]["epoch"] < before["epochs"] for record in records):
             raise UserError(
                 f"{self.path} was stopped before its {before['epochs']} epochs: finish them with --resume, and extend it then"
             )

@@ -217,7 +217,9 @@ class _Run:
         optimizers = [make_optimizer(model, tasks, own, roles[name]) for name, own in self.recipes.items()]
         loaders = dict(loader) if isinstance(loader, Mapping) else {"train": loader}
         self.samplers = dict(sampler) if isinstance(sampler, Mapping) else {"train": sampler}
-        model.to(accelerator.device)
+        for module in (model, *self.criteria.values()):
+            if isinstance(module, torch.nn.Module):
+                module.to(accelerator.device)
         if recipe.channels_last and accelerator.device.type != "mps":
             _to_channels_last(model)
         self.parallel, *prepared = accelerator.prepare(model, *optimizers, *loaders.values())
@@ -489,7 +491,10 @@ class _Run:
             self._average_gradients(optimizer)
         if self.recipe.clip_grad is not None:
             learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self.accelerator.clip_grad_norm_(learned, self.recipe.clip_grad)
+            self.accelerator.unscale_gradients(
+                optimizer
+            )  # not those of other optimisers, which may have the same parameters
+            torch.nn.utils.clip_grad_norm_(learned, self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         if self.average is not None:

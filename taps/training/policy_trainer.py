@@ -247,8 +247,9 @@ class PolicyTrainer:
         if _steps(iterations) < cycle:
             raise UserError(f"learning a policy takes a cycle of {cycle} steps at least, not {iterations}")
         self.options = replace(self.options, iterations=iterations, warmup_iterations=0)
-        self._fit("policy", self.model, policy_plan(self.options, self._sizes, len(self.model.units)))
-        policy = Policy.of(self.model)
+        plan = policy_plan(self.options, self._sizes, len(self.model.units))
+        self._fit("policy", self.model, plan)
+        policy = Policy.of(self.model, plan.phases[-1].curriculum)
         doubt = policy.uncertainty_warning()
         if doubt is not None:
             warnings.warn(doubt, stacklevel=2)

@@ -87,6 +87,11 @@ class TaskData:
         }
         return hashlib.sha256(json.dumps([self.classes, names]).encode()).hexdigest()
 
+    def is_known_as(self, digest: str) -> bool:
+        """Return whether a digest is this task's, perhaps as before version 0.17, when columns of labels were in lower case."""
+        lower = replace(self, classes=tuple(name.lower() for name in self.classes), known_digest=None)
+        return digest in (self.digest(), lower.digest())
+
 
 def read_image(path: str, convert: Callable[[Image.Image], T] = ToRGB()) -> T:  # noqa: B008 (has no state)
     """An image as RGB, or as ``convert`` makes it.
