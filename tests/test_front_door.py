@@ -553,3 +553,17 @@ def test_fit_takes_a_last_batch_of_one_where_no_batch_norm_learns():
     model.add_task("a", 3)
     taps.fit(model, "a", DataLoader(samples, 4), epochs=1)
     assert not model.training
+
+
+def test_half_precision_ends_with_training():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model = fresh()
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process
+    try:
+        half = Accelerator(mixed_precision="bf16", cpu=True)
+        taps.fit(model, "a", [samples()[:16]], epochs=1, accelerator=half)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert model(torch.zeros(2, 3, 32, 32), task="a").dtype == torch.float32

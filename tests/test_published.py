@@ -305,6 +305,13 @@ NYU_TEST = {
     "train": {"init_temp": 1},
 }
 FILES = {
+    "cityscapes_2task_test": {
+        **CITYSCAPES, "exp_name": "cityscapes_2task_pretrain", "lambdas": [1, 20], "train": {"policy_iter": "latest"},
+    },
+    "nyu_v2_3task_test": {
+        **nyu_file(), "exp_name": "NYU_v2_3Task_pretrain", "backbone": "ResNet34", "tasks": ["seg", "sn", "depth"],
+        "tasks_num_class": [40, 3, 1], "lambdas": [1, 20, 3], "train": {"policy_iter": "best"},
+    },
     "domainnet": DOMAINNET,
     "nyu_v2_2task_test": NYU_TEST,
     "nyu_v2_2task": nyu_file(),
@@ -314,7 +321,7 @@ FILES = {
     "mimic_iii_4tasks": MIMIC_DYNAMIC,
     "mimic_iii_4tasks_aig": MIMIC_AIG,
     "ABCD": abcd_file(),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -352,7 +359,7 @@ def test_every_published_command_runs_as_typed(in_their_place, theirs, ours):
 
 
 def test_there_are_commands_of_every_program():
-    assert len(commands()) == 17
+    assert len(commands()) == 20
     assert {shlex.split(theirs)[1] for theirs, _ in commands()} == {
         "train_sequential.py", "train.py", "re-train.py", "test.py", "train_policy_learning.py",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,10 @@ class DenseBenchmark(SharedBenchmark):
             sizes = set()
             for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
                 sizes.add(self.data.size_of(samples.read(index)["image"]))
+            if split != "train" and len(sizes) > 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError(
+                    f"{self.data.name}: the images of {split} differ in size, and processes cannot gather such maps: use one"
+                )
             if split != "train" and len(sizes) > 1 and self.options.batch_size > 1:
                 raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
 

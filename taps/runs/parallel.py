@@ -138,6 +138,9 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
         import ray
 
         gpus = _gpus(settings, at_once)
+        if settings.address is not None:  # no task may ask for more than a machine there has
+            largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+            threads = max(min(threads, int(largest)), 1)
         # A process that has used a GPU keeps its memory, so none trains a second task there.
         calls = 1 if gpus else 0
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES, max_calls=calls)(_train_task)

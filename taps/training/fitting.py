@@ -101,7 +101,7 @@ def fit(
         preprocessing: how images become inputs, for :meth:`taps.task_model.TaskModel.transform`; by default the size of the
             training images with the normalisation of the base's weights.
         report: called after each epoch with its numbers and whether it is the best so far.
-        accelerator: devices and precision; by default a GPU if there is one.
+        accelerator: devices and precision; by default a GPU if there is one, where the model then stays.
         **recipe: further fields of :class:`taps.training.recipe.Recipe`: ``lr=0.01``, ``momentum``, ``wd``, ``score_lr``,
             ``warmup_epochs``, ``settle_epochs``, ``accumulate``, ``limit_batches``, ``seed``, …
 
@@ -188,6 +188,7 @@ def fit(
             keep=keep,
             folder=run,
         ).train(accelerator)
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # half precision is for training alone
         rows = [row for row in run.rows if row["task"] == task]
         model.remove_task(task)
         model.load_task(run.task_path(task), name=task, head=head)

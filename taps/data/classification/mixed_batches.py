@@ -66,13 +66,15 @@ class TaskSampler:
         weights = [size**power for size in sizes]
         self.shares = [weight / sum(weights) for weight in weights]
         self.batches = batches or processes * math.ceil(sum(sizes) / (batch_size * processes))
-        self.plan = list(self._counts())
+        # Processes take the batches in turn, and statistics of norms are those of the first: each sees the same tasks.
+        rows = list(self._counts(math.ceil(self.batches / processes)))
+        self.plan = [counts for counts in rows for _ in range(processes)][: self.batches]
         self.epoch = 0
 
-    def _counts(self) -> Iterator[list[int]]:
+    def _counts(self, batches: int) -> Iterator[list[int]]:
         """Images per task for each batch; fractions of an image are carried over to the next batch."""
         owed = [0.0] * len(self.sizes)
-        for _ in range(self.batches):
+        for _ in range(batches):
             owed = [credit + share * self.batch_size for credit, share in zip(owed, self.shares, strict=True)]
             counts = [int(credit + 1e-9) if credit + 1e-9 >= _FEWEST else 0 for credit in owed]
             while sum(counts) < self.batch_size:
