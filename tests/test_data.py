@@ -311,7 +311,7 @@ def test_domainnet_by_lists(tmp_path):
     root = domainnet_root(tmp_path / "DomainNet")
     tasks = find_tasks([root])
     assert [task.name for task in tasks] == ["painting", "sketch"]
-    assert all(task.stretch for task in find_tasks([root, root / "sketch"][:1], Reading(cropped=True)))
+    assert all(task.stretch for task in find_tasks([root], Reading(cropped=True)))
     painting = find_tasks([root / "painting"])[0]
     assert painting == tasks[0]
     assert len(painting.classes) == 345

@@ -162,6 +162,8 @@ def _given(
     ``of_run`` receives settings of training programs in the file, which are refused without it.
     """
     given = vars(parser.parse_intermixed_args(arguments))
+    if given.get("seeds") is not None and "seed" in given:
+        parser.error("--seed and --seeds exclude each other")
     if "config" not in given:
         return given
     path = Path(given["config"])
@@ -264,8 +266,6 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     for name in (*_OF_PENALTIES, "patience", "ema_decay"):
         if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
             parser.error(f"--{name} is not used with a budget: leave one of them out")
-    if given.get("seeds") is not None and "seed" in given:
-        parser.error("--seed and --seeds exclude each other")
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume and --overwrite exclude each other")
     if given.get("dataset"):
@@ -313,8 +313,6 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
         parser.error(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
     if given.get("skip") is not None and method != "automtl":
         parser.error(f"--skip is for --method automtl, not {method}")
-    if given.get("seeds") is not None and "seed" in given:
-        parser.error("--seed and --seeds exclude each other")
     of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
     if benchmark != "volumes" and of_volumes:
         parser.error(f"--{of_volumes[0]} is for --benchmark volumes")

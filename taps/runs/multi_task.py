@@ -467,6 +467,13 @@ def _first(metrics: Mapping[str, float]) -> str:
     return f"{name} {value:.3g}"
 
 
+#: settings of methods that policy learning, or training under a policy, uses
+_OF_POLICIES = (
+    "sparsity_weight", "sharing_weight", "sparsity_loss", "sharing_loss", "sampling", "target_rates", "target_weight",
+    "target_loss", "preference_weight", "policy_scale", "cost_weight", "cost", "cost_target",
+)  # fmt: skip
+
+
 def _free_settings(options: MultiTaskSettings, path: Path) -> set[str]:
     """Return the settings in which a run's later phases may differ from its earlier ones.
 
@@ -476,17 +483,9 @@ def _free_settings(options: MultiTaskSettings, path: Path) -> set[str]:
     stages = [path / f"retrain_{number:03d}" for number in options.exp_ids or ()]
     if "retrain" in options.phases and any(stage.is_dir() for stage in stages):
         return set()  # they go on as they were begun
-    of_training = {*declarations(Stages), *declarations(BenchmarkTraining), *declarations(Report), *_OF_POLICIES} - {
-        "seed"
-    }
+    groups = (Stages, BenchmarkTraining, Report)
+    of_training = {*_OF_POLICIES, *(name for group in groups for name in declarations(group))} - {"seed"}
     stored = METHODS.get(str(read_json(path / "settings.json").get("method")))
     if "retrain" in options.phases and stored is not None and stored.gate is METHODS[options.method].gate:
         of_training.add("method")
     return of_training
-
-
-#: settings of methods that policy learning, or training under a policy, uses
-_OF_POLICIES = (
-    "sparsity_weight", "sharing_weight", "sparsity_loss", "sharing_loss", "sampling", "target_rates", "target_weight",
-    "target_loss", "preference_weight", "policy_scale", "cost_weight", "cost", "cost_target",
-)  # fmt: skip

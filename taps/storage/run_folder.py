@@ -201,9 +201,9 @@ class RunFolder:
         given = {key: value for key, value in wanted.items() if value is not None and key not in free}
         other = [key for key, value in given.items() if key in stored and _unordered(stored[key]) != _unordered(value)]
         if other:
-            listed = ", ".join(f"{key}={wanted[key]} (was {stored[key]})" for key in other)
             raise UserError(
-                f"{self.path} has other settings: {listed}; leave these as they were, or choose another --experiment_name"
+                f"{self.path} has other settings: {_listed(other, wanted, stored)}; "
+                "leave these as they were, or choose another --experiment_name"
             )
 
     def _check_same(
@@ -241,9 +241,9 @@ class RunFolder:
         differing = [key for key in wanted if key not in free and key in before and wanted[key] != before[key]]
         other = [key for key in differing if key not in may_differ]
         if other:
-            listed = ", ".join(f"{key}={wanted[key]} (was {before[key]})" for key in other)
             raise UserError(
-                f"{self.path} cannot be resumed with other settings: {listed}; leave these as they were, or start again with "
+                f"{self.path} cannot be resumed with other settings: {_listed(other, wanted, before)}; "
+                "leave these as they were, or start again with "
                 "--overwrite or another --experiment_name"
             )
         known = stored.get("data") or {}  # not stored before version 0.11
@@ -313,6 +313,11 @@ def image_settings(path: Path) -> dict | None:
     sizes = {name: settings.get(name) for name in ("input_size", "resize")}
     whole = all(isinstance(size, int) for size in sizes.values())
     return {**sizes, "cropped": bool(settings.get("cropped"))} if whole else None
+
+
+def _listed(names: Iterable[str], wanted: Mapping, before: Mapping) -> str:
+    """Return settings with their values now and before, for a message."""
+    return ", ".join(f"{name}={wanted[name]} (was {before[name]})" for name in names)
 
 
 def _unordered(value: object) -> object:
