@@ -227,10 +227,10 @@ def main() -> None:
         f"`make bench-gpu` with version {taps.__version__} and torch {torch.__version__}.",
         "Times are relative to the first row of each group, medians of steps measured in turn.",
         "",
-        "With small batches a step takes as long as launching its operations, to which learning gates add; with large ones",
-        "as long as the arithmetic. `taps, settled` has closed the first half of the layers, and the ten tasks share that half.",
+        "Small batches are bound by the launching of operations, and gates that learn add some; large batches are bound by",
+        "arithmetic. In `taps, settled` the first half of the layers is closed, and the ten tasks share that half.",
     ]
-    heads = ["step, batch size", "network", "time", "images a second", "memory, MB"]
+    heads = ["step, batch size", "network", "time", "images per second", "memory, MB"]
     for name in given.models:
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         lines += ["| " + " | ".join(row) + " |" for row in measure(name, given.sizes, clock, with_lora)]

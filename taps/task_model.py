@@ -41,8 +41,8 @@ def adapt(
 ) -> TaskModel:
     """Make ``net`` the shared base of many tasks.
 
-    The network is wrapped in place. It is frozen unless the method trains it, and its outputs never change:
-    a task whose deltas are zero gives bit-identical outputs.
+    The network is wrapped in place, which does not change its outputs: a task whose deltas are zero gives bit-identical
+    outputs. It is frozen unless the method trains it.
 
     Args:
         net: any module that maps a batch to features. Each task brings its own head, so the classifier of a timm or torchvision
@@ -107,7 +107,7 @@ def load(
         The model in evaluation mode.
 
     Raises:
-        UserError: if there is no task, a task is damaged or unknown, the base cannot be had, or it is another one.
+        UserError: if there is no task, a task is damaged or unknown, the base cannot be found, or the tasks were made for another.
 
     Example:
         >>> model = taps.load("results/demo")  # doctest: +SKIP
@@ -322,7 +322,7 @@ class TaskModel(Network):
     def transform(self, task: str):
         """Return the task's preprocessing in evaluation: from a PIL image to a (3, H, W) float tensor.
 
-        A task that does not say how its images were prepared gets what the base's weights were trained with, at 224 px.
+        A task without stored preprocessing gets that of the base's weights, at 224 px.
 
         Raises:
             UserError: for an unknown task, or a damaged description.
@@ -338,7 +338,7 @@ class TaskModel(Network):
         return preprocessing.Preprocessing(input_size, round(input_size * 8 / 7), **self._preprocessing)
 
     def set_task(self, task: str | None) -> None:
-        """Set the task of this thread's calls that name none, so that the model fits loops that call ``model(x)``.
+        """Set the default task of this thread's calls, so that loops that call ``model(x)`` work unchanged.
 
         Args:
             task: name of the task; ``None`` for none.
@@ -486,10 +486,10 @@ class TaskModel(Network):
             folder: created if it does not exist; files of an earlier save are replaced.
             about: further entries for ``task.json``, such as class names.
             max_error: store each delta in the fewest bytes that keep ‖δ̂ − δ‖ / ‖δ‖ within this, 0..1
-                (:mod:`taps.storage.encoding`); deltas for which no encoding does are stored exactly, with a warning.
+                (:mod:`taps.storage.encoding`); deltas for which no encoding achieves this are stored exactly, with a warning.
                 ``None``: store everything exactly.
             compact: pack all tensors in one, with norms and head in float16 (rounded to about a thousandth) and batch statistics
-                folded into weights and biases; after training with a budget norms and head as it has encoded them.
+                folded into weights and biases; after training with a budget, norms and head stay as encoded then.
 
         Returns:
             The folder.

@@ -115,8 +115,8 @@ class Network(nn.Module):
             return measured_features(self.backbone, lambda x: self.run(None, (x,), {}))
 
     def head_type(self, is_own: bool) -> torch.dtype | None:
-        """The type of a head's parameters: the base's; in a base of several types that of its features, for a head of the
-        user's its own."""
+        """Return the dtype that a head gets: the base's. If the base mixes dtypes, that of its features for a new head, and
+        ``None`` (unchanged) for a head of the user's own."""
         types = {parameter.dtype for parameter in self.backbone.parameters() if parameter.is_floating_point()}
         if len(types) == 1:
             return types.pop()

@@ -6,7 +6,7 @@ tensor (structured diff pruning, arXiv 2012.07463). With u ~ U(0, 1) and logit �
     s = sigmoid((log u − log(1 − u) + α)/τ)      z = clip(l + s · (r − l), 0, 1)      P(z > 0) = sigmoid(α − τ · log(−l/r))
 
 The penalty is the expected number of open gates. After that the support is fixed, gates are folded into the deltas, and the
-deltas keep learning inside it. Decisions are not draws, as in the published code, but use the gate's middle z̄, s = sigmoid(α).
+deltas keep learning inside it. Decisions use the gate's middle z̄ (s = sigmoid(α)); the published code draws them, also in tests.
 """
 
 from __future__ import annotations

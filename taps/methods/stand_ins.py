@@ -161,7 +161,7 @@ def stand_in(layer: Any) -> nn.Module:
 def _check_saves(layer: Any, size: int) -> None:
     own = sum(parameter.numel() for parameter in layer.parameters())
     if size >= own:
-        raise UserError(f"what could stand in for it has {size} parameters, it has {own}")
+        raise UserError(f"its stand-in would have {size} parameters, no fewer than its own {own}")
 
 
 def _pool(layer: Any, dimensions: int) -> list[nn.Module]:
@@ -173,7 +173,7 @@ def _pool(layer: Any, dimensions: int) -> list[nn.Module]:
     )  # fmt: skip
     patches = layer.padding != "same" and not any(layer.padding) and kernels == strides
     if not whole and not patches:
-        raise UserError("its output has another size than what could stand in for it")
+        raise UserError("no stand-in gives an output of the same size")
     if all(stride == 1 for stride in strides):
         return []
     return [_POOLS[dimensions](strides, strides, ceil_mode=not patches)]

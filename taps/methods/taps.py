@@ -111,7 +111,7 @@ def mean_absolute_score(
     Args:
         gates: every task's gates.
         task: the task.
-        penalty_divisor: L, above 0; ``None`` for the number of units, the published program has 52 for every network.
+        penalty_divisor: L, above 0; ``None`` for the number of units. The published program uses 52 for every network.
         **options: not used.
 
     Raises:

@@ -367,7 +367,7 @@ def store(model: Network, task: str, budget: int) -> Callable[[], None]:
             break
     else:
         raise UserError(
-            f"task {task}: after training, norms and head need more than the budget of {budget:,} bytes; give some more"
+            f"task {task}: after training, norms and head need more than the budget of {budget:,} bytes; give a larger one"
         )
     return set_small(model, task, norms, encoded)
 
@@ -466,7 +466,7 @@ def _begin_rounding(model: Network, task: str, budget: int, beyond: float) -> It
 register(
     "taps_budget",
     Method(
-        summary="every layer learns, then the file's bytes go to the layers and bits that keep most of it",
+        summary="every layer learns, then the file's bytes go where they keep most of what was learned",
         source="this library; bits by reverse water-filling",
         gate=threshold_gate,
         phases=open_choose_round,

@@ -166,7 +166,7 @@ class ToRGB:
             return self._scaled(image)
         if image.mode[0] in "IF":
             raise UserError(
-                f"pixels of mode {image.mode} have no range that says what is white; save them with 8 or 16 bits"
+                f"pixel mode {image.mode} does not say which value is white; save the image with 8 or 16 bits"
             )
         if "A" in image.getbands() or "a" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")

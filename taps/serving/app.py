@@ -179,7 +179,7 @@ class Service:
             if not left:
                 entry = {"image": name, "tasks": {task: entries[task] for task in tasks if task in entries}}
                 return {**entry, "refused": refused} if refused else entry, passes
-        raise refusal(503, f"task {next(iter(left))!r} changes all the time", **{"Retry-After": "1"})
+        raise refusal(503, f"task {next(iter(left))!r} was replaced at every attempt to run it", **{"Retry-After": "1"})
 
     async def _prepared(
         self, number: int, name: str, data: bytes, tasks: dict[str, StoredTask]

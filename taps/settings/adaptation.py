@@ -17,7 +17,7 @@ class Data(Settings):
     title: ClassVar[str] = "data"
     dataset: list[str] | None = setting(None, "folders with train/ and test/ (optionally val/), folders of classes, CSV files with path,label or path,labels, a folder that holds several of the first, a DomainNet root with the official lists, or one domain of it", nargs="+", metavar="PATH", shown="the demo")
     cropped: bool = setting(False, "scale images to the input size without keeping their aspect ratio; always done for folders named *cropped* unless --no-cropped_names", bool)
-    cropped_names: bool = setting(True, "do so for folders whose name contains cropped, as the ImageNet-to-Sketch sets have it", bool, negatable=True)
+    cropped_names: bool = setting(True, "apply --cropped to folders whose name contains 'cropped', such as those of ImageNet-to-Sketch", bool, negatable=True)
     interpolation: str | None = setting(None, "how images are resized", choices=("bilinear", "bicubic"), shown="as the base was trained")
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
     resize: int | None = setting(None, "shorter side of evaluation images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size, 256 for 224")
@@ -47,7 +47,7 @@ class MethodChoice(Settings):
     title: ClassVar[str] = "method"
     method: str | None = setting(None, "", metavar="NAME", shown="taps, with --budget taps_budget")
     norm: str | None = setting(None, "norm layers: each task's own everywhere (task), its own only after tuned layers (follow), or the base's (frozen)", choices=NORMS, shown="task, with --budget follow")
-    published: bool = setting(False, "everything that the published program of TAPS does differently, unless set here: torchvision's first ImageNet weights for ResNets, no margin around the test crop, gradients summed over eight batches, three epochs without λ, which is divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a background under transparent pixels", bool)
+    published: bool = setting(False, "follow the published program of TAPS wherever it differs, unless set here: torchvision's first ImageNet weights for ResNets, bilinear resizing, no margin around the test crop, --no-cropped_names, gradients summed over eight batches, three epochs without λ, a penalty divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a background under transparent pixels", bool)
     layers: str | None = setting(None, "only layers whose name matches can be tuned, e.g. 'layer[34]'", metavar="REGEX")
 
 
@@ -58,7 +58,7 @@ class Schedule(Settings):
     title: ClassVar[str] = "method"
     lam: float = setting(1.0, "weight of the sparsity penalty, a mean over layers; with larger values fewer layers are tuned. The published program divides by 52 instead of the number of layers L, so that its λ is 52/L times as large: 1.44 for ResNet-34, 0.98 for ResNet-50", float, low=0, metavar="λ")
     warmup_epochs: float = setting(2.0, "initial epochs without the penalty; may be fractional", float, low=0, metavar="N")
-    settle_epochs: float = setting(0.0, "last epochs, in which gates are fixed and nothing is penalised, so that tuned layers can adjust", float, low=0, metavar="N")
+    settle_epochs: float = setting(0.0, "epochs at the end in which gates are fixed and nothing is penalised, so that tuned layers can adjust", float, low=0, metavar="N")
     budget: list[str] | str | None = setting(None, "instead of --lam, --warmup_epochs and --settle_epochs: the size of a task file (5% of the base, 600KB, 2MB). All layers are trained for a third of the epochs; then layers and bits per weight are chosen to keep as much as possible of what was learned, and the other layers return to the base. With several sizes there is one run per size, all starting from one open phase", nargs="+", metavar="SIZE", shown="none; taps_budget: 10%")
 
 
@@ -69,15 +69,15 @@ class Optimization(Settings):
     title: ClassVar[str] = "training"
     epochs: int = setting(30, "passes over the training images", int, low=1, metavar="N")
     accumulate: int = setting(1, "batches per optimiser step", int, low=1, metavar="N")
-    gradients: str = setting("mean", "of the batches of a step: their mean, or their sum", choices=("mean", "sum"))
+    gradients: str = setting("mean", "how the gradients of the batches of a step are combined: by their mean or their sum", choices=("mean", "sum"))
     optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas (from a --budget of 2 bits per weight on, adam) and adam for norms and heads, at 0.3 times the learning rate", choices=OPTIMIZERS, shown="sgd; with --budget split")
     lr: float = setting(0.01, "initial learning rate, which falls along a cosine; with --budget below 2 bits per weight it falls almost linearly", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
-    wd: float = setting(0.0, "weight decay on deltas, heads and a base that is trained; never on scores and norms", float, low=0, metavar="X")
-    lr_warmup_epochs: int = setting(0, "first epochs, in which learning rates rise linearly (--warmup_epochs is about λ)", int, low=0, metavar="N")
+    wd: float = setting(0.0, "weight decay on deltas, heads and the matrices of a base that is trained; never on scores and norms", float, low=0, metavar="X")
+    lr_warmup_epochs: int = setting(0, "epochs at the start in which learning rates rise linearly (--warmup_epochs delays the penalty instead)", int, low=0, metavar="N")
     layer_decay: float = setting(1.0, "factor on the learning rates of deltas and norms per block of distance from the head, blocks as in timm", float, low=0, above=True, high=1, metavar="X")
-    clip_grad: float | None = setting(None, "largest norm of the gradients of a step", float, low=0, above=True, metavar="X", shown="no limit")
+    clip_grad: float | None = setting(None, "clip the gradients of a step to at most this norm", float, low=0, above=True, metavar="X", shown="no limit")
     label_smoothing: float = setting(0.0, "share of the target that is spread over all classes", float, low=0, high=0.99, metavar="X", aliases=("--smoothing",))
     mixup: float = setting(0.0, "α of mixup, which blends pairs of training images; 0 turns it off", float, low=0, metavar="α")
     cutmix: float = setting(0.0, "α of CutMix, which pastes a part of one training image into another; 0 turns it off", float, low=0, metavar="α")
@@ -112,7 +112,7 @@ class Machine(Settings):
 
     title: ClassVar[str] = "machine"
     device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
-    gpus: list[int] | None = setting(None, "numbers of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="all that CUDA_VISIBLE_DEVICES names")
+    gpus: list[int] | None = setting(None, "numbers of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="the first visible one; with --multi_gpu all visible ones")
     multi_gpu: bool = setting(False, "run one process on every visible GPU (DistributedDataParallel); accelerate launch and torchrun work too", bool)
     amp: str = setting("none", "mixed precision", choices=("none", "bf16", "fp16"))
 
@@ -159,8 +159,8 @@ class SequentialSettings(AdaptationSettings):
     """Settings of ``train_sequential.py``."""
 
     title: ClassVar[str] = "sequential"
-    compile: bool = setting(False, "compile the training step with torch.compile (takes minutes, for long runs)", bool)
-    parallel: int | None = setting(None, "train up to N tasks side by side, each in a process of its own with its share of the processors or GPUs (OMP_NUM_THREADS sets the threads of each); needs Ray: taps-vision[serve]. Files have the bytes of training one task after another with as many threads", int, low=1, metavar="N", shown="one after another", repeats=False)
+    compile: bool = setting(False, "compile the training step with torch.compile; takes minutes, so it pays off only in long runs", bool)
+    parallel: int | None = setting(None, "train up to N tasks side by side, each in a process of its own with its share of the processors or GPUs (OMP_NUM_THREADS sets the threads of each); needs Ray: taps-vision[serve]. The files are byte for byte those of training one task after another with as many threads", int, low=1, metavar="N", shown="one after another", repeats=False)
     address: str | None = setting(None, "HOST:PORT of a Ray cluster on which tasks are trained side by side, or auto; its machines share the data and --result_path", metavar="ADDRESS", shown="this machine", repeats=False)
 
 

@@ -18,7 +18,7 @@ class ImportSettings(Settings):
     """Settings of ``taps import``."""
 
     title: ClassVar[str] = "import"
-    files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task, for adashare, dynashare and automtl one becomes all of its tasks", nargs="+", metavar="FILE")
+    files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task; for adashare, dynashare and automtl, one file gives all of its tasks", nargs="+", metavar="FILE")
     config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
     source: str | None = setting(None, "taps, adashare, dynashare, automtl, efficient_mtl: checkpoints of the published programs; state_dict: a fully fine-tuned network; peft: LoRA adapters", choices=SOURCES, aliases=("--from",))
     model_type: str | None = setting(None, "the timm model that was tuned", metavar="NAME", shown="for taps, the ResNet in the file")

@@ -93,9 +93,9 @@ class BenchmarkMethod(Settings):
     policy_scale: float | None = setting(None, "automtl: factor inside the loss of --preference_weight: 1 in the paper, 6 in the published program", float, low=0, metavar="C")
     cost_weight: float | None = setting(None, "automtl: weight of the loss that limits the cost", float, low=0, metavar="X")
     cost: str = setting("parameters", "automtl: the cost that is limited", choices=COSTS)
-    cost_target: float | None = setting(None, "automtl: limit of that cost, × one network per task", float, low=0, above=True, metavar="X")
+    cost_target: float | None = setting(None, "automtl: limit on that cost, as a multiple of the cost of one network per task", float, low=0, above=True, metavar="X")
     skip: str | None = setting(None, "automtl: parts that a task may skip: single layers that something cheaper can replace (published), or whole residual blocks; auto: blocks if the network has any", choices=SKIPS)
-    target_rates: list[float] | None = setting(None, "dynashare: target share of samples that run each block; a single value applies to the second half", float, low=0, high=1, nargs="+", metavar="T")
+    target_rates: list[float] | None = setting(None, "dynashare: target share of samples that run each block; a single value applies to the second half of the blocks, and the first half always runs", float, low=0, high=1, nargs="+", metavar="T")
     target_weight: float | None = setting(None, "dynashare: weight of the target-rate loss", float, low=0, metavar="X")
     target_loss: str | None = setting(None, "dynashare: mean over gated blocks, or over all blocks as in the published program (code)", choices=TARGET_LOSSES)
 
@@ -126,7 +126,7 @@ class PolicyTraining(Settings):
     weight_iterations: int | None = setting(None, "weight steps per cycle", int, low=1, metavar="N", shown="one pass")
     policy_iterations: int | None = setting(None, "policy steps per cycle", int, low=1, metavar="N", shown="one pass")
     eval_iterations: int | str | None = setting(None, "approximate steps between validations", "steps", low=1, metavar="N")
-    settle_iterations: int | None = setting(None, "dynashare: last steps of retraining, in which gates are fixed and decide as in evaluation", int, low=0, metavar="N")
+    settle_iterations: int | None = setting(None, "dynashare: steps at the end of retraining in which gates are fixed and decide as in evaluation", int, low=0, metavar="N")
     policy_fraction: float | None = setting(None, "fraction of train used to learn policies, unless the data defines it", float, low=0, high=0.9, above=True, metavar="F")
     init_temperature: float | None = setting(None, "temperature of the Gumbel-softmax in the first cycle", float, low=0, above=True, metavar="τ")
     temperature_decay: float | None = setting(None, "factor on the temperature after each cycle", float, low=0, high=1, above=True, metavar="X", shown=f"if none is published, one that reaches {LAST_TEMPERATURE:g} in the last cycle")
@@ -149,7 +149,7 @@ class PolicyTraining(Settings):
     policy_decay_iterations: int | None = setting(None, "steps of policy learning after which --policy_lr falls to a tenth", int, low=1, metavar="N", shown="never")
     policy_wd: float | None = setting(None, "weight decay of the policy steps", float, low=0, metavar="X")
     layer_decay: float = setting(1.0, "factor on the learning rates of the shared network per block of distance from the head, blocks as in timm", float, low=0, above=True, high=1, metavar="X")
-    clip_grad: float | None = setting(None, "largest norm of the gradients of a step", float, low=0, above=True, metavar="X", shown="no limit")
+    clip_grad: float | None = setting(None, "clip the gradients of a step to at most this norm", float, low=0, above=True, metavar="X", shown="no limit")
     limit_batches: int | None = setting(None, "use only N batches per epoch of the loop and N per evaluation, for trial runs", int, low=1, metavar="N")
 
 
@@ -170,7 +170,7 @@ class Report(Settings):
     """Metrics and the reference of Δ_T."""
 
     title: ClassVar[str] = "report"
-    published: bool = setting(False, "whatever the published programs do otherwise, unless set here: their metrics, the best epoch chosen on test samples, norms that all tasks share (AutoMTL: none), for mimic3 a network that sees later hours, for automtl a --policy_scale of 6", bool)
+    published: bool = setting(False, "follow the published programs wherever they differ, unless set here: their metrics, the best epoch chosen on test samples, norms that all tasks share (not with automtl, sparse_delta and taps, nor on domainnet), for mimic3 a network that sees later hours, for automtl a --policy_scale of 6, for sparse_delta --head convnext, --head_width 3072 and --decay poly", bool)
     metrics: str = setting("exact", "exact metrics, or the arithmetic of the published programs for comparison with their tables", choices=("exact", "published"))
     single_task: str | None = setting(None, "reference of Δ_T: the folder or summary.json of a single-task run, 'measure' to train one network per task first, or 'none'", metavar="PATH")
 

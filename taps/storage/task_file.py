@@ -349,7 +349,7 @@ def read_stored(folder: Path) -> tuple[dict, dict[str, Tensor], Path]:
         except (UserError, FileNotFoundError):
             if attempt == 2 or read_description(folder) == description:
                 raise
-    raise UserError(f"{folder} is replaced all the time")
+    raise UserError(f"{folder} was replaced at every attempt to read it; try again when writing has ended")
 
 
 def _unpacked(tensors: dict[str, Tensor], description: Mapping, path: Path) -> dict[str, Tensor]:

@@ -84,16 +84,16 @@ def fit(
         model: a model whose base is frozen, with the task added.
         task: the task's name.
         train_loader: any iterable with a length, such as a ``DataLoader``, of pairs (inputs, labels).
-        val_loader: the same for validation; the best epoch is the one with the highest accuracy, or if the labels are no classes
-            with the lowest loss.
+        val_loader: the same for validation; the best epoch is the one with the highest accuracy, or, if the labels are not
+            classes, with the lowest loss.
         epochs: number of passes over ``train_loader``.
         lam: weight λ of the sparsity penalty.
         budget: instead of ``lam``, the size of the task's file (``"3%"`` of the base, ``"600KB"``), for a model with
             ``method="taps_budget"``.
         criterion: mean loss of a batch from outputs and labels.
-        optimizer: ``"sgd"``, ``"nag"``, ``"adam"``, ``"adamw"``, ``"split"`` (SGD for deltas, Adam for norms and head), or a
-            function from parameter groups (dicts with ``params``, ``lr`` and ``weight_decay``) to an optimiser. By default
-            ``"sgd"``, with a budget ``"split"``.
+        optimizer: ``"sgd"``, ``"nag"``, ``"adam"``, ``"adamw"``, ``"split"`` (for deltas momentum normalised in part by layer,
+            or Adam with a large budget; Adam for norms and head), or a function from parameter groups (dicts with ``params``,
+            ``lr`` and ``weight_decay``) to an optimiser. By default ``"sgd"``, with a budget ``"split"``.
         folder: receives the task's files, the epochs' numbers and the checkpoint; ``None``: nothing is kept.
         resume: continue the run in ``folder`` from its checkpoint, or start it if there is none.
         overwrite: replace an earlier run in ``folder``.

@@ -212,7 +212,7 @@ class _Run:
         }
         if recipe.patience is not None and any(callable(phase.competes) for phase in self.phases):
             raise UserError(
-                "patience is not for a budget, whose last epochs alone are those of the file: leave one of them out"
+                "patience is not for a budget: only its last epochs have the values of the file; leave one of them out"
             )
         optimizers = [make_optimizer(model, tasks, own, roles[name]) for name, own in self.recipes.items()]
         loaders = dict(loader) if isinstance(loader, Mapping) else {"train": loader}
@@ -231,7 +231,7 @@ class _Run:
         self.mix_classes = [model.heads[task].out_features for task in self.mix]
         if recipe.ema_decay is not None and any(callable(phase.competes) for phase in self.phases):
             raise UserError(
-                "ema_decay is not for a budget, whose rounded weights no average has: leave one of them out"
+                "ema_decay is not for a budget: averages do not survive the rounding of weights; leave one of them out"
             )
         self.average = None if recipe.ema_decay is None else WeightAverage(model, tasks, recipe.ema_decay)
         self.phase: Phase | None = None

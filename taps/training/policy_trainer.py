@@ -66,9 +66,9 @@ class PolicyTrainer:
             or objects with ``val_metrics()``, which returns a dict of numbers over all batches since the last call.
         method: a method that learns policies: ``"automtl"``, ``"adashare"``, ``"dynashare"``, or a registered one.
         seed: seed for everything random.
-        **options: options of the method (e.g. ``cost_weight``, ``skip``) or of :func:`taps.core.find` (``norm``), with their own
-            defaults; or training options, named as in ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …), with
-            their defaults for Scenes.
+        **options: options of the method (e.g. ``cost_weight``, ``skip``) or of :func:`taps.adapt` (``norm``, ``layers``), with
+            their own defaults; or training options, named as in ``train_mtl.py`` (``lr``, ``policy_lr``, ``task_weights``, …),
+            with their defaults for Scenes.
 
     Attributes:
         model: the shared network with gates.

@@ -35,7 +35,7 @@ class Recipe(Optimization, Schedule):
         gate_epsilon: ε of adam and adamw for gates.
         betas: β of adam and adamw.
         decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"poly"``, with power 0.9; ``"step"``,
-            by the factor ``decay_rate`` every ``decay_epochs``; or ``"constant"``. ``None``: as the method has it.
+            by the factor ``decay_rate`` every ``decay_epochs``; or ``"constant"``. ``None``: the method's default.
         compile: run training steps through ``torch.compile``; validation is short and not compiled.
         step_per_task: take an optimiser step after each task's loss, instead of one after the sum of all.
         mixed: run a batch of several tasks in one forward pass; otherwise task by task, which needs only the memory of one.
@@ -88,7 +88,7 @@ class Recipe(Optimization, Schedule):
         """
         phases = self.plan if self.plan is not None else tuple(model.method.phases(model, self))
         if not phases:
-            raise UserError(f"method {model.method.name!r} has a schedule without phases; it needs one at least")
+            raise UserError(f"method {model.method.name!r} has a schedule without phases; it needs at least one")
         return phases
 
     def learning_rate(self, epoch: int, epochs: int | None = None, decay: str = "cosine") -> float:
