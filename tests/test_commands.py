@@ -199,6 +199,11 @@ def test_evaluate_prints_the_stored_accuracies_and_exports(finished, here, tmp_p
     assert f"{summary['parameters_x_base_with_heads']:.3f}" in done.stdout
     stored = here("evaluate.py", "results/run", "--no_test", "--tasks", "paint", cwd=folder)
     assert "ink-2" not in stored.stdout
+    few = tmp_path / "few" / "paint"  # folders of classes, of which some are missing, are tested on as a whole
+    for label in ("class0", "class2"):
+        shutil.copytree(tree / "paint" / "test" / label, few / label)
+    other = here("evaluate.py", "results/run", "--dataset", few, "--tasks", "paint", cwd=folder)
+    assert "paint: there is no test/, so all 10 images are tested on" in other.stdout
     wrong = here("evaluate.py", "results/run", "--tasks", "pant", cwd=folder, check=2)
     assert "unknown task 'pant'; did you mean 'paint'" in wrong.stderr
 

@@ -112,6 +112,47 @@ def test_without_test_images_the_validation_images_are_tested_on(name, tmp_path)
     assert (len(whole.val), len(whole.test), whole.notes) == (20, 10, ())
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "Testing")])
+def test_other_names_of_splits(names, tmp_path):
+    task = find_tasks([pictures(tmp_path / "fruit", *(f"{split}/{label}" for split in names for label in "ab"))])[0]
+    assert (task.classes, len(task.train), len(task.test)) == (("a", "b"), 20, 20)
+
+
+def test_folders_that_are_no_classes_are_refused(tmp_path):
+    root = pictures(tmp_path / "places", "seg_test/sea", "seg_train/sea", count=1)
+    with pytest.raises(taps.UserError, match="seg_test and seg_train, which look like splits: rename them to train"):
+        find_tasks([root])
+    root = pictures(tmp_path / "DomainNet", "clipart/cat", "real/cat", count=1)
+    with pytest.raises(taps.UserError, match=r"lacks DomainNet's lists: put clipart_train.txt"):
+        find_tasks([root])
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    task = find_tasks([pictures(tmp_path / "vehicles", "bus", "train")])[0]
+    assert (task.classes, len(task.train), len(task.test)) == (("bus", "train"), 16, 4)
+
+
+def test_images_beside_the_classes_are_counted_and_links_are_followed(tmp_path):
+    root = pictures(tmp_path / "fruit", "apple", "pear")
+    picture(root / "unsorted.png")
+    pictures(tmp_path / "more", "batch")
+    (root / "pear/batch").symlink_to(tmp_path / "more/batch")
+    (root / "pear/batch/again").symlink_to(root / "pear")  # a circle
+    task = find_tasks([root])[0]
+    assert len(task.train) + len(task.test) == 30
+    assert f"1 images are in no class folder and left out, e.g. {root / 'unsorted.png'}" in task.notes
+
+
+def test_all_images_of_data_without_a_division_are_tested_on_if_asked(tmp_path):
+    every = Reading(all_tested=True)
+    task = find_tasks([pictures(tmp_path / "fruit", "apple", "pear")], every)[0]
+    assert (len(task.train), len(task.test)) == (0, 20)
+    task = find_tasks([pictures(tmp_path / "tests", "test/apple")], every)[0]
+    assert (task.classes, len(task.train), len(task.test)) == (("apple",), 0, 10)
+    (tmp_path / "own.csv").write_text("path,label,split\na.png,x,test\nb.png,y,test\n")
+    assert len(find_tasks([tmp_path / "own.csv"], every)[0].test) == 2
+
+
 def test_training_images_alone_are_divided(tmp_path):
     task = find_tasks([pictures(tmp_path / "fruit", "train/apple", "train/pear")])[0]
     assert (len(task.train), len(task.test), task.val) == (16, 4, None)
@@ -167,7 +208,7 @@ def test_sixteen_bits_are_scaled(ending, tmp_path):
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_without_a_range_are_refused(mode, tmp_path):
-    with pytest.raises(ValueError, match=r"image.tiff cannot be read \(pixels of mode . have no range"):
+    with pytest.raises(ValueError, match=r"image.tiff cannot be read \(pixel mode . does not say"):
         stored(tmp_path, Image.new(mode, (4, 4)), "tiff")
 
 
@@ -240,6 +281,8 @@ def test_a_table_is_a_task(tmp_path):
         ("path,label,split\na.png,1,test\n", "own.csv lists no training images"),
         ("path,label\n", "own.csv lists no training images"),
         ("path,cat,dog\na.png,1,2\n", "own.csv, line 2: column 'dog' is '2'; .* each column is a label and has 0 or 1"),
+        ("path,label\na.png,1\na.png,2\n", "own.csv, line 3: a.png is there twice, with another label; several labels"),
+        ("path,label,split\na.png,1,test\na.png,1,train\n", "own.csv, line 3: a.png is there twice, with another split"),
         ("path,cat\na.png,1\n", "own.csv has no column 'label'"),
         ("path,labels,split\na.png,x;y,dev\n", "own.csv, line 2: split 'dev' is not train, val or test"),
     ],
@@ -296,7 +339,7 @@ def domainnet_root(root: Path) -> Path:
     lines = {
         "painting_train": ["painting/aircraft_carrier/a.png 0", "painting/aircraft_carrier/b.png 0"],
         "painting_test": ["painting/t-shirt/c.png 327", "painting/aircraft_carrier/d.png 0"],
-        "sketch_train": ["sketch/aircraft_carrier/e.png 0", "sketch/t-shirt/f.png 327"],
+        "sketch_train": ["sketch/aircraft_carrier/e.png 0", "sketch/t-shirt/f.png 327", "sketch/train/h.png 321"],
         "sketch_test": ["sketch/t-shirt/g.png 327"],
     }
     root.mkdir()
@@ -318,6 +361,10 @@ def test_domainnet_by_lists(tmp_path):
     assert painting.classes[327] == "t-shirt"
     assert [label for _, label in painting.test] == [327, 0]
     assert [note.split(" has no image of ")[0] for note in painting.notes] == ["train", "test"]
+    sketch = find_tasks([root / "sketch"])[0]  # which has a class called train
+    assert (sketch, sketch.classes[321]) == (tasks[1], "train")
+    (root / "sketch/t-shirt/g.png").unlink()
+    assert "  missing: " + str(root / "sketch/t-shirt/g.png") in check(root / "sketch")[0]
     (root / "painting_train.txt").write_text("painting/aircraft_carrier/a.png zero\n")
     domainnet.read_list.cache_clear()
     with pytest.raises(ValueError, match=r"painting_train.txt, line 1: expected"):
@@ -335,7 +382,7 @@ def test_domainnet_lists_without_images(tmp_path):
     lines, wrong = check(root)
     assert "sketch_test.txt: 1 images, not the official cleaned list" in "\n".join(lines)
     assert "missing: sketch/t-shirt/g.png" in "\n".join(lines)
-    assert wrong == 8 + 4 + 3
+    assert wrong == 8 + 4 + 4
 
 
 def test_domainnet_rearranged_keeps_official_order_and_missing_classes(tmp_path):

@@ -27,6 +27,8 @@ A = TypeVar("A", bound=AdaptationSettings)
 _STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
 #: settings that have no effect with a budget
 _OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
+#: characters of the name of a results folder that is made of those of data sets
+_LONGEST_NAME = 100
 #: entries of settings.json that are not settings, or are derived from others
 _DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
 
@@ -132,6 +134,8 @@ def parse_import(arguments: Sequence[str]) -> ImportSettings:
     settings = build(ImportSettings, _given(parser, ImportSettings, arguments))
     if not settings.files or settings.source is None:
         parser.error("name files and what they are, e.g. taps import model_best.pth --from taps")
+    if settings.resize is not None and settings.resize < settings.input_size:
+        parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
     for name, what in (("tasks", "names"), ("classes", "files of class names")):
         given = getattr(settings, name)
         whole = settings.source in MULTI_TASK_SOURCES and settings.source != "efficient_mtl"  # one file, several tasks
@@ -282,8 +286,11 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
         parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
     name = _experiment_name(parser, settings)
     if name is None:
-        data = "_".join(Path(path).name or Path(path).resolve().name for path in settings.dataset or ())
-        name = f"{data}_{settings.model_type}_{'_'.join(methods)}{suffix}"
+        data = [Path(path).name or Path(path).resolve().name for path in settings.dataset or ()]
+        network = re.sub(r"[/\\:]+", "_", settings.model_type)  # as in hf-hub:timm/resnet34.tv_in1k
+        name = f"{'_'.join(data)}_{network}_{'_'.join(methods)}{suffix}"
+        if len(name) > _LONGEST_NAME:
+            name = f"{data[0][:_LONGEST_NAME]}_and_{len(data) - 1}_more_{network}_{'_'.join(methods)}{suffix}"
     penalised = "taps" in methods and max(_as_list(settings.lam)) > 0
     if penalised and settings.settle_epochs > 0 and settings.warmup_epochs + settings.settle_epochs >= settings.epochs:
         parser.error(

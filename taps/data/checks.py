@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from taps.data.classification import domainnet
-from taps.data.classification.folders import find_tasks, read_folder
+from taps.data.classification.folders import find_tasks, is_divided, read_folder
 from taps.data.classification.images import TaskData
 from taps.data.dense import astmt_layout
 from taps.data.dense.adashare_layout import layout_of, read_lists, read_sample
@@ -99,6 +99,10 @@ def check(path: Path) -> tuple[list[str], int]:
         found = Counts(len(task.classes), len(task.train), len(task.test))
         lines.append(f"{folder}: {found.classes} classes, {found.train} train, {found.test} test")
         lines += [f"  {note}" for note in task.notes]
+        if task.is_listed:
+            absent = [path for path, _ in (*task.train, *(task.val or ()), *task.test) if not Path(path).is_file()]
+            lines += _missing(absent)
+            wrong += len(absent)
         if known is None:
             lines.append("  no published counts are known for a set of this name")
         else:
@@ -119,9 +123,9 @@ def _differences(found: Mapping[str, int], published: Mapping[str, int]) -> list
 
 def _tasks(path: Path) -> list[tuple[Path, TaskData]]:
     """Return the tasks of folders with ``train/``, or of a folder of classes or a table, with the path of each."""
-    folders = [path] if (path / "train").is_dir() else []
+    folders = [path] if path.is_dir() and is_divided(path) else []
     if not folders and path.is_dir():
-        folders = sorted(inner for inner in path.iterdir() if (inner / "train").is_dir())
+        folders = sorted(inner for inner in path.iterdir() if inner.is_dir() and is_divided(inner))
     return [(folder, read_folder(folder)) for folder in folders] or [(path, task) for task in find_tasks([path])]
 
 
@@ -141,9 +145,14 @@ def _check_lists(root: Path) -> tuple[list[str], int]:
             if not official:
                 remark = f"not {remark} ({getattr(known, split)} images)"
             lines.append(f"{path.name}: {len(samples)} images, {remark}, {len(absent)} files missing")
-            lines += [f"  missing: {name}" for name in absent[:3]] + (["  …"] if len(absent) > 3 else [])
+            lines += _missing(absent)
             wrong += (not official) + len(absent)
     return lines, wrong
+
+
+def _missing(names: Sequence[str]) -> list[str]:
+    """Lines for the first of some missing files."""
+    return [f"  missing: {name}" for name in names[:3]] + (["  …"] if len(names) > 3 else [])
 
 
 def _compare_sizes(name: str, root: Path, splits: Mapping[str, Sequence]) -> list[str]:

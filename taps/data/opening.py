@@ -16,13 +16,18 @@ from taps.settings.adaptation import AdaptationSettings
 from taps.settings.multi_task import MultiTaskSettings
 
 
-def read_data(paths: Sequence[str] | None, options: AdaptationSettings | MultiTaskSettings) -> list[TaskData]:
-    """The tasks in ``paths``; without paths those of the demo, which are generated if missing."""
+def read_data(
+    paths: Sequence[str] | None, options: AdaptationSettings | MultiTaskSettings, all_tested: bool = False
+) -> list[TaskData]:
+    """The tasks in ``paths``; without paths those of the demo, which are generated if missing.
+
+    ``all_tested``: as in :class:`taps.data.classification.folders.Reading`.
+    """
     if paths:
         fraction = options.test_fraction if isinstance(options, AdaptationSettings) else Reading.test_fraction
         by_name = False if isinstance(options, AdaptationSettings) and not options.cropped_names else None
         cropped = True if options.cropped else by_name
-        return find_tasks(paths, Reading(cropped, fraction, options.seed))
+        return find_tasks(paths, Reading(cropped, fraction, options.seed, all_tested))
     root = Path("datasets/demo")
     make_demo(root)
     return read_demo(root)

@@ -66,7 +66,10 @@ def state_dict_changes(path: Path, base: State, norms: Collection[str], classifi
     Raises:
         UserError: if names or shapes are not the base's.
     """
-    state, head = split_head(without_prefix(read_state_dict(path), dict(base), path.name), classifiers, path)
+    whole = read_state_dict(path)
+    inner = without_prefix(whole, dict(base), path.name)
+    state, head = split_head(inner, classifiers, path)
+    head = head or _head_beside(whole, inner)
     state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     wrong = [
         key
@@ -80,6 +83,16 @@ def state_dict_changes(path: Path, base: State, norms: Collection[str], classifi
             f"({listed(wrong)}), {len(more)} have no place ({listed(more)})"
         )
     return _differences(state, base, norms, head)
+
+
+def _head_beside(whole: State, inner: State) -> dict[str, Tensor]:
+    """Return the classifier that lies beside the network in a state dict, if it is a single linear layer there."""
+    network = {id(tensor) for tensor in inner.values()}
+    others = {key: tensor for key, tensor in whole.items() if id(tensor) not in network}
+    layers = [key.removesuffix(".weight") for key, one in others.items() if key.endswith(".weight") and one.dim() == 2]
+    if len(layers) != 1 or {key.rpartition(".")[0] for key in others} != set(layers):
+        return {}
+    return {key.rpartition(".")[2]: tensor for key, tensor in others.items()}
 
 
 def _differences(state: State, base: State, norms: Collection[str], head: dict[str, Tensor]) -> Changes:

@@ -155,6 +155,8 @@ class ToRGB:
         self.published = published
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if image.mode == "La":  # Pillow converts it to LA alone
+            image = image.convert("LA")
         if self.published:
             return image.convert("RGB")
         with suppress(Exception):  # a damaged block of metadata says nothing about the pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from taps.plots.style import bare, new_figure, write_cells
+from taps.plots.style import bare, new_figure, title_width, write_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,8 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: st
     right, images = sum(row[index] for index, row in enumerate(counts)), sum(map(sum, counts))
     side = min(max(0.36 * size, 2.2), 14)
     longest = 0.075 * max(map(len, classes))
-    figure = new_figure(side + longest + 1.4, side + longest + 0.9)
+    heading = f"{title}: {100 * right / max(images, 1):.1f} % of {images} test images are right"
+    figure = new_figure(max(side + longest + 1.4, title_width(heading)), side + longest + 0.9)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(size), classes, rotation=90 if size > 5 or longest > 0.4 else 0, fontsize=7)
@@ -34,9 +35,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: st
         )
     bare(axes)
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("% of the class's images", fontsize=8)
-    axes.set_title(
-        f"{title}: {100 * right / max(images, 1):.1f} % of {images} test images are right", fontsize=9, loc="left"
-    )
+    axes.set_title(heading, fontsize=9, loc="left")
     return figure
 
 

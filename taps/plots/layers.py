@@ -105,12 +105,14 @@ def sizes(summary: Mapping, in_bytes: bool = False) -> Figure:
     """Accuracy and size of each task in a ``summary.json``: stored parameters, or the bytes of its file."""
     rows = summary["tasks"]
     names = list(rows)
-    figure = new_figure(9, 0.3 * len(names) + 1.6)
+    figure = new_figure(8 + 0.08 * max(map(len, names)), 0.3 * len(names) + 1.6)
     left, right = figure.subplots(1, 2, sharey=True)
     values = [row["accuracy"] for row in rows.values()]
     bars = left.barh(names, values, color=SECOND, height=0.7)
     left.axvline(summary["mean_accuracy"], color=BORDER, linestyle="--", linewidth=1, zorder=0)
-    left.bar_label(bars, [f"{value:.1f}" for value in values], label_type="center", color="white", fontsize=8)
+    wide = [f"{value:.1f}" if value >= 10 else "" for value in values]
+    left.bar_label(bars, wide, label_type="center", color="white", fontsize=8)
+    left.bar_label(bars, [f"{value:.1f}" if value < 10 else "" for value in values], padding=3, fontsize=8)
     left.set_xlim(0, 100)
     left.set_xticks(range(0, 101, 20))
     left.set_xlabel(
@@ -223,7 +225,8 @@ def trade_off(
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.margins(x=0.15, y=0.2)
     axes.set_xlabel(f"{size.partition('_')[0]} of base and tasks together, × base")
-    axes.set_ylabel("mean accuracy, %")
+    metrics = {run.get("metric", "accuracy") for run in runs.values()}
+    axes.set_ylabel(f"mean {metrics.pop() if len(metrics) == 1 else 'accuracy'}, %")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TUNED, SHARED, BORDER, SECOND = "#d9542b", "#e9edf2", "#8793a3", "#3f6fa3"
+#: inches of the side of a map of pairs, beyond which cells become smaller and lose their texts
+_LARGEST_SIDE = 17.0
 #: colours of several lines in one figure
 LINES = (TUNED, SECOND, "#4f9d69", "#8a5fa8", "#b08d2f", "#5f6b78")
 
@@ -31,6 +34,11 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def title_width(title: str) -> float:
+    """About the inches that a title of 9 points takes, margins included; layouts do not make room for titles."""
+    return 0.075 * len(title) + 1.2
 
 
 def bare(axes) -> None:
@@ -71,13 +79,17 @@ def pair_map(
         title: title of the figure.
         text: function from row and column to the text of a cell.
     """
-    side = cell * len(names) + 2.4
-    figure = new_figure(side + 1.2, side)
+    count = len(names)
+    side = min(cell * count, _LARGEST_SIDE) + 2.4
+    figure = new_figure(max(side + 1.2, title_width(title)), side)
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="Blues", vmin=low, vmax=100)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    write_cells(axes, values, text, low + 0.6 * (100 - low))
+    size = min(10.0, 65 * _LARGEST_SIDE / count)  # in points; a cell has 72 times its inches
+    shown = range(0, count, math.ceil(count / 160))
+    axes.set_xticks(shown, [names[n] for n in shown], rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_yticks(shown, [names[n] for n in shown], fontsize=size)
+    if cell * count <= _LARGEST_SIDE:
+        write_cells(axes, values, text, low + 0.6 * (100 - low))
     bare(axes)
     figure.colorbar(image, ax=axes, shrink=0.8).set_label(label, fontsize=8)
     axes.set_title(title, fontsize=9, loc="left")

@@ -16,7 +16,7 @@ from taps.core import accounting
 from taps.data import opening
 from taps.data.classification.images import TaskData, without_bad_images
 from taps.errors import UserError, unknown
-from taps.networks.preprocessing import Preprocessing
+from taps.networks.preprocessing import Preprocessing, ToRGB
 from taps.runs import setup
 from taps.runs.adaptation import measure
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings
@@ -43,6 +43,9 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
         if name not in descriptions:
             raise unknown("task", name, descriptions)
     names = given.tasks or list(descriptions)
+    target = Path(given.export) if given.export else None
+    if target is not None:
+        _check_target(target, names, given.onnx)
     if given.verify:
         verify(folder, descriptions, names, say)
         return
@@ -57,9 +60,12 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
         if missing:
             raise UserError(f"{folder}: task {missing[0]} has not been tested; leave out --no_test")
     else:
-        data = {task.name: task for task in opening.read_data(given.dataset or options.dataset, options)}
+        read = opening.read_data(given.dataset or options.dataset, options, all_tested=bool(given.dataset))
+        data = {task.name: task for task in read}
         stored = files.read_json(folder / "settings.json").get("data", {}) if not given.dataset else {}
         for name, task in data.items():
+            for note in task.notes if given.dataset and name in names else ():
+                say(f"{name}: {note}")
             if name in stored and not task.is_known_as(stored[name]):
                 say(f"warning: the images of {name} are not those of the run; some may have been trained on")
         absent = [name for name in names if name not in data]
@@ -78,8 +84,8 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
                 {"method": options.method, **run_folder.summarise(tested)}, in_bytes=options.budget is not None
             )
         )
-        if given.export:
-            export(model, names, Path(given.export), options, given.onnx, say)
+        if target is not None:
+            export(model, names, target, options, given.onnx, say)
     accelerator.end_training()
 
 
@@ -121,12 +127,11 @@ def test(
 ) -> float:
     """Return the accuracy of one task on its test split, or its mean average precision, in percent."""
     stored = description.get("classes", list(task.classes))
-    if (
-        list(task.classes) != stored and [name.lower() for name in task.classes] != stored
-    ):  # as tables were read before 0.17
-        raise UserError(f"task {task.name}: the data's classes are not those the task was trained on")
+    if [name.lower() for name in task.classes] != stored:  # as tables were read before 0.17
+        task = _with_labels(task, stored)
     if given.skip_bad_images or options.skip_bad_images:
-        task, bad = without_bad_images(task)
+        only_tests = replace(task, train=(), val=None)
+        task, bad = without_bad_images(only_tests, options.workers, ToRGB(options.background, options.published))
         if bad:
             accelerator.print(f"{task.name}: {len(bad)} unreadable images are left out")
     how = replace(
@@ -138,18 +143,40 @@ def test(
     return measure(model, task, task.test, prepare, accelerator, how, f"testing {task.name}").accuracy
 
 
+def _with_labels(task: TaskData, stored: list[str]) -> TaskData:
+    """Return the data with labels that count the classes of the stored task, of which it may lack some.
+
+    Raises:
+        UserError: for classes that the task was not trained on.
+    """
+    other = [name for name in task.classes if name not in stored]
+    if other or (task.has_several_labels and list(task.classes) != stored):
+        raise UserError(
+            f"task {task.name}: the data's classes are not those the task was trained on"
+            + (f", e.g. {other[0]!r}" if other else "")
+        )
+    label = [stored.index(name) for name in task.classes]
+    if task.has_several_labels or label == list(range(len(stored))):
+        return task
+    test = tuple((path, label[old]) for path, old in task.test if isinstance(old, int))
+    return replace(task, classes=tuple(stored), test=test)
+
+
+def _check_target(target: Path, names: list[str], onnx: bool) -> None:
+    """Raise a ``UserError`` if an export would overwrite a file."""
+    programs = [*names, *([TOGETHER] if len(names) > 1 else [])]
+    paths = [target / f"{name}.safetensors" for name in names]
+    paths += [target / f"{name}{ending}" for name in programs for ending in ((".pt2", ".onnx") if onnx else (".pt2",))]
+    existing = next((path for path in paths if path.exists()), None)
+    if existing is not None:
+        raise UserError(f"{existing} exists; export to another folder or remove it")
+
+
 def export(model: TaskModel, names: list[str], target: Path, options: AdaptationSettings, onnx: bool, say) -> None:
     """Export each task as a timm state dict and as a program, and all tasks as one program that computes shared work once."""
     networks = {name: model.merge(name).cpu() for name in names}
     programs = {**networks, **({TOGETHER: model.predictor(names).cpu()} if len(names) > 1 else {})}
     files_of = {name: target / f"{name}.safetensors" for name in networks}
-    endings = (".pt2", ".onnx") if onnx else (".pt2",)
-    existing = [path for path in files_of.values() if path.exists()]
-    existing += [
-        target / f"{name}{ending}" for name in programs for ending in endings if (target / f"{name}{ending}").exists()
-    ]
-    if existing:
-        raise UserError(f"{existing[0]} exists; export to another folder or remove it")
     labels = {
         name: {key: model.about(name).get(key) for key in ("classes", "preprocessing", "metric")} for name in names
     }

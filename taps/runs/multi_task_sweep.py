@@ -113,6 +113,9 @@ def show(settings: MultiTaskSettings, say: Callable[[str], None]) -> None:
     by_policy: dict[str, list[dict]] = {}
     for own, summary in rows:
         by_policy.setdefault(str(own["policy"] or own["method"]), []).append(summary)
+    folders = [Path(name).parent.name for name in by_policy]
+    if all(folders) and len(set(folders)) == len(folders):  # paths of policies, which their folders tell apart
+        by_policy = dict(zip(folders, by_policy.values(), strict=True))
     heads = ("policy", "runs", "Δ_T %", "blocks run %", "MACs × single")
     cells = [
         (

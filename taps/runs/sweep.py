@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from tabulate import tabulate
@@ -196,7 +196,8 @@ def _show(path: Path, accelerator: Accelerator) -> None:
         spread={name: row.spread for name, row in by_name.items()},
     )
     style.save(figure, path / "trade_off.png")
-    heads = ("λ or size", "method", "runs", "accuracy %", "tuned layers %", "bytes a task", "bytes × base")
+    metric = rows[0].summary.get("metric", "accuracy")
+    heads = ("λ or size", "method", "runs", f"{metric} %", "tuned layers %", "bytes per task", "bytes × base")
     table = tabulate(
         [row.cells() for row in rows],
         heads,
@@ -234,7 +235,8 @@ class _Row:
         self.label = str(budget) if budget is not None else f"λ {self.settings['lam']:g}" if is_penalised else ""
         self.name = f"{self.method} {self.label}".strip()
         keys = ("mean_accuracy", "bytes_x_base")
-        self.summary = {key: statistics.mean(run.summary[key] for run in runs) for key in keys}
+        self.summary: dict[str, Any] = {key: statistics.mean(run.summary[key] for run in runs) for key in keys}
+        self.summary.update({"metric": runs[0].summary["metric"]} if "metric" in runs[0].summary else {})
         self.spread = statistics.stdev(run.summary["mean_accuracy"] for run in runs) if len(runs) > 1 else 0.0
 
     def cells(self) -> tuple[str, ...]:
@@ -249,7 +251,8 @@ def _csv(found: Mapping[str, run_folder.Run]) -> str:
     """Return one row per run: what was varied, and its results in all and per task."""
     tasks = list(dict.fromkeys(task for run in found.values() for task in run.summary["tasks"]))
     keys = ("mean_accuracy", "parameters_x_base", "bytes_x_base", "seconds")
-    rows: list[list] = [["run", *SWEPT, *keys, "tuned_layers", *(f"accuracy:{task}" for task in tasks)]]
+    metric = next((run.summary["metric"] for run in found.values() if "metric" in run.summary), "accuracy")
+    rows: list[list] = [["run", *SWEPT, *keys, "tuned_layers", *(f"{metric}:{task}" for task in tasks)]]
     for name, run in found.items():
         accuracies = [run.summary["tasks"].get(task, {}).get("accuracy", "") for task in tasks]
         values = [run.settings.get(key, "") for key in SWEPT] + [run.summary[key] for key in keys]

@@ -231,6 +231,7 @@ class Service:
                 "version": task.version,
                 "classes": task.description.get("classes"),
                 "accuracy": task.description.get("accuracy"),
+                "metric": task.description.get("metric", "accuracy"),
                 "bytes": task.description["bytes"],
                 "method": task.description["method"],
                 "base": {key: task.description["base"].get(key) for key in ("name", "fingerprint", "parameters")},

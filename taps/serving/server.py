@@ -72,7 +72,8 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
     if not folder.tasks:
         reasons = list(folder.refused.values())
         raise UserError(reasons[0] if reasons else f"{root} holds no task (a folder with task.json)")
-    if settings.base is not None and settings.address is None and not Path(settings.base).is_file():
+    is_remote = settings.base is not None and hub.is_address(settings.base)
+    if settings.base is not None and not is_remote and settings.address is None and not Path(settings.base).is_file():
         raise UserError(f"--base {settings.base} does not exist")
     for reason in folder.refused.values():
         warnings.warn(f"a task is left out: {reason}", stacklevel=2)

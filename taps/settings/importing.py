@@ -29,7 +29,7 @@ class ImportSettings(Settings):
     out: str = setting("results/imported", "folder of the tasks' folders", metavar="DIR")
     classes: list[str] | None = setting(None, "a text file with one class name per line, for each task", nargs="+", metavar="FILE", shown="the classes have no names")
     input_size: int = setting(224, "side length of the network's input", int, low=1, metavar="PIXELS")
-    resize: int | None = setting(None, "shorter side of images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size")
+    resize: int | None = setting(None, "shorter side of images before the centre crop", int, low=1, metavar="PIXELS", shown="8/7 of the input size; of the published programs' files the input size")
     cropped: bool = setting(False, "images were resized to a square, not cropped, as with --cropped in training", bool)
     max_error: float | None = setting(None, "store deltas in the fewest bytes whose relative error is at most this, e.g. 0.1", float, low=0, high=0.999, metavar="X", shown="exactly")
     overwrite: bool = setting(False, "replace earlier tasks of these names", bool, repeats=False)

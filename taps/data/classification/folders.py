@@ -1,9 +1,9 @@
 """Classification tasks in image folders and tables.
 
-A task is a folder with ``train/<class>/*`` and ``test/<class>/*``, optionally ``val/<class>/*`` (or ``validation``, ``valid``); a
-root may hold several such folders. Without ``test/``, ``val/`` is tested on; a plain folder of classes is divided. A task can
-also be a CSV file with the columns ``path,label`` and optionally ``split``, or with several labels per image. DomainNet is
-recognised by its official lists (:mod:`taps.data.classification.domainnet`).
+A task is a folder with ``train/<class>/*`` and ``test/<class>/*``, optionally ``val/<class>/*`` (or ``training``, ``testing``,
+``validation``, ``valid``, in any case); a root may hold several such folders. Without ``test/``, ``val/`` is tested on; a plain
+folder of classes is divided. A task can also be a CSV file with the columns ``path,label`` and optionally ``split``, or with
+several labels per image. DomainNet is recognised by its official lists (:mod:`taps.data.classification.domainnet`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taps.data.classification import domainnet
-from taps.data.classification.images import Sample, TaskData, choose_stratified, hidden_images, is_hidden, list_images
+from taps.data.classification.images import (
+    Sample,
+    TaskData,
+    choose_stratified,
+    direct_images,
+    hidden_images,
+    is_hidden,
+    list_images,
+)
 from taps.data.seeded import mix_seed
 from taps.errors import UserError
 
-#: names of the folder with validation images
-_VALIDATION = ("val", "validation", "valid")
+#: names of the folders, in lower case, and of a table's entries, that stand for each split
+_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
+_SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,13 @@ class Reading:
             ImageNet-to-Sketch sets.
         test_fraction: share of each class that is tested on if the data has no images for this, 0..1.
         seed: seed of that choice.
+        all_tested: test on all images of data that has none for testing; training images may be missing.
     """
 
     cropped: bool | None = None
     test_fraction: float = 0.2
     seed: int = 0
+    all_tested: bool = False
 
 
 def find_tasks(paths: Sequence[str | Path], reading: Reading | None = None) -> list[TaskData]:
@@ -66,14 +77,24 @@ def _tasks_of(path: Path, reading: Reading) -> list[TaskData]:
         )
     if domainnet.has_lists(path):
         return [domainnet.read_domain(path, domain, bool(reading.cropped)) for domain in domainnet.listed_domains(path)]
-    if _is_divided(path) or (path / "test").is_dir():
+    if is_divided(path) or "test" in split_folders(path):
         return [read_folder(path, reading)]
     if path.name in domainnet.listed_domains(path.parent):
         return [domainnet.read_domain(path.parent, path.name, bool(reading.cropped))]
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not is_hidden(folder, path)]
-    inner = [folder for folder in folders if _is_divided(folder)]
+    inner = [folder for folder in folders if is_divided(folder)]
     if inner:
         return [read_folder(folder, reading) for folder in inner]
+    names = [folder.name for folder in folders]
+    if len(names) > 1 and set(names) <= {*domainnet.DOMAINS, "txt"}:
+        raise UserError(
+            f"{path} lacks DomainNet's lists: put {names[0]}_train.txt and {names[0]}_test.txt there, or in txt/"
+        )
+    splits = [name for name in names if re.split(r"[^a-z]+", name.lower())[-1] in _SPLIT_OF]
+    if len(splits) > 1 and splits == names:
+        raise UserError(
+            f"{path} holds {' and '.join(splits[:3])}, which look like splits: rename them to train, val and test"
+        )
     filled = [folder for folder in folders if list_images(folder)]
     if len(filled) > 1:
         return [read_folder(path, reading)]
@@ -85,8 +106,23 @@ def _tasks_of(path: Path, reading: Reading) -> list[TaskData]:
     )
 
 
-def _is_divided(path: Path) -> bool:
-    return (path / "train").is_dir()
+def is_divided(path: Path) -> bool:
+    """Whether a folder has images for training apart from others, in ``train/<class>/``."""
+    return "train" in split_folders(path)
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """The folders with the training, validation and test images of a folder, by split.
+
+    A folder of images without folders inside is a class, whatever its name: DomainNet has one that is called ``train``.
+    """
+    found = sorted(folder for folder in path.iterdir() if folder.name.lower() in _SPLIT_OF and folder.is_dir())
+    found.sort(key=lambda folder: _SPLIT_OF[folder.name.lower()] != folder.name)  # what is named exactly so comes first
+    splits: dict[str, Path] = {}
+    for folder in found:
+        if any(inner.is_dir() for inner in folder.iterdir()) or not direct_images(folder):
+            splits.setdefault(_SPLIT_OF[folder.name.lower()], folder)
+    return {split: splits[split] for split in _SPLITS if split in splits}
 
 
 def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
@@ -101,16 +137,14 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
     """
     reading = reading or Reading()
     path = path if path.name else path.resolve()
-    where = {"train": path} if not any((path / split).is_dir() for split in ("train", "test")) else {}
-    if not where:
-        validation = next((path / name for name in _VALIDATION if (path / name).is_dir()), None)
-        where = {"train": path / "train", "test": path / "test", **({"val": validation} if validation else {})}
-        if not where["test"].is_dir() and validation is not None:
-            where["test"] = where.pop("val")
-        elif not where["test"].is_dir():
-            del where["test"]
-        if not where["train"].is_dir():
-            raise UserError(f"{path} has no train/ folder; a task needs train/<class>/ and test/<class>/")
+    where = split_folders(path)
+    if not {"train", "test"} & where.keys():
+        where = {"train": path}
+    tests_validation = "test" not in where and "val" in where
+    if tests_validation:
+        where["test"] = where.pop("val")
+    if "train" not in where and not reading.all_tested:
+        raise UserError(f"{path} has no train/ folder; a task needs train/<class>/ and test/<class>/")
     splits = {split: _class_folders(folder) for split, folder in where.items()}
     for split, found in splits.items():
         if not any(found.values()):
@@ -121,7 +155,8 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
         classes = domainnet.official_order(union)
         notes += domainnet.missing_notes(classes, {split: set(found) for split, found in splits.items()})
     else:
-        classes = sorted(name for name, images in splits["train"].items() if images)
+        trained = splits.get("train", splits.get("test", {}))
+        classes = sorted(name for name, images in trained.items() if images)
         for split in set(splits) - {"train"}:
             extra = sorted(name for name, images in splits[split].items() if images and name not in classes)
             if extra:
@@ -142,19 +177,22 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
     }
     if deep:
         notes.append(f"images in subfolders belong to the class above them: {domainnet.first_three(sorted(deep))}")
+    apart = [image for folder in where.values() for image in direct_images(folder)]
+    if apart:
+        notes.append(f"{len(apart)} images are in no class folder and left out, e.g. {apart[0]}")
     label = {name: index for index, name in enumerate(classes)}
     samples = {
         split: tuple((image, label[name]) for name, images in found.items() for image in images)
         for split, found in splits.items()
     }
-    if "test" in where and where["test"].name in _VALIDATION:
+    if tests_validation:
         notes.append(
             f"there is no test/, so {where['test'].name}/ is tested on, and validation images come from train/"
         )
     task = TaskData(
         name=task_name(path.name),
         classes=tuple(name.encode(errors="surrogateescape").decode(errors="replace") for name in classes),
-        **{"test": (), **samples},
+        **{"train": (), "test": (), **samples},
         stretch="cropped" in path.name.lower() if reading.cropped is None else reading.cropped,
         notes=tuple(notes),
     )
@@ -162,11 +200,14 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
 
 
 def split_test(task: TaskData, reading: Reading) -> TaskData:
-    """Move a random stratified part of the training images to an empty test split.
+    """Move a random stratified part of the training images, or all that should be tested, to an empty test split.
 
     Raises:
         UserError: if none would be left to test on.
     """
+    if reading.all_tested:
+        note = f"there is no test/, so all {len(task.train)} images are tested on"
+        return replace(task, train=(), test=task.train, notes=(*task.notes, note))
     chosen = choose_stratified(task.train, reading.test_fraction, mix_seed(reading.seed, 1))
     if not chosen:
         raise UserError(
@@ -210,19 +251,29 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
         raise UserError(f"{path} has no column 'path'; its first line has to name the columns path,label")
     classes, label_of = _labels(path, columns, rows)
     splits: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    seen: dict[str, tuple] = {}
     for line, row in rows:
         said = row.get("split", "").lower()
-        split = dict.fromkeys(_VALIDATION, "val").get(said, said or "train")
-        if split not in splits:
-            raise UserError(f"{path}, line {line}: split {split!r} is not train, val or test")
+        split = _SPLIT_OF.get(said or "train")
+        if split is None:
+            raise UserError(f"{path}, line {line}: split {said!r} is not train, val or test")
         if not row["path"]:
             raise UserError(f"{path}, line {line}: path or label is missing")
-        splits[split].append((str(path.parent / row["path"]), label_of(line, row)))
+        image, label = str(path.parent / row["path"]), label_of(line, row)
+        if image in seen and seen[image] != (split, label):
+            what = (
+                "split"
+                if seen[image][1] == label
+                else "label; several labels belong into one line of a column 'labels'"
+            )
+            raise UserError(f"{path}, line {line}: {row['path']} is there twice, with another {what}")
+        seen[image] = split, label
+        splits[split].append((image, label))
     samples = {split: tuple(found) for split, found in splits.items()}
-    if not samples["train"]:
+    if not samples["train"] and not (reading.all_tested and samples["test"]):
         raise UserError(f"{path} lists no training images")
     untrained = set(range(len(classes))) - {label for _, label in samples["train"]} if "label" in columns else set()
-    if untrained:
+    if untrained and not reading.all_tested:
         raise UserError(f"{path} lists no training images of class {classes[min(untrained)]!r}")
     task = TaskData(
         name=task_name(path.stem),

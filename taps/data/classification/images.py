@@ -73,7 +73,7 @@ class TaskData:
     @property
     def has_several_labels(self) -> bool:
         """Whether images may have several labels, or none."""
-        return bool(self.train) and isinstance(self.train[0][1], tuple)
+        return any(isinstance(label, tuple) for _, label in (self.train or self.test)[:1])
 
     def digest(self) -> str:
         """Return a hash of the names and labels of the images for training and testing, wherever the data lies."""
@@ -292,7 +292,7 @@ def without_bad_images(
     bad = {path for (path, _), good in zip(samples, readable, strict=True) if not good}
     kept = {name: tuple(sample for sample in split if sample[0] not in bad) for name, split in splits.items()}
     for name, split in kept.items():
-        if not split:
+        if splits[name] and not split:
             raise UserError(f"task {task.name}: none of the {len(splits[name])} images in {name} can be read")
     return replace(task, **kept), sorted(bad)
 
@@ -307,12 +307,30 @@ def _is_readable(convert: Callable[[Image.Image], Image.Image], path: str) -> bo
 
 def list_images(folder: Path) -> list[str]:
     """Sorted paths of all images below a folder, without hidden files and those of hidden folders."""
-    return [str(path) for path in sorted(folder.rglob("*")) if _is_image(path) and not is_hidden(path, folder)]
+    return [str(path) for path in _images_below(folder) if not is_hidden(path, folder)]
+
+
+def direct_images(folder: Path) -> list[str]:
+    """Sorted paths of the images in a folder that are in none of its folders."""
+    return [str(path) for path in sorted(folder.iterdir()) if _is_image(path) and not is_hidden(path, folder)]
 
 
 def hidden_images(folder: Path) -> list[str]:
     """The images below a folder that :func:`list_images` leaves out."""
-    return [str(path) for path in sorted(folder.rglob("*")) if _is_image(path) and is_hidden(path, folder)]
+    return [str(path) for path in _images_below(folder) if is_hidden(path, folder)]
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Sorted paths of all images below a folder, also in linked folders, each folder once."""
+    found, seen = [], set()
+    for inner, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(inner)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        found += [path for path in (Path(inner, name) for name in names) if _is_image(path)]
+    return sorted(found)
 
 
 def _is_image(path: Path) -> bool:
