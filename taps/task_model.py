@@ -21,7 +21,7 @@ from taps.methods.registry import METHODS
 from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
 from taps.networks import backbones, preprocessing
-from taps.networks.classifier import attach_head, without_classifier
+from taps.networks.classifier import attach_head, classifier_layers, without_classifier
 from taps.networks.heads import make_head
 from taps.networks.origin import origin_of, rebuild
 from taps.storage import hub, run_folder, task_file
@@ -82,7 +82,8 @@ def adapt(
     if not isinstance(net, (str, nn.Module)):
         raise UserError(f"the network is a {type(net).__name__}; give a module or the name of a timm model")
     if layers is not None and isinstance(net, nn.Module):  # before the classifier is removed
-        choose(row.find_units(net, {**row.options, **options}), layers)
+        found, classifier = row.find_units(net, {**row.options, **options}), classifier_layers(net)
+        choose([unit for unit in found if id(unit.module) not in classifier], layers)
     net = backbones.create_backbone(net) if isinstance(net, str) else without_classifier(net)
     plain = {
         name: value.item() if isinstance(value, (np.generic, Tensor)) else value for name, value in options.items()
@@ -401,6 +402,8 @@ class TaskModel(Network):
         size = len(first_input(args, inputs))
         if len(names) != size:
             raise UserError(f"task= has {len(names)} names for a batch of {size} samples; give one for each sample")
+        if not names:
+            raise UserError("the batch is empty, so task= names no task to run")
         with self._loaded(list(dict.fromkeys(names))):
             if len(set(names)) == 1:
                 return self.heads[names[0]](self.run(names[0], args, inputs))
@@ -538,7 +541,7 @@ class TaskModel(Network):
 
         A base that is trained with its tasks is saved beside them.
         """
-        for task in self.tasks if tasks is None else tasks:
+        for task in self._names(tasks):
             self.save_task(task, Path(folder) / task)
         if self.train_base:
             write_tensors(Path(folder) / "base.safetensors", self.base_state())
@@ -626,7 +629,8 @@ class TaskModel(Network):
         for module in inner_first((*self.units, *self.task_norms)):
             memo[id(module)] = module.merged(task, memo)
         plain = copy.deepcopy(self.backbone, memo)
-        plain.__dict__.pop("taps_origin", None)
+        for name in ("taps_origin", "taps_structure"):
+            plain.__dict__.pop(name, None)
         return attach_head(plain, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
+import torchvision
 from cases import NETWORKS, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -836,3 +837,194 @@ def test_one_task_may_be_named_without_a_list(tmp_path):
         torch.testing.assert_close(found["a"], model(x, task="a"))
     model.save_task("a", tmp_path / "a", about={"classes": ("x", "y", "z")})
     assert model.classes("a") == ["x", "y", "z"]
+
+
+# -- networks and models as users change them ----------------------------------------------------------------------
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return 10 * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+@pytest.mark.parametrize(
+    "head", [lambda: Cosine(512, 3), lambda: nn.Linear(512, 3, bias=False)], ids=["own", "no bias"]
+)
+def test_merge_keeps_heads_that_are_no_plain_linear_layer(head):
+    model = taps.adapt(taps.create_backbone("resnet18", pretrained=False)).eval()
+    model.add_task("a", head=head())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.merge("a")(x), model.eval()(x, task="a"), rtol=0, atol=0)
+
+
+def test_a_task_that_is_removed_in_a_call_does_not_become_the_base():
+    model = with_tasks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    model.units[0].register_forward_hook(lambda *_: model.remove_task("a"))
+    with pytest.raises(taps.UserError, match="task 'a' was removed while it ran"):
+        model(torch.randn(2, 4), task="a")
+
+
+def test_copies_keep_parametrised_layers_and_the_default_task():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 6))
+    model = with_tasks(net)
+    model.set_task("a")
+    twin, x = copy.deepcopy(model), torch.randn(3, 4)
+    torch.testing.assert_close(twin(x), model(x, task="a"), rtol=0, atol=0)
+    assert [type(unit) for unit in twin.units] == [type(unit) for unit in model.units]
+    assert (twin.report("a") == model.report("a"), twin.state.default) == (True, "a")
+
+
+def test_a_classifier_that_was_dropped_before_is_no_reason_to_drop_another_layer():
+    net = torchvision.models.mobilenet_v3_small()
+    net.classifier[-1] = nn.Identity()
+    assert taps.adapt(net).backbone.classifier[0].in_features == 576
+    plain = timm.create_model("resnet10t")
+    with pytest.raises(taps.UserError, match="matches none"):
+        taps.adapt(plain, layers="^fc$")
+    assert isinstance(plain.fc, nn.Linear)
+
+
+class Listed(nn.Module):
+    """A network that calls its layers through a list, a dictionary and a tuple of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.listed, self.named, self.pairs = [self.one], {"two": self.two}, (("three", self.three),)
+
+    def forward(self, x):
+        for layer in (*self.listed, *self.named.values(), *(layer for _, layer in self.pairs)):
+            x = layer(x).relu()
+        return x
+
+
+def test_layers_held_in_plain_lists_see_the_tasks():
+    net = Listed()
+    model, x = with_tasks(copy.deepcopy(net)), torch.randn(3, 4)
+    model.train()(x, task="a").sum().backward()
+    assert all(unit.deltas["a"]["weight"].grad is not None for unit in model.units)
+    torch.testing.assert_close(model.eval().merge("a")(x), model(x, task="a"), rtol=0, atol=0)
+    torch.testing.assert_close(model.features(x), net(x), rtol=0, atol=0)
+
+
+class Centred(nn.Module):
+    """A network with a buffer of its own, which it moves in training, and functional dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.add_(1.0)
+        return nn.functional.dropout(self.layer(x - self.mean.detach()), 0.5, self.training)
+
+
+def test_a_buffer_of_the_network_stays_and_dropout_works():
+    model = with_tasks(Centred())
+    outputs = model.train()(torch.randn(64, 4), task="a")
+    assert model.backbone.training
+    assert model.backbone.mean.eq(0).all()
+    assert outputs.std() > 0
+
+
+def test_a_task_that_is_no_longer_trained_does_not_change_in_training_mode(tmp_path):
+    model = make("resnet", "taps", ("a", "b"))
+    model.save_task("a", tmp_path / "a")
+    model.remove_task("a")
+    model.load_task(tmp_path / "a")
+    x = torch.randn(4, 3, 32, 32)
+    before = model.eval()(x, task="a")
+    torch.testing.assert_close(model.train()(x, task="a"), before, rtol=0, atol=0)
+    torch.testing.assert_close(model.eval()(x, task="a"), before, rtol=0, atol=0)
+
+
+def test_maps_and_networks_without_layers_ask_for_a_head():
+    maps = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    for net in (maps, nn.Sequential(nn.Embedding(5, 3))):
+        with pytest.raises(taps.UserError, match="give head= instead of num_classes"):
+            taps.adapt(net, "finetune").add_task("a", num_classes=2)
+
+
+def test_functional_calls_with_other_parameters():
+    model, x = with_tasks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))).eval(), torch.randn(2, 4)
+    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    outputs = torch.func.functional_call(model, held, (x,), {"task": "a"})
+    torch.testing.assert_close(outputs, model(x, task="a"), rtol=0, atol=0)
+
+
+def test_hooks_in_a_backward_pass_read_attributes():
+    model, seen = with_tasks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))), []
+    for unit in model.units:
+        unit.register_full_backward_hook(lambda unit, *_: seen.append((unit.in_features, unit.weight.shape)))
+    model.train()(torch.randn(2, 4, requires_grad=True), task="a").sum().backward()
+    assert seen == [(4, (4, 4))] * 2
+
+
+def test_attributes_that_are_set_reach_the_layer_or_are_refused():
+    model, x = make("resnet", "taps", ("a",)), torch.randn(2, 3, 32, 32)
+    model.add_task("b", num_classes=2)
+    first, norm = model.units[0], model.task_norms[0]
+    before = first(x).shape[-1]
+    first.stride = (1, 1)
+    assert (first.stride, first(x).shape[-1]) == ((1, 1), 2 * before)
+    norm.momentum = 0.01
+    assert {norm.base.momentum, *(norm.norms[task].momentum for task in "ab")} == {0.01}
+    with pytest.raises(taps.UserError, match=r"weight cannot be replaced in an adapted network"):
+        first.weight = nn.Parameter(torch.zeros(1))
+
+
+def test_an_empty_mixed_batch_is_one_line_and_spoils_no_later_one():
+    model = with_tasks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    model.add_task("c", num_classes=2)
+    with pytest.raises(taps.UserError, match="the batch is empty"):
+        model(torch.randn(0, 4), task=[])
+    assert len(model(torch.randn(2, 4), task=["a", "c"])) == 2
+
+
+def test_a_penalty_is_of_the_models_method(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with_tasks(copy.deepcopy(net)).save_task("a", tmp_path / "a")
+    model = taps.adapt(net)
+    model.load_task(tmp_path / "a")
+    with pytest.raises(taps.UserError, match="trained with method 'finetune', the model is for 'taps'"):
+        model.penalty("a")
+
+
+def test_a_matrix_is_not_a_norm_whatever_its_class_is_called():
+    class NormalizedLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(nn.functional.normalize(x), self.weight)
+
+    model = taps.adapt(nn.Sequential(nn.Linear(4, 4), NormalizedLinear()))
+    model.add_task("a", head=nn.Linear(6, 2))
+    assert not model.task_norms
+    assert not model.roles("a").get("norm")
+
+
+def test_a_network_that_was_changed_is_not_rebuilt_from_its_name(tmp_path):
+    changed = timm.create_model("resnet10t", global_pool="max", num_classes=0)
+    other = taps.create_backbone("resnet10t", pretrained=False, act_layer=nn.SiLU)
+    for number, net in enumerate((changed, other)):
+        model = taps.adapt(net)
+        model.add_task("a", num_classes=2)
+        model.save_task("a", tmp_path / str(number))
+        with pytest.raises(taps.UserError, match="give"):
+            taps.load(tmp_path / str(number))
+    usual = taps.adapt(timm.create_model("vit_tiny_patch16_224", num_classes=0, drop_path_rate=0.1))
+    usual.add_task("a", num_classes=2)
+    usual.save_task("a", tmp_path / "usual")
+    with pytest.raises(taps.UserError, match=r"downloaded|made for another base"):  # known, with pretrained weights
+        taps.load(tmp_path / "usual")
+
+
+def test_options_that_a_network_does_not_take_are_named():
+    with pytest.raises(taps.UserError, match="resnet10t cannot be made with the options img_size"):
+        taps.create_backbone("resnet10t", pretrained=False, img_size=64)
+    with pytest.raises(taps.UserError, match="leave num_classes out"):
+        taps.create_backbone("resnet10t", pretrained=False, num_classes=3)

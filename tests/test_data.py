@@ -282,7 +282,10 @@ def test_a_table_is_a_task(tmp_path):
         ("path,label\n", "own.csv lists no training images"),
         ("path,cat,dog\na.png,1,2\n", "own.csv, line 2: column 'dog' is '2'; .* each column is a label and has 0 or 1"),
         ("path,label\na.png,1\na.png,2\n", "own.csv, line 3: a.png is there twice, with another label; several labels"),
-        ("path,label,split\na.png,1,test\na.png,1,train\n", "own.csv, line 3: a.png is there twice, with another split"),
+        (
+            "path,label,split\na.png,1,test\na.png,1,train\n",
+            "own.csv, line 3: a.png is there twice, with another split",
+        ),
         ("path,cat\na.png,1\n", "own.csv has no column 'label'"),
         ("path,labels,split\na.png,x;y,dev\n", "own.csv, line 2: split 'dev' is not train, val or test"),
     ],

@@ -97,11 +97,14 @@ class State:
         self._thread = threading.local()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_thread"}  # a copy runs no calls
+        held = {name: value for name, value in self.__dict__.items() if name != "_thread"}  # a copy runs no calls
+        return {**held, "default": self.default}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        default = state.get("default")
+        self.__dict__.update({name: value for name, value in state.items() if name != "default"})
         self._thread = threading.local()
+        self.default = default
 
     @property
     def default(self) -> str | None:
@@ -127,6 +130,14 @@ class State:
         if backward != -1 and (call is None or call.backward != backward):
             return recalled(id(self))
         return _BASE if call is None else call.execution
+
+    @property
+    def reading(self) -> Execution:
+        """The execution that reads of attributes follow: the current one, or in a hook that runs in a backward pass the base."""
+        try:
+            return self.execution
+        except UserError:
+            return _BASE
 
     @property
     def is_recomputing(self) -> bool:
@@ -199,6 +210,8 @@ class Place(nn.Module):
     base: nn.Module
     #: for each task that is no longer trained, the plain module that replaces the place in evaluation mode
     ready: dict[str | None, nn.Module]
+    #: names of attributes that are the place's, not those of the base module
+    own_attributes = frozenset({"name", "state", "base", "ready", "training"})
 
     @property  # type: ignore[misc]
     def __class__(self):
@@ -218,9 +231,31 @@ class Place(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base" not in self.__dict__.get("_modules", {}):
+            # Protocols that a class implements, such as copying, concern the place itself.
+            if "base" not in self.__dict__.get("_modules", {}) or (name.startswith("__") and name.endswith("__")):
                 raise
         return self.attribute(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is None or name.startswith("_") or name in self.own_attributes or not hasattr(base, name):
+            super().__setattr__(name, value)
+        elif isinstance(value, (Tensor, nn.Module)) or hasattr(type(self), name):
+            raise UserError(
+                f"{self.name}.{name} cannot be replaced in an adapted network: change the network before adapting it"
+            )
+        else:
+            self.set_in_base(name, value)
+
+    def set_in_base(self, name: str, value) -> None:
+        """Set an attribute, such as a stride, of the base module and of what was made from it."""
+        setattr(self.base, name, value)
+        for task in [task for task in self.ready if task is not None]:
+            self.prepare(task)
+
+    def prepare(self, task: str) -> None:
+        """Make the module in :attr:`ready` that replaces the place for a task, if one can."""
+        raise NotImplementedError
 
     def attribute(self, name: str):
         """Return an attribute of the base module as the current task sees it."""

@@ -103,7 +103,10 @@ def is_norm(module: nn.Module) -> bool:
         return False
     if isinstance(module, _NORMS):
         return True
-    return "norm" in type(module).__name__.lower() and not any(isinstance(inner, _LAYERS) for inner in module.modules())
+    holds_layers = any(isinstance(inner, _LAYERS) for inner in module.modules())
+    # Norms of other libraries are known by their names; a matrix of weights is not a norm's.
+    vectors = all(sum(size > 1 for size in parameter.shape) <= 1 for parameter in module.parameters())
+    return "norm" in type(module).__name__.lower() and not holds_layers and vectors
 
 
 def find_layers(net: nn.Module) -> list[Found]:
@@ -185,6 +188,8 @@ def declared_features(net: nn.Module) -> int | None:
 def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> tuple[int | None, torch.dtype | None]:
     """Return width and type of the features that ``run`` returns for a small batch, or the last layer's if no batch fits."""
     layers = [found.module for found in find_layers(net)]
+    if not layers:
+        return None, None
     first: nn.Module = layers[0]
     shapes: list[tuple[int, ...]] = [(1, width) for width in (getattr(first, "in_features", None),) if width]
     if isinstance(first, nn.modules.conv._ConvNd):
@@ -200,7 +205,7 @@ def measured_features(net: nn.Module, run: Callable[[Tensor], object]) -> tuple[
             continue
         if isinstance(features, Tensor) and features.dim() == 2:
             return features.shape[1], features.dtype
-        if not isinstance(features, Tensor):
+        if not isinstance(features, Tensor) or features.dim() > 3:
             return None, None
     for layer in reversed(layers):
         for name in ("out_features", "out_channels", "embed_dim"):

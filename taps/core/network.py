@@ -87,7 +87,11 @@ class Network(nn.Module):
         self.backbone = backbone
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
-        self._still = () if train_base else tuple(_with_buffers(backbone))
+        with_buffers = () if train_base else tuple(_with_buffers(backbone))
+        #: modules of a frozen base that could change their buffers: those that are kept in evaluation mode, and those whose mode
+        #: other computations follow, whose buffers are put back
+        self._still = tuple(module for module in with_buffers if not module._modules)
+        self._watched = tuple(module for module in with_buffers if module._modules)
         self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
         self.origins: dict[str, Origin] = {}
         self.encoded: dict[str, dict[str, Encoded]] = {}
@@ -282,7 +286,16 @@ class Network(nn.Module):
 
     def run(self, task: str | Execution | None, args: tuple, kwargs: dict):
         """Call the backbone with ``task``: a task's name, ``None`` or an :class:`taps.core.execution.Execution`."""
-        return self.state.run(task, self.backbone, args, kwargs)
+        watched = self._watched if self.training and not torch.compiler.is_compiling() else ()
+        before = [held for module in watched for held in _held_buffers(module)]
+        try:
+            return self.state.run(task, self.backbone, args, kwargs)
+        finally:
+            for buffers, name, buffer, version, value in before:
+                buffers[name] = buffer
+                if buffer._version != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Make the network recompute activations in the backward pass instead of storing them.
@@ -337,6 +350,11 @@ class Network(nn.Module):
         self.check_task(task)
         held = {name: [unit.gates.get(name) for unit in self._units] for name in self.heads}
         gates = {name: own for name, own in held.items() if None not in own}  # another thread may be removing a task
+        if task in self.origins and self.origins[task].method != self.method.name:
+            raise UserError(
+                f"task {task!r} was trained with method {self.origins[task].method!r}, the model is for {self.method.name!r}: it "
+                "can be run, not trained"
+            )
         value = self.method.penalty(gates, task, **self.options)
         return value.to(next(self.heads[task].parameters(), value).device)
 
@@ -483,6 +501,12 @@ def _with_buffers(backbone: nn.Module) -> Iterable[nn.Module]:
     saved = (own for name, own in backbone._buffers.items() if name not in backbone._non_persistent_buffers_set)
     if any(own is not None and (own.is_floating_point() or not own.dim()) for own in saved):
         yield backbone
+
+
+def _held_buffers(module: nn.Module) -> list[tuple[dict, str, Tensor, int, Tensor]]:
+    """Return where each of a module's own buffers is held, its name, the buffer, its version and a copy."""
+    held = ((name, own) for name, own in module._buffers.items() if own is not None)
+    return [(module._buffers, name, own, own._version, own.clone()) for name, own in held]
 
 
 def _whole_number(value: Any) -> int | None:

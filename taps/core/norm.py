@@ -43,6 +43,8 @@ class TaskNorm(Place):
         parent: index of the enclosing unit, ``None`` if there is none.
     """
 
+    own_attributes = Place.own_attributes | {"policy", "frozen", "position", "parent", "norms"}
+
     def __init__(
         self,
         name: str,
@@ -113,6 +115,11 @@ class TaskNorm(Place):
     def prepare(self, task: str) -> None:
         self.ready[task] = self.active(task) or self.base
 
+    def set_in_base(self, name: str, value) -> None:
+        for task in self.norms:
+            setattr(self.norms[task], name, value)
+        super().set_in_base(name, value)
+
     def follows(self, unit: GatedUnit) -> bool:
         """Return whether this norm is task-specific only while ``unit`` is tuned."""
         return self.policy == "follow" and self._feeder[0] is unit
@@ -131,8 +138,8 @@ class TaskNorm(Place):
             return Fading(self.norms[task], self._fading[task])
         return self.active(task)
 
-    def settled_decision(self, task: str | None) -> nn.Module:
-        return self.active(task) or self.base
+    def settled_decision(self, task: str | None) -> nn.Module | Fading:
+        return self.decision_for(task, None) or self.base
 
     def sharing_key(self, norm: nn.Module | Fading | None) -> Hashable:
         """Return ``"base"`` or a key for the copy; copies that are not trained any more have equal keys if their contents are."""
@@ -164,8 +171,8 @@ class TaskNorm(Place):
 
     def compute(self, task: str | None, norm: nn.Module | Fading | None, args: tuple, kwargs: dict):
         if isinstance(norm, Fading):
-            own = self.compute(task, norm.own, args, kwargs)
-            return norm.share * own + (1.0 - norm.share) * self.base(*args, **kwargs)
+            own, base = self.compute(task, norm.own, args, kwargs), self.compute(task, None, args, kwargs)
+            return torch.lerp(base, own, norm.share)
         norm = self.base if norm is None else norm
         if norm.training:
             if self.state.is_recomputing:  # this batch has already updated the statistics
@@ -192,10 +199,12 @@ class TaskNorm(Place):
         super().train(mode)
         if self.frozen:
             self.base.eval()
+        for ready in self.ready.values():  # those of tasks that are no longer trained
+            ready.eval()
         return self
 
     def attribute(self, name: str):
-        return self.state.execution.read(lambda task: getattr(self.active(task) or self.base, name))
+        return self.state.reading.read(lambda task: getattr(self.active(task) or self.base, name))
 
     def merged(self, task: str, memo: dict) -> nn.Module:
         return copy.deepcopy(self.active(task) or self.base, memo)

@@ -62,6 +62,8 @@ class GatedUnit(Place):
         rows = run.nonzero().flatten()  # the unit is not computed for samples that skip it
         return y.index_copy(0, rows, f(x[rows], *args[1:], **kwargs).to(y.dtype)) if rows.numel() else y
 
+    own_attributes = Place.own_attributes | {"parameter_names", "shortcut", "gates", "deltas", "changes_itself"}
+
     def __init__(
         self, name: str, base: nn.Module, names: tuple[str, ...], state: State, shortcut: nn.Module | None = None
     ) -> None:
@@ -94,9 +96,13 @@ class GatedUnit(Place):
         }
 
     def decision_for(self, task: str | None, x: Tensor | None) -> Decision:
-        """Return the gate's decision; a task without a gate here runs the base."""
+        """Return the gate's decision; without a task, the base runs."""
+        if task is None:
+            return Decision()
         gate: Gate | None = self.gates.get(task)
-        return Decision() if gate is None else gate(x, self.state)
+        if gate is None:
+            raise UserError(f"task {task!r} was removed while it ran")
+        return gate(x, self.state)
 
     def settled_decision(self, task: str | None) -> Decision | None:
         gate: Gate | None = self.gates.get(task)
@@ -111,7 +117,9 @@ class GatedUnit(Place):
         return "base" if decision.run == 1.0 and not decision.uses_delta else None
 
     def base_parameters(self) -> dict[str, Tensor]:
-        return {name: self.base.get_parameter(name) for name in self.parameter_names}
+        return {
+            name: attrgetter(name)(self.base) for name in self.parameter_names
+        }  # also while others stand in for them
 
     def weights(self) -> dict[str, Tensor]:
         """Return the base's parameters that a task may replace here; without deltas, those that it may skip."""
@@ -180,11 +188,11 @@ class GatedUnit(Place):
 
     def attribute(self, name: str):
         """Return an attribute of the base; parameters with deltas have their effective value for the current task."""
-        read = self.state.execution.read
         if name in self.parameter_names or (len(self.deltas) and inspect.ismethod(getattr(self.base, name, None))):
-            return read(partial(self._read, name=name))
+            return self.state.reading.read(partial(self._read, name=name))
         inner = [own.removeprefix(f"{name}.") for own in self.parameter_names if own.startswith(f"{name}.")]
         if inner and self.state.call is not None:  # e.g. attention.out_proj.weight, which fast paths read
+            read = self.state.reading.read
             return SimpleNamespace(**{own: read(partial(self._read, name=f"{name}.{own}")) for own in inner})
         return getattr(self.base, name)
 

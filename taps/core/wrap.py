@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from taps.core.execution import Place, State
@@ -65,9 +67,27 @@ def wrap(
         for child_name, child in list(parent._modules.items()):
             if id(child) in replacement:
                 parent._modules[child_name] = replacement[id(child)]
+        for name, value in list(
+            vars(parent).items()
+        ):  # layers that the network also holds in a list, and may call there
+            if not name.startswith("_"):
+                vars(parent)[name] = _with_places(value, replacement)
     for wrapper in units:
         wrapper.shortcut = replacement.get(id(wrapper.shortcut), wrapper.shortcut)
         inner = list(wrapper.base.modules())
         holds_places = any(isinstance(module, Place) for module in inner)
         wrapper.changes_itself = frozen and not holds_places and next(wrapper.base.buffers(), None) is not None
     return replacement.get(id(net), net), units, norms
+
+
+def _with_places(value: Any, replacement: dict[int, nn.Module]) -> Any:
+    """Return a plain attribute with the modules in it replaced; lists and dictionaries keep their identity."""
+    if isinstance(value, nn.Module):
+        return replacement.get(id(value), value)
+    if type(value) is list:
+        value[:] = [_with_places(one, replacement) for one in value]
+    elif type(value) is dict:
+        value.update({key: _with_places(one, replacement) for key, one in value.items()})
+    elif type(value) is tuple:
+        return tuple(_with_places(one, replacement) for one in value)
+    return value

@@ -151,7 +151,7 @@ def _choices(unit: GatedUnit, task: str, fixed: int, left: int) -> list[_Choice]
         left: bytes beyond which a way is of no use.
     """
     deltas = {name: unit.deltas[task][name].detach().cpu() for name in unit.parameter_names}
-    hull = [_Choice(0, sum(float(delta.square().sum()) for delta in deltas.values()), None)]
+    hull = [_Choice(0, sum(float(delta.float().square().sum(dtype=torch.float64)) for delta in deltas.values()), None)]
     samples = [
         (delta.numel() / _SAMPLE if delta.numel() > _SAMPLE else 1.0, _sampled(delta)) for delta in deltas.values()
     ]
@@ -416,7 +416,7 @@ def open_choose_round(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
         return Phase("round", length, penalty=0.0, trains=trains, competes=_is_stored, begin=begin, stored=stored)
 
     return (
-        Phase("open", epochs / 3, penalty=0.0, trains=SETTLED),
+        Phase("open", epochs / 3, penalty=0.0, trains=SETTLED, begin=_open_all),
         settle(0.0, 0.5, begin=partial(choose, fine=_FINE), forks=True),
         settle(0.5, 1.0, begin=partial(choose, fine=_STILL_FINE)),
         settle(1.0, 1.0, begin=partial(choose, fine=_STILL_FINE)),
@@ -424,6 +424,14 @@ def open_choose_round(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
         round_phase(_ROUND * epochs / 2, SETTLED, _NOTICED),
         round_phase(0.0, ("norm", "head"), -1.0),
     )
+
+
+def _open_all(model: Network, task: str) -> Iterable[Tensor]:
+    """Open every unit, also those that an earlier training has closed."""
+    for unit in model.units:
+        if task in unit.deltas:
+            unit.gates[task].set(True)
+    return ()
 
 
 def _size(model: Network, lengths: Lengths) -> int | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 
 import timm
+from timm.layers import DropPath
 from torch import nn
 
 from taps.errors import UserError, unknown
@@ -36,12 +38,18 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
         raise unknown("backbone", name, timm.list_models())
     if not on_hub and "." in name and name not in timm.list_pretrained(name.split(".")[0] + "*"):
         raise unknown("backbone", name, timm.list_pretrained(name.split(".")[0] + ".*"))
+    if "num_classes" in options:
+        raise UserError(
+            "create_backbone makes networks without a classifier; leave num_classes out, each task has a head of its own"
+        )
     if path is None and pretrained and name.split(".")[0] == EMBEDDED:
         path = _embedded_weights()
     load = pretrained and path is None
     with cache_if_unreachable() if load or on_hub else nullcontext():
         try:
             net = timm.create_model(name, pretrained=load, num_classes=0, **options)
+        except TypeError as error:
+            raise UserError(f"{name} cannot be made with the options {', '.join(options)}: {error}") from None
         except Exception as error:  # the client, the network and a damaged cache raise almost anything
             if not load and not on_hub:
                 raise
@@ -66,7 +74,22 @@ def _with_origin(net: nn.Module, name: str, weights: str, options: dict, path: s
         {"file": str(path) if is_address(path) else Path(path).name} if weights == "file" and path is not None else {}
     )
     net.taps_origin = {"model": full, "weights": weights, **file, "options": plain}  # type: ignore[assignment]
+    if len(plain) == len(options):
+        net.taps_structure = structure_of(net)  # type: ignore[assignment]
+    else:
+        net.taps_structure = "of options that no file holds"  # type: ignore[assignment]
     return net
+
+
+def structure_of(net: nn.Module) -> str:
+    """Return a hash of a network's modules, without those that do nothing in evaluation mode."""
+    idle = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)
+    lines = [
+        f"{name}:{type(module).__name__}({module.extra_repr()})"
+        for name, module in net.named_modules()
+        if not isinstance(module, idle)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def is_known(name: object) -> bool:

@@ -23,23 +23,41 @@ def without_classifier(net: nn.Module) -> nn.Module:
     return net
 
 
+def classifier_layers(net: nn.Module) -> set[int]:
+    """Return the identities of the layers that :func:`without_classifier` would drop."""
+    family, found = type(net).__module__.split(".")[0], None
+    if family == "timm" and getattr(net, "num_classes", 0):
+        found = net.get_classifier()  # type: ignore[operator]
+    elif family == "torchvision" and (last := _last_layer(net)) is not None:
+        found = net.get_submodule(last)
+    parts = found if isinstance(found, (tuple, list)) else [found]
+    return {id(module) for part in parts if isinstance(part, nn.Module) for module in part.modules()}
+
+
 def drop_last_layer(net: nn.Module) -> object:
     """Replace the last layer of a torchvision network by the identity, in place, and return its number of classes."""
-    classes = None
-    for name in ("fc", "classifier", "heads", "head"):
-        part = getattr(net, name, None)
-        layers = [] if part is None else [(inner, m) for inner, m in part.named_modules() if _is_layer(m)]
-        if layers:
-            inner, layer = layers[-1]
-            classes = getattr(layer, "out_features", None) or layer.out_channels
-            parent, _, last = f"{name}.{inner}".strip(".").rpartition(".")
-            setattr(net.get_submodule(parent), last, nn.Identity())
-            break
+    classes, name = None, _last_layer(net)
+    if name is not None:
+        layer = net.get_submodule(name)
+        classes = getattr(layer, "out_features", None) or layer.out_channels
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, nn.Identity())
     for name in AUXILIARY:
         if getattr(net, name, None) is not None:
             setattr(net, name, None)
             net.aux_logits = False  # type: ignore[assignment]
     return classes
+
+
+def _last_layer(net: nn.Module) -> str | None:
+    """Return the name of the layer that computes a torchvision network's classes, ``None`` if it was dropped before."""
+    for name in ("fc", "classifier", "heads", "head"):
+        part = getattr(net, name, None)
+        inside = [] if part is None else list(part.named_modules(prefix=name))
+        layers = [inner for inner, module in inside if _is_layer(module)]
+        if layers:
+            return None if isinstance(inside[-1][1], nn.Identity) else layers[-1]
+    return None
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -54,11 +72,14 @@ def _say_dropped(net: nn.Module, classes: object) -> None:
 
 
 def attach_head(net: nn.Module, head: nn.Module) -> nn.Module:
-    """Combine a backbone and a head to one network; a linear head becomes timm's own classifier if it fits."""
-    if isinstance(head, nn.Linear) and hasattr(net, "reset_classifier") and getattr(net, "num_classes", None) == 0:
+    """Combine a backbone and a head to one network; a plain linear head becomes timm's own classifier if it fits."""
+    is_plain = (
+        type(head) is nn.Linear and head.bias is not None and not head._forward_hooks and not head._forward_pre_hooks
+    )
+    if is_plain and hasattr(net, "reset_classifier") and getattr(net, "num_classes", None) == 0:
         net.reset_classifier(head.out_features)
         own = net.get_classifier()
-        if isinstance(own, nn.Linear) and own.weight.shape == head.weight.shape:
+        if type(own) is nn.Linear and own.weight.shape == head.weight.shape:
             own.load_state_dict(head.state_dict())
             return net.to(head.weight.device, head.weight.dtype)
         net.reset_classifier(0)

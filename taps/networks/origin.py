@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
 from taps.errors import UserError
-from taps.networks.backbones import create_backbone
+from taps.networks.backbones import create_backbone, structure_of
 from taps.networks.dense_backbones import create_dense_backbone
 from taps.networks.resnet_nd import create_volume_backbone
 from taps.networks.series import create_series_backbone
@@ -36,19 +37,36 @@ _KINDS: Mapping[object, Callable[[str, bool, str | Path | None, Mapping], nn.Mod
 def origin_of(net: nn.Module) -> dict:
     """Return how a network was made, for :func:`rebuild`; empty if that is not known.
 
+    A network that was changed since, or made with options that a file cannot hold, such as another activation, is not known.
+
     Keys: ``model``, its name; ``kind``, in multi-task benchmarks ``"maps"``, ``"series"`` or ``"volumes"``; ``weights``:
     ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with its ``file`` name); ``options`` of the function that
     makes it.
     """
     if "taps_origin" in net.__dict__:
-        return dict(net.taps_origin)  # type: ignore[arg-type]
+        is_unchanged = net.__dict__.get("taps_structure") in (None, structure_of(net))
+        return dict(net.taps_origin) if is_unchanged else {}  # type: ignore[arg-type]
     config = getattr(net, "pretrained_cfg", None) or {}
     if not config.get("architecture") or not type(net).__module__.startswith("timm."):
         return {}
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     size = getattr(getattr(net, "patch_embed", None), "img_size", None)
     resized = isinstance(size, tuple) and size[-1] != config["input_size"][-1]
-    return {"model": name, "weights": "pretrained", "options": {"img_size": size[-1]} if resized else {}}
+    options = {"img_size": size[-1]} if resized else {}
+    return {"model": name, "weights": "pretrained", "options": options} if _is_as_made(net, name, options) else {}
+
+
+def _is_as_made(net: nn.Module, name: str, options: Mapping) -> bool:
+    """Return whether timm makes such a network under this name, without further options and changes."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            plain = timm.create_model(name.split(".")[0], **options)
+    except Exception:  # which need not know the name, as on the hub
+        return True
+    if structure_of(plain.to("meta")) == (found := structure_of(net)):
+        return True
+    plain.reset_classifier(0)
+    return structure_of(plain) == found
 
 
 def rebuild(origin: Mapping, path: str | Path | None = None, is_empty: bool = False) -> nn.Module:

@@ -118,7 +118,8 @@ class Reuse:
     """
 
     def __init__(self, model: TaskModel, base_task: str, tasks: Sequence[str] | None = None) -> None:
-        names = [task for task in model.tasks if task != base_task] if tasks is None else list(tasks)
+        names = [tasks] if isinstance(tasks, str) else list(model.tasks if tasks is None else tasks)
+        names = [task for task in names if tasks is not None or task != base_task]
         for task in (base_task, *names):
             model.check_task(task)
         if any(row["specific"] for row in model.report(base_task)):

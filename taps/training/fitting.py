@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from taps.networks.preprocessing import Preprocessing, stored_transform
 from taps.storage.run_folder import RunFolder
 from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel
-from taps.training.loop import Criterion, is_classification, mixing
+from taps.training.loop import Criterion, check_whole_epochs, is_classification, mixing
 from taps.training.recipe import Recipe
 from taps.training.stage import Stage
 
@@ -78,7 +78,8 @@ def fit(
     """Train one task of a model on batches of (inputs, labels), with the loop of the commands.
 
     After training, the task is frozen in the model, in the state of its best epoch on ``val_loader`` or else of its last epoch,
-    and the model is in evaluation mode.
+    and the model is in evaluation mode. If an exception or Ctrl-C ends training, the task is as it was before; with ``folder``,
+    the same call with ``resume=True`` continues.
 
     Args:
         model: a model whose base is frozen, with the task added.
@@ -114,6 +115,10 @@ def fit(
     """
     model.check_task(task)
     accelerator = accelerator or Accelerator()
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            "accumulate gradients with accumulate=, not by the accelerator, which would divide them once more"
+        )
     if accelerator.num_processes > 1:
         raise UserError(
             "taps.fit runs in one process; for several, use the commands with accelerate launch or torchrun"
@@ -133,6 +138,11 @@ def fit(
         raise UserError(f"budget= is not for method {model.method.name!r}: adapt the base with method='taps_budget'")
     if budget is None:
         budget = model.method.budget
+    unused = [name for name in ("warmup_epochs", "settle_epochs", "score_lr") if name in recipe and budget is not None]
+    if unused:
+        raise UserError(f"{unused[0]}= is not used with a budget: leave one of them out")
+    if recipe.get("patience") is not None and val_loader is None:
+        raise UserError("patience= ends training by validation numbers: give val_loader=")
     if callable(optimizer):
         recipe["make_optimizer"], optimizer = optimizer, None
     if isinstance(preprocessing, Mapping):
@@ -149,11 +159,11 @@ def fit(
     train = UserLoader(train_loader, "train_loader", *own, has_norms=norms)
     validation = None if val_loader is None else UserLoader(val_loader, "val_loader", *own)
     about = _description(model, task, train_loader, train, outputs, classes, preprocessing, criterion)
-    plan.phases(model)
+    check_whole_epochs(plan.phases(model), plan)
     mixing(plan, model, [task])
     if budget is not None:
         check_size(model, task, parse_budget(budget, model))
-    head, kept = copy.deepcopy(model.heads[task]), None if folder is None else Path(folder)
+    kept = None if folder is None else Path(folder)
     taken = folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir())
     if taken and not (resume or overwrite):
         raise UserError(
@@ -167,7 +177,7 @@ def fit(
         model.describe_task(task, **about)
 
         def validate() -> tuple[dict[str, dict], float]:
-            name, value = evaluate_loss_or_error(model, task, validation, criterion, accelerator)
+            name, value = evaluate_loss_or_error(model, task, validation, criterion, accelerator, plan.limit_batches)
             return {task: {name: value}}, -value
 
         def keep(best: list[dict]) -> None:
@@ -177,7 +187,7 @@ def fit(
             if report is not None:
                 report(new[0], is_best)
 
-        Stage(
+        stage = Stage(
             model,
             [task],
             {"train": (train, train)},
@@ -187,14 +197,34 @@ def fit(
             report=on_epoch,
             keep=keep,
             folder=run,
-        ).train(accelerator)
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # half precision is for training alone
+        )
+        head = copy.deepcopy(model.heads[task])
+        with torch.random.fork_rng(), _restored_if_interrupted(model, task):
+            try:
+                stage.train(accelerator)
+            finally:  # half precision is for training alone
+                accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                model.__dict__.pop("_is_accelerate_prepared", None)
         rows = [row for row in run.rows if row["task"] == task]
         model.remove_task(task)
         model.load_task(run.task_path(task), name=task, head=head)
         model.to(memory_format=torch.contiguous_format).eval()  # the order of sums of a model loaded from files
         best = model.about(task)["epoch"]
         return Record(task, tuple(rows), best, None if kept is None else kept / task)
+
+
+@contextmanager
+def _restored_if_interrupted(model: TaskModel, task: str) -> Iterator[None]:
+    """Give a task its state from before if an exception ends the ``with`` block."""
+    places = [modules for unit in model.units for modules in (unit.gates, unit.deltas)]
+    places += [*(norm.norms for norm in model.task_norms), model.heads]
+    before = [(modules, copy.deepcopy(modules[task])) for modules in places if task in modules]
+    try:
+        yield
+    except BaseException:
+        for modules, held in before:
+            modules[task] = held
+        raise
 
 
 def _open(path: Path, settings: dict, resume: bool, overwrite: bool) -> RunFolder:
@@ -233,12 +263,18 @@ def _description(model, task, given, train, outputs, classes, preprocessing, cri
 
 @torch.no_grad()
 def evaluate_loss_or_error(
-    model: TaskModel, task: str, loader: UserLoader, criterion: Criterion, accelerator: Accelerator
+    model: TaskModel,
+    task: str,
+    loader: UserLoader,
+    criterion: Criterion,
+    accelerator: Accelerator,
+    limit: int | None = None,
 ) -> tuple[str, float]:
-    """Return ``"val_error"`` in percent if the labels are classes, else ``"val_loss"``, over all samples."""
+    """Return ``"val_error"`` in percent if the labels are classes, else ``"val_loss"``, over all samples of at most ``limit``
+    batches."""
     wrong, loss, count = 0.0, 0.0, 0
     with evaluating(model):
-        for x, labels in loader:
+        for x, labels in islice(loader, limit):
             with accelerator.autocast():
                 output = model(x, task=task)
                 loss += float(criterion(output, labels)) * len(labels)
@@ -343,7 +379,7 @@ class UserLoader:
                 f"{where}: cross-entropy needs labels of shape (B,) and type int64, found {tuple(labels.shape)} and "
                 f"{labels.dtype}; give criterion= for others"
             )
-        if self.classes is not None and labels.dim() == 1 and not labels.is_floating_point():
+        if self.default_criterion and self.classes is not None:
             bad = ((labels < 0) | (labels >= self.classes)).nonzero()
             if len(bad):
                 row = int(bad[0])

@@ -126,43 +126,45 @@ def run_phases(
     run.progress.epoch, run.progress.best, fork = done, best, run.fork
     if resume or (fork is not None and fork.is_file()):
         run.resume(state_path if resume else fork)
-    while run.progress.epoch < recipe.epochs and not run.has_stalled():
-        phase = run.train_epoch()
-        run.check_finite(run.progress.epoch + 1)
-        rows = run.numbers(phase)
-        is_last = run.progress.epoch + 1 == recipe.epochs
-        is_best = validate is None and is_last
-        undo = [] if phase.stored is None else [phase.stored(model, task) for task in tasks]
-        if validate is not None and (is_last or run.validates_now()):
-            with run.averaged():
-                found, number = validate()
-            number = -math.inf if math.isnan(number) else number
-            for row in rows:
-                row.update(found[row["task"]])
-            # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
-            competes = run.competes(phase) or is_last
-            is_best = competes and (run.progress.best is None or number >= run.progress.best)
-            if is_best:
-                if run.progress.best is None or number > run.progress.best:
-                    run.progress.risen = run.progress.epoch + 1
-                run.progress.best = number
-        if on_epoch is not None and run.accelerator.is_main_process:
-            with run.averaged():
-                on_epoch(rows, is_best)
-        for give_back in () if is_last else undo:
-            give_back()
-        done = run.progress
-        run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, risen=done.risen)
-        if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
-            run.save()
-        if not is_last and run.stop_requested():
-            run.save()
-            run.obey()
-    set_trainable(run.roles, ROLES)
-    run.set_curriculum(None)
-    for norm in model.task_norms:
-        norm.freeze_running_stats(False)
-    run.accelerator.free_memory()
+    try:
+        while run.progress.epoch < recipe.epochs and not run.has_stalled():
+            phase = run.train_epoch()
+            run.check_finite(run.progress.epoch + 1)
+            rows = run.numbers(phase)
+            is_last = run.progress.epoch + 1 == recipe.epochs
+            is_best = validate is None and is_last
+            undo = [] if phase.stored is None else [phase.stored(model, task) for task in tasks]
+            if validate is not None and (is_last or run.validates_now()):
+                with run.averaged():
+                    found, number = validate()
+                number = -math.inf if math.isnan(number) else number
+                for row in rows:
+                    row.update(found[row["task"]])
+                # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
+                competes = run.competes(phase) or is_last
+                is_best = competes and (run.progress.best is None or number >= run.progress.best)
+                if is_best:
+                    if run.progress.best is None or number > run.progress.best:
+                        run.progress.risen = run.progress.epoch + 1
+                    run.progress.best = number
+            if on_epoch is not None and run.accelerator.is_main_process:
+                with run.averaged():
+                    on_epoch(rows, is_best)
+            for give_back in () if is_last else undo:
+                give_back()
+            done = run.progress
+            run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, risen=done.risen)
+            if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
+                run.save()
+            if not is_last and run.stop_requested():
+                run.save()
+                run.obey()
+    finally:
+        set_trainable(run.roles, ROLES)
+        run.set_curriculum(None)
+        for norm in model.task_norms:
+            norm.freeze_running_stats(False)
+        run.accelerator.free_memory()
     return run.progress
 
 
@@ -177,6 +179,19 @@ def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[st
 def start_file(fork: Path, defaults: Defaults) -> Path:
     """Return the file of a shared start, whose name says what the runs that begin with it have in common."""
     return fork.with_stem("_".join((fork.stem, defaults.optimizer, defaults.decay, *defaults.adaptive)))
+
+
+def check_whole_epochs(phases: Iterable[Phase], recipe: Recipe) -> None:
+    """Raise a ``UserError`` for settings that need every epoch to have the values of the file, which a budget's have not."""
+    if any(callable(phase.competes) for phase in phases):
+        if recipe.patience is not None:
+            raise UserError(
+                "patience is not for a budget: only its last epochs have the values of the file; leave one of them out"
+            )
+        if recipe.ema_decay is not None:
+            raise UserError(
+                "ema_decay is not for a budget: averages do not survive the rounding of weights; leave one of them out"
+            )
 
 
 class _Run:
@@ -210,10 +225,7 @@ class _Run:
             name: {role for phase in self.phases if phase.optimizer == name for role in phase.trains}
             for name in self.recipes
         }
-        if recipe.patience is not None and any(callable(phase.competes) for phase in self.phases):
-            raise UserError(
-                "patience is not for a budget: only its last epochs have the values of the file; leave one of them out"
-            )
+        check_whole_epochs(self.phases, recipe)
         optimizers = [make_optimizer(model, tasks, own, roles[name]) for name, own in self.recipes.items()]
         loaders = dict(loader) if isinstance(loader, Mapping) else {"train": loader}
         self.samplers = dict(sampler) if isinstance(sampler, Mapping) else {"train": sampler}
@@ -229,10 +241,12 @@ class _Run:
         self.roles = model.roles(*tasks)
         self.mix = mixing(recipe, model, tasks)
         self.mix_classes = [model.heads[task].out_features for task in self.mix]
-        if recipe.ema_decay is not None and any(callable(phase.competes) for phase in self.phases):
-            raise UserError(
-                "ema_decay is not for a budget: averages do not survive the rounding of weights; leave one of them out"
-            )
+        for (
+            unit
+        ) in model.units:  # of tasks that were loaded to be trained: deltas with an encoding would stay as they are
+            for name in tasks:
+                if name in unit.deltas:
+                    unit.deltas[name].drop_encodings()
         self.average = None if recipe.ema_decay is None else WeightAverage(model, tasks, recipe.ema_decay)
         self.phase: Phase | None = None
         self.progress = Progress()
@@ -665,7 +679,7 @@ def is_classification(output: object, labels: object) -> bool:
     """Return whether the labels are class indices, one per row of the output."""
     if not isinstance(output, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
         return False
-    return output.dim() == 2 and labels.dim() == 1
+    return output.dim() == 2 and output.shape[1] > 1 and labels.dim() == 1
 
 
 def _by_task(output, call: dict, labels: Tensor | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
