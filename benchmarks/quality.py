@@ -101,7 +101,7 @@ def controlled(layers: str | None, seed: int) -> Iterator[None]:
     spent; all deltas are rounded when coarse ones are."""
     chosen, error, order = taps_budget.allocate, 0.55, {}
 
-    def allocate(model: taps.TaskModel, task: str, size: int, fine: float = 0.0) -> dict[str, float | None]:
+    def allocate(model: taps.TaskModel, task: str, size: int, fine: float = 0.0, kept=None) -> dict[str, float | None]:
         if not order:
             names = [unit.name for unit in model.units]
             if layers == "random":

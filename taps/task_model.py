@@ -242,6 +242,7 @@ class TaskModel(Network):
         self._preprocessing = preprocessing.of_network(net)
         super().__init__(net, *args, **kwargs)
         self._about: dict[str, dict] = {}
+        self._compact: dict[str, bool] = {}  # whether files of the task were packed
         self._cache: TaskCache | None = None
         self._mixable = mixed_batch.Mixable()
         self._shared = shared_pass.SharedView(self.backbone, self.state)
@@ -289,6 +290,7 @@ class TaskModel(Network):
             self._cache.forget(task)
         self.forget(task)
         self._about.pop(task, None)
+        self._compact.pop(task, None)
 
     def describe_task(self, task: str, **about: object) -> None:
         """Set entries that ``task.json`` will hold, e.g. ``classes=["cat", "dog"]``; ``None`` removes one."""
@@ -478,7 +480,7 @@ class TaskModel(Network):
         folder: str | Path,
         about: dict | None = None,
         max_error: float | None = None,
-        compact: bool = False,
+        compact: bool | None = None,
     ) -> Path:
         """Write ``folder/task.safetensors`` and ``folder/task.json``: all that is needed to use the task on its base.
 
@@ -492,7 +494,8 @@ class TaskModel(Network):
                 (:mod:`taps.storage.encoding`); deltas for which no encoding achieves this are stored exactly, with a warning.
                 ``None``: store everything exactly.
             compact: pack all tensors in one, with norms and head in float16 (rounded to about a thousandth) and batch statistics
-                folded into weights and biases; after training with a budget, norms and head stay as encoded then.
+                folded into weights and biases; after training with a budget, norms and head stay as encoded then. ``None``: as
+                the task was loaded, or trained with a budget by :func:`taps.fit`; else not.
 
         Returns:
             The folder.
@@ -502,6 +505,7 @@ class TaskModel(Network):
         """
         self.check_task(task)
         about = {**self._about.get(task, {}), **task_file.plain_entries(about or {})}
+        compact = self._compact.get(task, False) if compact is None else compact
         task_file.save(self, task, Path(folder), about, max_error, compact, self._base_origin)
         self._about[task] = about
         return Path(folder)
@@ -535,6 +539,7 @@ class TaskModel(Network):
             description = task_file.load(self, folder, task, head, trainable, METHODS.get, make_head)
         kept = ("classes", "preprocessing") if trainable else None
         self._about.setdefault(task, _about(description, kept))
+        self._compact[task] = bool(description.get("compact")) and not trainable
 
     def save_pretrained(self, folder: str | Path, tasks: Sequence[str] | None = None) -> Path:
         """Save tasks, all by default, each in a subfolder of its name; :meth:`from_pretrained` reads them back.

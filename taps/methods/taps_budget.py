@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from taps.core.delta import Encoded
+from taps.core.execution import plain_state
 from taps.core.method import SETTLED, Defaults, Lengths, Method, Phase
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
@@ -85,7 +86,8 @@ def parse_budget(text: str | int, model: Network) -> int:
     if isinstance(text, int):
         return text
     value, is_share = read_size(text)
-    element = next(model.backbone.parameters()).element_size()
+    weights = plain_state(model.backbone, parameters_only=True).values()  # which need not all have one type
+    element = sum(own.nbytes for own in weights) / sum(own.numel() for own in weights)
     return int(value * model.base_parameters * element) if is_share else int(value)
 
 
@@ -124,6 +126,10 @@ def check_size(model: Network, task: str, budget: int) -> None:
 def _left(model: Network, task: str, budget: int, step: float) -> int:
     """Return the bytes that a budget leaves for deltas."""
     return max(budget - _always(model, task, step) - 4 * _ENTRY, 0)
+
+
+#: encodings by unit, parameter and level; ``None`` where a delta is stored exactly
+_Kept = dict[tuple[str, str, float], EncodedDelta | None]
 
 
 class _Choice(NamedTuple):
@@ -193,8 +199,10 @@ def _fixed_bytes(model: Network, unit: GatedUnit, task: str, step: float) -> int
     return _ENTRY * len(unit.parameter_names) + sum(one.data.numel() for one in columns.values())
 
 
-def _measure(unit: GatedUnit, task: str, hull: list[_Choice], index: int, fixed: int, known: set[int]) -> None:
-    """Replace a choice by one with its measured size, and correct those not yet measured as much."""
+def _measure(
+    unit: GatedUnit, task: str, hull: list[_Choice], index: int, fixed: int, known: set[int], kept: _Kept | None = None
+) -> None:
+    """Replace a choice by one with its measured size, and correct those not yet measured as much; ``kept`` receives encodings."""
     choice = hull[index]
     if choice.level is None:
         return
@@ -203,6 +211,8 @@ def _measure(unit: GatedUnit, task: str, hull: list[_Choice], index: int, fixed:
         delta = unit.deltas[task][name].detach().cpu()
         found = _encode(choice.level, delta)
         size += delta.nbytes if found is None else len(found.data)
+        if kept is not None:
+            kept[unit.name, name, choice.level] = found
     ratio = (size - fixed) / max(choice.size - fixed, 1)
     for other, now in enumerate(hull):
         if other == index:
@@ -230,7 +240,9 @@ def _motion(unit: GatedUnit, task: str) -> float:
 
 
 @torch.no_grad()
-def allocate(model: Network, task: str, budget: int, fine: float = _FINE) -> dict[str, float | None]:
+def allocate(
+    model: Network, task: str, budget: int, fine: float = _FINE, kept: _Kept | None = None
+) -> dict[str, float | None]:
     """Return the level at which to store each open unit's deltas so that the task's file stays within the budget.
 
     Args:
@@ -238,6 +250,7 @@ def allocate(model: Network, task: str, budget: int, fine: float = _FINE) -> dic
         task: its name.
         budget: bytes of the compact task file.
         fine: largest error of a unit's deltas that counts as noise; if any exceeds it, units are chosen by change.
+        kept: receives the encodings that were made to measure their sizes.
 
     Returns:
         For each unit the allowed error (as in :func:`taps.storage.encoding.encode_as`), 0.0: exact, ``None``: closed.
@@ -251,7 +264,7 @@ def allocate(model: Network, task: str, budget: int, fine: float = _FINE) -> dic
     hulls = {name: hull for name, hull in hulls.items() if hull[0].error}
     measured: dict[str, set[int]] = {name: set() for name in hulls}
     levels: dict[str, float | None] = {}
-    for scale in (_noise, _motion):
+    for scale in (_noise, _motion) if _may_be_fine(hulls, left, fine) else (_motion,):
         scales = {name: scale(units[name], task) for name in hulls}
         while True:
             chosen = _fill(hulls, scales, left)
@@ -259,12 +272,20 @@ def allocate(model: Network, task: str, budget: int, fine: float = _FINE) -> dic
             if not late:
                 break
             for name, index in late:
-                _measure(units[name], task, hulls[name], index, fixed[name], measured[name])
+                _measure(units[name], task, hulls[name], index, fixed[name], measured[name], kept)
                 measured[name].add(index)
         levels = {name: hulls[name][index].level for name, index in chosen.items()}
         if _are_fine(levels, fine):
             break
     return levels
+
+
+def _may_be_fine(hulls: dict[str, list[_Choice]], left: int, fine: float) -> bool:
+    """Return whether all units might be stored finely; estimated sizes are too large by up to a ninth."""
+    least = [
+        [choice.size for choice in hull if choice.level is not None and choice.level <= fine] for hull in hulls.values()
+    ]
+    return all(least) and 0.8 * sum(map(min, least)) <= left
 
 
 def _are_fine(levels: dict[str, float | None], fine: float) -> bool:
@@ -328,20 +349,22 @@ def round_within(model: Network, task: str, budget: int, beyond: float = -1.0) -
         Names of the stored units, or none if nothing was changed.
     """
     held = [unit.name for unit in model.units if task in unit.deltas and unit.deltas[task].unmoved()]
-    levels = {} if held else allocate(model, task, budget, _STILL_FINE)
+    kept: _Kept = {}
+    levels = {} if held else allocate(model, task, budget, _STILL_FINE, kept)
     if held or (beyond >= 0 and _are_fine(levels, beyond)):
         return held
-    return _round(model, task, levels)
+    return _round(model, task, levels, kept)
 
 
-def _round(model: Network, task: str, levels: dict[str, float | None]) -> list[str]:
+def _round(model: Network, task: str, levels: dict[str, float | None], kept: _Kept) -> list[str]:
     for unit in model.units:
         level = levels.get(unit.name)
         unit.gates[task].set(level is not None)
         if level is None:
             continue
         for name in unit.parameter_names:
-            found = _encode(level, unit.deltas[task][name].detach())
+            place = unit.name, name, level
+            found = kept[place] if place in kept else _encode(level, unit.deltas[task][name].detach())
             if found is None:
                 unit.deltas[task].set_rounding(name, None)
             else:
@@ -357,7 +380,8 @@ def store(model: Network, task: str, budget: int) -> Callable[[], None]:
     """
     norms = active_norms(model, task)
     tensors, encodings = contents(model, task, compact=True)
-    if packed_size(tensors) <= budget:
+    are_finite = all(bool(one.isfinite().all()) for one in tensors.values() if one.is_floating_point())
+    if are_finite and packed_size(tensors) <= budget:
         known = model.encoded.get(task, {})
         return set_small(model, task, norms, {key: known[key] for key in encodings.keys() & known.keys()})
     encoded: dict[str, Encoded] = {}

@@ -101,7 +101,9 @@ def _differences(state: State, base: State, norms: Collection[str], head: dict[s
     for key, tensor in state.items():
         if any(key.startswith(f"{norm}.") for norm in norms):
             changes.values[key] = tensor
-        elif not key.endswith("num_batches_tracked") and not torch.equal(tensor.to(base[key].dtype), base[key]):
+        elif not key.endswith("num_batches_tracked") and not torch.equal(
+            tensor, base[key].to(tensor.dtype)
+        ):  # may be rounded
             changes.deltas[key] = (tensor.double() - base[key].double()).to(base[key].dtype)
     return changes
 
@@ -202,6 +204,11 @@ def taps_checkpoint(path: Path) -> tuple[dict[str, Tensor], Changes]:
     changes = Changes(head=head)
     changes.values = {key: tensor for key, tensor in own.items() if key.removesuffix(".weight") not in layers}
     for name in layers:
+        sizes = [state[f"{name}.{part}"].shape for part in ("weight", "residual")]
+        if sizes[0] != sizes[1] or state[f"{name}.indicator"].numel() != 1:
+            raise UserError(
+                f"{path} is damaged: {name} has a residual of shape {tuple(sizes[1])} for weights of {tuple(sizes[0])}"
+            )
         changes.scores[name] = float(state[f"{name}.indicator"])
         changes.deltas[f"{name}.weight"] = state[f"{name}.residual"]
     return own, changes

@@ -174,9 +174,6 @@ def _check_target(target: Path, names: list[str], onnx: bool) -> None:
 
 def export(model: TaskModel, names: list[str], target: Path, options: AdaptationSettings, onnx: bool, say) -> None:
     """Export each task as a timm state dict and as a program, and all tasks as one program that computes shared work once."""
-    networks = {name: model.merge(name).cpu() for name in names}
-    programs = {**networks, **({TOGETHER: model.predictor(names).cpu()} if len(names) > 1 else {})}
-    files_of = {name: target / f"{name}.safetensors" for name in networks}
     labels = {
         name: {key: model.about(name).get(key) for key in ("classes", "preprocessing", "metric")} for name in names
     }
@@ -184,27 +181,29 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
     files.write_json(target / "labels.json", {**known, **labels})
     say(f"{target / 'labels.json'}: class names and preprocessing of each task")
     image = torch.zeros(2, 3, options.input_size, options.input_size)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    for name, plain in networks.items():
-        files.write_tensors(files_of[name], plain.state_dict(), {"task": name, "labels": json.dumps(labels[name])})
-        say(f"{files_of[name]}: state dict for timm's {options.model_type}")
-    for name, network in tqdm(programs.items(), desc="exporting", disable=None, leave=False):
-        outputs = "outputs of all tasks by name" if name == TOGETHER else f"outputs of {name}"
+    together = [TOGETHER] if len(names) > 1 else []
+    for name in tqdm([*names, *together], desc="exporting", disable=None, leave=False):
+        of = [name] if name in labels else names
+        network = (model.merge(name) if name in labels else model.predictor(names)).cpu()  # one at a time is in memory
+        if name in labels:
+            file = target / f"{name}.safetensors"
+            files.write_tensors(file, network.state_dict(), {"task": name, "labels": json.dumps(labels[name])})
+            say(f"{file}: state dict for timm's {options.model_type}")
+        outputs = f"outputs of {name}" if name in labels else "outputs of all tasks by name"
+        shapes = ({0: torch.export.Dim("batch", min=1)},)
         try:
             program = torch.export.export(network, (image,), dynamic_shapes=shapes)
-        except Exception as reason:
-            if name != TOGETHER:
-                raise
-            line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-            warnings.warn(f"no program for all tasks together: {line}", stacklevel=2)
+        except Exception as reason:  # of any network of the user's
+            line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+            what = f"task {name}" if name in labels else "all tasks together"
+            warnings.warn(f"no program for {what}: {line}", stacklevel=2)
             continue
         with files.whole(target / f"{name}.pt2") as temporary:
             torch.export.save(program, temporary)
         say(f"{target / name}.pt2: torch.export program, {outputs}")
         if onnx:
-            outputs_of = names if name == TOGETHER else [name]
-            about = {"labels": json.dumps({task: labels[task] for task in outputs_of})}
-            write_onnx(network, image, shapes, outputs_of, target / f"{name}.onnx", about)
+            about = {"labels": json.dumps({task: labels[task] for task in of})}
+            write_onnx(network, image, shapes, of, target / f"{name}.onnx", about)
             say(f"{target / name}.onnx: {outputs}")
 
 

@@ -199,7 +199,8 @@ def restore(
         optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, values in optimizer.state.items():
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:  # in the memory format of new state
+                # In the memory format of new state; the number of steps stays on the host, also beside a scalar.
+                if name != "step" and isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     if record["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(record["scaler"])

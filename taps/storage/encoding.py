@@ -35,6 +35,7 @@ _DEAD, _COARSE = (
     0.1,
     0.5,
 )  # part of a step by which fewer weights are rounded up to the first, if the error may exceed this
+_LARGEST = 32767  # number of steps that the code holds
 _LINE = 64  # values of a vector in a row of the matrix that is coded
 
 
@@ -64,16 +65,17 @@ def _range_coded(delta: Tensor, max_error: float) -> Tensor:
     """
     flat = delta.float().flatten()
     step = float(flat.square().mean().sqrt()) * max(_STEP * max_error, 1e-4) if len(flat) else 0.0
+    least = float(flat.abs().max()) / _LARGEST if len(flat) else 0.0
     for _ in range(40):
-        steps, scale = _steps(flat, step, max_error)
-        if float((steps * scale - flat).norm()) <= max_error * float(flat.norm()):
+        steps, scale = _steps(flat, max(step, least), max_error)
+        if step < least or float((steps * scale - flat).norm()) <= max_error * float(flat.norm()):
             break
         step *= 0.97  # if weights are few, or all alike
     return code_steps(steps.view(delta.shape), scale)
 
 
 def _steps(flat: Tensor, step: float, max_error: float) -> tuple[Tensor, float]:
-    steps = whole_steps(flat, max(step, 1e-30), _dead(max_error)).clamp_(-32767, 32767)
+    steps = whole_steps(flat, max(step, 1e-30), _dead(max_error)).clamp_(-_LARGEST, _LARGEST)
     return steps, float((flat * steps).sum() / steps.square().sum().clamp(min=1e-30))
 
 
@@ -305,6 +307,8 @@ def encode(delta: Tensor, max_error: float) -> EncodedDelta | None:
         ``None`` if no encoding is within the bound and smaller than the delta itself.
     """
     best: EncodedDelta | None = None
+    if not delta.numel():
+        return None
     for name in (*_FIXED, *_BOUNDED):
         found = encode_as(name, delta, max_error)
         smaller = len(found.data) < (delta.nbytes if best is None else len(best.data))

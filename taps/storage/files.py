@@ -130,7 +130,14 @@ def plain_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in seen else own  # the format has no tensors in common memory
+        seen.add(place)
+    return plain
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -75,8 +75,10 @@ def encoded_small(
         kind, _, name = key.partition("/")
         if kind == "norm" and name in _COLUMNS:
             base, scale = _base_column(norms, task, name)
-            steps = ((value - base) / (step * scale)).round_().clamp_(-32767, 32767)
-            found[key] = EncodedDelta("range_coded", code_steps(steps, step))
+            difference = (value - base) / scale
+            # Channels without variance, whose folded weights are large, need longer steps.
+            own = max(step, float(difference.abs().max()) / 32767) if len(difference) else step
+            found[key] = EncodedDelta("range_coded", code_steps((difference / own).round_(), own))
         elif kind == "head" and with_head and tensor.is_floating_point() and value.dim() > 1:
             found[key] = encode_as("range_coded", value, min(_HEAD_ERROR * step, 0.9))
     return found

@@ -66,6 +66,13 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def _unlock(handle: int, owner: int) -> None:
+    """End a lock of this process, also for loading processes that have inherited its handle and may still be ending."""
+    if os.getpid() == owner:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
 class RunFolder:
     """The folder of one experiment."""
 
@@ -98,7 +105,7 @@ class RunFolder:
                     f"another run is writing to {self.path}; wait for it, or choose another --experiment_name"
                 ) from None
             return  # a file system without locks
-        self._lock, self._handle = weakref.finalize(self, os.close, handle), handle
+        self._lock, self._handle = weakref.finalize(self, _unlock, handle, os.getpid()), handle
 
     def release(self) -> None:
         """Let other runs write to the folder."""

@@ -178,7 +178,11 @@ def save(
     with both(folder / TENSORS, folder / "task.json") as (tensors_file, json_file):
         put_tensors(tensors_file, {PACKED: pack(tensors)} if compact else tensors)
         description["bytes"] = tensors_file.stat().st_size
-        description["checksums"] = {"tensors": sha256(tensors_file), "description": _checksum(description)}
+        description["checksums"] = {
+            "tensors": sha256(tensors_file),
+            "description": _checksum(description),
+            "metric": _checksum_of_metric(description),
+        }
         json_file.write_text(json_text(description), encoding="utf-8", errors="backslashreplace")
     return folder
 
@@ -199,10 +203,11 @@ def contents(model: Network, task: str, compact: bool) -> tuple[dict[str, Tensor
             deltas = unit.deltas[task]
             for name in unit.parameter_names:
                 key, encoded = f"delta/{unit.name}/{name}", deltas.encoded(name)
-                used = deltas.used(name)  # in the middle of training it may be rounded
-                sparse = unit.gates[task].is_sparse and is_sparse(used) and used.dtype == torch.float32
-                if encoded is None and sparse:
-                    encoded = encode_as("sparse32", used)  # exact
+                if encoded is None:
+                    used = deltas.used(name)  # in the middle of training it may be rounded
+                    may_be_sparse = unit.gates[task].is_sparse or not used.any()
+                    if used.dtype == torch.float32 and may_be_sparse and is_sparse(used):
+                        encoded = encode_as("sparse32", used)  # exact
                 tensors[key] = used if encoded is None else encoded.data
                 encodings.update({} if encoded is None else {key: encoded.name})
     small, small_encodings = small_tensors(model, task, active_norms(model, task), compact, units)
@@ -225,6 +230,11 @@ def _checksum(description: Mapping[str, object]) -> str:
         key: description[key] for key in (*STRUCTURE, "preprocessing") if key in description and key != "checksums"
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum_of_metric(description: Mapping[str, object]) -> str:
+    """Return the SHA-256 of the metric, by which classes exclude each other or not; files before 0.18 lack it."""
+    return hashlib.sha256(json.dumps(description.get("metric")).encode()).hexdigest()
 
 
 def tensors_path(folder: Path, description: Mapping) -> Path:
@@ -400,6 +410,8 @@ def _check_sums(description: Mapping, path: Path) -> None:
         raise UserError(
             f"{path.parent / 'task.json'} is damaged, or an entry that decides outputs was edited; save the task again"
         )
+    if known.get("metric", _checksum_of_metric(description)) != _checksum_of_metric(description):
+        raise UserError(f"{path.parent / 'task.json'} is damaged, or its metric was edited; save the task again")
 
 
 def load(
@@ -423,6 +435,10 @@ def load(
     for key, tensor in tensors.items():
         if not key.startswith("delta/") and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} holds values that are not finite")
+    # Before memory is taken for a head, of which a range code need not show the size.
+    checksums = description.get("checksums") or {}
+    if head is None and "head/weight" in encodings and checksums.get("description") != _checksum(description):
+        raise UserError(f"{folder / 'task.json'} is damaged: its checksum is not that of its entries")
     if head is None:
         head = _linear(description, tensors, folder, path) or make_head(description["head"])
     if head is None:

@@ -64,10 +64,10 @@ def show_table(description: dict) -> str:
     }
     stored_as: dict[str, set[str]] = {}
     for key, encoding in description.get("encodings", {}).items():
-        stored_as.setdefault(key.split("/")[1], set()).add(encoding)
+        stored_as.setdefault(key.removeprefix("delta/").rpartition("/")[0], set()).add(str(encoding))
     rows = []
     for unit in description["units"]:
-        score = "–" if unit.get("score") is None else f"{unit['score']:.4f}"
+        score = f"{unit['score']:.4f}" if isinstance(unit.get("score"), (int, float)) else "–"
         tuned = ", ".join(["yes", *sorted(stored_as.get(unit["name"], ()))]) if is_tuned(unit) else ""
         rows.append((unit["name"], unit["kind"], f"{unit['parameters']:,}", score, tuned))
     heads = ("layer", "kind", "parameters", "score", "tuned")

@@ -133,8 +133,10 @@ def run_phases(
             rows = run.numbers(phase)
             is_last = run.progress.epoch + 1 == recipe.epochs
             is_best = validate is None and is_last
-            undo = [] if phase.stored is None else [phase.stored(model, task) for task in tasks]
-            if validate is not None and (is_last or run.validates_now()):
+            validates = validate is not None and (is_last or run.validates_now())
+            stored = phase.stored if validates or is_last else None
+            undo = [] if stored is None else [stored(model, task) for task in tasks]
+            if validate is not None and validates:
                 with run.averaged():
                     found, number = validate()
                 number = -math.inf if math.isnan(number) else number
