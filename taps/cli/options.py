@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -245,6 +246,17 @@ def _like_published(settings: A, given: Mapping[str, Any]) -> A:
     )
 
 
+def _settings_of_run(given: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run that is to go on, nothing if there is none or its file is damaged."""
+    known = {"result_path": AdaptationSettings.result_path, **preset, **given}
+    try:
+        text = Path(known["result_path"], known["experiment_name"], "settings.json").read_text(encoding="utf-8")
+        found = json.loads(text)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _has_budget(given: Mapping[str, Any]) -> bool:
     return given.get("budget") is not None or "taps_budget" in _as_list(given.get("method"))
 
@@ -274,9 +286,10 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
         parser.error("--resume and --overwrite exclude each other")
     if given.get("dataset"):
         preset = {}
-    elif "epochs" in given:  # phases keep their shares of the demo's epochs
-        part = given["epochs"] / preset["epochs"]
-        preset = {**preset, **{name: preset[name] * part for name in ("warmup_epochs", "settle_epochs")}}
+    elif "epochs" in given:  # phases keep their shares of the demo's epochs, or in a run that goes on their lengths
+        part, names = given["epochs"] / preset["epochs"], ("warmup_epochs", "settle_epochs")
+        earlier = _settings_of_run(given, preset) if given.get("resume") else {}
+        preset = {**preset, **{name: earlier.get(name, preset[name] * part) for name in names}}
     if given.get("published"):
         preset = {**preset, **published_taps(kind is JointSettings)}
     settings = build(kind, preset, given)

@@ -18,6 +18,10 @@ from taps.storage.hub import PREFIX, cache_if_unreachable, config_of, is_address
 EMBEDDED = "tf_efficientnet_lite0"
 
 
+class UnknownOptionError(UserError, TypeError):
+    """A network does not take an option."""
+
+
 def create_backbone(name: str, pretrained: bool = True, path: str | Path | None = None, **options) -> nn.Module:
     """Create a timm network without its classifier, from images to ``.num_features`` features.
 
@@ -49,7 +53,7 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
         try:
             net = timm.create_model(name, pretrained=load, num_classes=0, **options)
         except TypeError as error:
-            raise UserError(f"{name} cannot be made with the options {', '.join(options)}: {error}") from None
+            raise UnknownOptionError(f"{name} cannot be made with the options {', '.join(options)}: {error}") from error
         except Exception as error:  # the client, the network and a damaged cache raise almost anything
             if not load and not on_hub:
                 raise

@@ -79,7 +79,7 @@ def attach_head(net: nn.Module, head: nn.Module) -> nn.Module:
     if is_plain and hasattr(net, "reset_classifier") and getattr(net, "num_classes", None) == 0:
         net.reset_classifier(head.out_features)
         own = net.get_classifier()
-        if type(own) is nn.Linear and own.weight.shape == head.weight.shape:
+        if isinstance(own, nn.Linear) and own.weight.shape == head.weight.shape:
             own.load_state_dict(head.state_dict())
             return net.to(head.weight.device, head.weight.dtype)
         net.reset_classifier(0)

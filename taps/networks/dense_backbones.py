@@ -109,7 +109,7 @@ def create_dense_backbone(
     try:
         net = create_backbone(name, pretrained, path, global_pool="", **stride, **options)
     except (TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         wanted = f"output stride {output_stride}" + (
             f" and channels {' '.join(map(str, channels))}" if channels else ""
         )
@@ -124,4 +124,5 @@ def _with_origin(net: nn.Module, inner: nn.Module, options: dict) -> nn.Module:
     """Say how a network of maps was made; ``inner`` is timm's network in it."""
     origin: dict = inner.taps_origin  # type: ignore[assignment]
     net.taps_origin = {**origin, "kind": "maps", "options": options}  # type: ignore[assignment]
+    net.__dict__.pop("taps_structure", None)  # which these options say
     return net

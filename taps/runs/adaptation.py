@@ -176,16 +176,18 @@ class Experiment:
             folder = run_folder.RunFolder(path)
         experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork, only)
         wanted = bool(experiment.unfinished) and accelerator.is_main_process
-        if options.track and experiment.unfinished:
+        tracks = bool(options.track and experiment.unfinished)
+        if tracks:
             simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
             accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
         try:
             with tensorboard.tensorboard(path, wanted) as experiment.writer:
                 yield experiment
         finally:
-            for tracker in accelerator.trackers:
+            for tracker in accelerator.trackers if tracks else ():
                 tracker.finish()
-            accelerator.trackers = []
+            if tracks:
+                accelerator.trackers = []
             folder.release()
 
     @property

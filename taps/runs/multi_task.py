@@ -12,6 +12,7 @@ once it is tested. Finished stages are not repeated.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ class MultiTask:
         if later and options.overwrite and exists:
             raise UserError(f"--overwrite starts {path} again from its first phase; leave it out, or name all --phases")
         free = _free_settings(options, path) if later and exists else ()
-        options = resolve_passes(options, benchmark.size("train"))
+        options = resolve_passes(options, benchmark.size("train") // accelerator.num_processes)
         settings = {**as_dict(options), "resize": options.resize, "tasks": benchmark.tasks}
         run = cls(options, benchmark, accelerator, run_folder.RunFolder(path), stop)
         run.check()
@@ -104,8 +105,8 @@ class MultiTask:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of samples used to train weights and policies in turn."""
-        return {split: self.benchmark.size(split) for split in ("weights", "policy")}
+        """Return the number of each process's samples used to train weights and policies in turn."""
+        return {split: self.benchmark.size(split) // self.accelerator.num_processes for split in ("weights", "policy")}
 
     @property
     def learns_policy(self) -> bool:
@@ -314,6 +315,8 @@ class MultiTask:
         if self.accelerator.is_main_process:
             seconds = round(sum(row["seconds"] for row in folder.rows), 1)
             write_json(folder.path / "trained.json", {"seconds": seconds, "validation_score": progress.best})
+            if not self.options.keep_checkpoint:
+                shutil.rmtree(folder.state_path.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _announce(self, model: TaskModel) -> None:
@@ -387,16 +390,28 @@ class MultiTask:
         )
 
     def _once(self, stage: str, measure: Callable[[str], dict]) -> dict:
-        """Return a stage's ``summary.json``, measured if it does not exist yet; ends the run if it was asked to stop."""
+        """Return a stage's ``summary.json``, measured if there is none of these options; ends the run if it was asked to stop."""
         if self.stop.received is not None:
             raise Interrupted(self.stop.received)
         path = self.folder.path / stage / "summary.json"
-        if not path.is_file():
-            found = measure(stage)
+        if not self._was_tested(path):
+            found = {**measure(stage), "tested_with": self._tested_with}
             if self.accelerator.is_main_process:
                 write_json(path, found)
         self.accelerator.wait_for_everyone()
         return read_json(path)
+
+    @property
+    def _tested_with(self) -> dict[str, object]:
+        """The options on which the results of a test depend."""
+        return {name: getattr(self.options, name) for name in ("metrics", "limit_batches")}
+
+    def _was_tested(self, path: Path) -> bool:
+        """Return whether a file has the results of a test with these options, of which files before version 0.18 say nothing."""
+        known = read_json(path) if path.is_file() else None
+        of_run = read_json(self.folder.path / "settings.json")
+        before = {name: of_run.get(name) for name in self._tested_with}
+        return known is not None and known.get("tested_with", before) == self._tested_with
 
     def _reference(self) -> Metrics | None:
         """Return the single-task results, measured in this run or given."""

@@ -27,6 +27,7 @@ from taps.runs.setup import adapted, make_accelerator
 from taps.settings.adaptation import SequentialSettings
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint
+from taps.storage.files import whole
 from taps.storage.run_folder import RunFolder
 
 #: how often Ray starts a task again whose process died
@@ -70,14 +71,19 @@ class Job:
         record = checkpoint.read_record(folder.state_path)
         was_begun = record is not None and record["tasks"] == [self.task]
         if (was_begun or folder.finished_epochs(self.task)) and not self.path.is_dir():
-            self.path.mkdir(parents=True)
+            building = RunFolder(self.path.with_name(f".{self.task}"))  # the folder appears as a whole
+            shutil.rmtree(building.path, ignore_errors=True)
+            building.path.mkdir(parents=True)
             for name in ("settings.json", "settings.txt"):
-                shutil.copy(folder.path / name, self.path / name)
+                shutil.copy(folder.path / name, building.path / name)
             if folder.task_path(self.task).is_dir():
-                shutil.copytree(folder.task_path(self.task), own.task_path(self.task))
+                shutil.copytree(folder.task_path(self.task), building.task_path(self.task))
             if was_begun:
-                shutil.move(folder.state_path.parent, own.state_path.parent)
-            own.add_metrics([row for row in folder.rows if row["task"] == self.task])
+                shutil.copytree(folder.state_path.parent, building.state_path.parent)
+            building.add_metrics([row for row in folder.rows if row["task"] == self.task])
+            os.rename(building.path, self.path)
+            if was_begun:
+                shutil.rmtree(folder.state_path.parent)
         self.rows = len(own.read_metrics())
 
     def show(self) -> None:
@@ -109,7 +115,8 @@ class Job:
         if target.is_dir():
             shutil.rmtree(target)
         if not folder.fingerprints_path.is_file():
-            shutil.copy(own.fingerprints_path, folder.fingerprints_path)
+            with whole(folder.fingerprints_path) as temporary:
+                shutil.copy(own.fingerprints_path, temporary)
         for events in self.path.glob("events.out.*"):
             shutil.move(events, folder.path / events.name)
         os.rename(own.task_path(self.task), target)

@@ -188,6 +188,7 @@ def _lite(run: Run[JointSettings]) -> None:
             accumulate=1 if settings.published else settings.accumulate,
             budget=None,
             layers=None,
+            track=None,  # a run has one set of trackers
         )
         with Experiment.start(of_base, accelerator, run.tasks, prepare, path / "shared", run.stop) as shared:
             model = adapted(of_base, net, train_base=True)

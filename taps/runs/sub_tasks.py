@@ -111,8 +111,11 @@ class SubTasks(MultiTask):
     def test(self) -> None:
         super().test()
         self.accelerator.wait_for_everyone()
-        if not (self.folder.path / "reuse.json").is_file():
-            self._measure_reuse(read_json(self.folder.path / "summary.json")["best"])
+        best = read_json(self.folder.path / "summary.json")["best"]
+        tested = self.folder.path / best / "summary.json"
+        reused = self.folder.path / "reuse.json"
+        if not reused.is_file() or reused.stat().st_mtime_ns < tested.stat().st_mtime_ns:
+            self._measure_reuse(best)
             self.accelerator.wait_for_everyone()
 
     def _measure_reuse(self, stage: str) -> None:

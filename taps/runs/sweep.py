@@ -152,6 +152,10 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
             folder.release()
         settings = {name: value for name, value in as_dict(options).items() if name not in (*SWEPT, "seeds")}
         if options.resume:
+            record = path / "opened" / "settings.json"  # which an unfinished sweep has
+            epochs = read_json(record).get("epochs", options.epochs) if record.is_file() else options.epochs
+            if epochs != options.epochs:
+                raise UserError(f"{path} was stopped: finish it with --resume --epochs {epochs}, and extend it then")
             _check_alike(options, settings, path)
         opened = run_folder.RunFolder.open(path / "opened", settings, options.resume, options.overwrite)
     accelerator.wait_for_everyone()

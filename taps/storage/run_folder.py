@@ -35,8 +35,19 @@ except ImportError:  # Windows
 FREE_ON_RESUME = (
     "resume", "overwrite", "workers", "device", "multi_gpu", "gpus", "compile", "result_path", "experiment_name", "phases",
     "exp_ids", "config", "ignore_unknown", "single_task", "policy", "sample", "keep_checkpoint", "track",
-    "parallel", "address", "seeds",
+    "skip_bad_images", "parallel", "address", "seeds",
 )  # fmt: skip
+
+
+def _is_finished(state: Path, epochs: int) -> bool:
+    """Return whether the tasks of a checkpoint, if there is one, were trained and tested; ``--patience`` may end that early."""
+    record = checkpoint.read_record(state)
+    if record is None:
+        return True
+    folder = RunFolder(state.parents[1])
+    folder.rows = folder.read_metrics()
+    finished = [folder.finished_epochs(task) for task in record["tasks"]]
+    return all(finished) and (min(finished) >= epochs or record["progress"]["epoch"] >= min(finished))
 
 
 def versions() -> dict[str, str]:
@@ -190,12 +201,14 @@ class RunFolder:
         return folder
 
     def _write_settings(self, settings: dict, repeatable: str | None) -> None:
+        more = {"versions": versions(), "commit": commit(), "command": list(sys.argv)}
+        write_json(
+            self.path / "settings.json", {**settings, **more}
+        )  # first, since it is what makes the folder a run's
         lines = [f"{key}={value}" for key, value in settings.items()]
         write_text(self.path / "settings.txt", "\n".join(lines) + "\n")
         if repeatable is not None:
             write_text(self.path / "settings.yaml", repeatable)
-        more = {"versions": versions(), "commit": commit(), "command": list(sys.argv)}
-        write_json(self.path / "settings.json", {**settings, **more})
 
     def check_alike(self, settings: Mapping) -> None:
         """Refuse settings that this run, which theirs are to be compared with, does not have.
@@ -239,8 +252,7 @@ class RunFolder:
                 f"{self.path} cannot be extended to {wanted['epochs']} epochs: {what} divides all epochs into parts"
             )
         paths = [self.state_path, *self.path.glob("parallel/*/checkpoint/state.safetensors")] if longer else []
-        records = [record for path in paths if (record := checkpoint.read_record(path)) is not None]
-        if any(record["progress"]["epoch"] < before["epochs"] for record in records):
+        if any(not _is_finished(path, before["epochs"]) for path in paths):
             raise UserError(
                 f"{self.path} was stopped before its {before['epochs']} epochs: finish them with --resume, and extend it then"
             )

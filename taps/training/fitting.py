@@ -22,6 +22,7 @@ from taps.errors import UserError, unknown
 from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.losses import CrossEntropy
 from taps.networks.preprocessing import Preprocessing, stored_transform
+from taps.storage.files import read_json
 from taps.storage.run_folder import RunFolder
 from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel
@@ -170,6 +171,12 @@ def fit(
             f"{folder} exists: give resume=True to continue that run, overwrite=True to replace it, or another folder"
         )
     settings = {"task": task, "program": "taps.fit", "method": model.method.name, **_plain(plan)}
+    record = Path(folder, "settings.json") if resume and folder is not None else None
+    begun = read_json(record).get("epochs", epochs) if record is not None and record.is_file() else epochs
+    if begun != epochs:
+        raise UserError(
+            f"{folder} was begun with epochs={begun}: continue it with as many, or train again in another folder"
+        )
     with (
         nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place,
         _open(Path(place), settings, resume, overwrite) as run,

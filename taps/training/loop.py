@@ -130,6 +130,9 @@ def run_phases(
         while run.progress.epoch < recipe.epochs and not run.has_stalled():
             phase = run.train_epoch()
             run.check_finite(run.progress.epoch + 1)
+            if validate is not None and run.stop_requested():  # validation may take longer than there is time
+                run.save()
+                run.obey()
             rows = run.numbers(phase)
             is_last = run.progress.epoch + 1 == recipe.epochs
             is_best = validate is None and is_last
@@ -328,6 +331,12 @@ class _Run:
         loader, sampler = self.loaders[phase.data], self.samplers[phase.data]
         self.batches = min(len(loader), self.recipe.limit_batches or len(loader))
         sampler.epoch = sum(earlier.data == phase.data for earlier in self.epochs[:done])
+        if self.progress.batch >= self.batches:  # the run was stopped between the last step and validation
+            last = (self.batches - 1) // self.recipe.accumulate * self.recipe.accumulate
+            self.progress.batch, size = last, self.batches - last
+            phase, self.progress.batch = self._enter_phase(size), self.batches
+            checkpoint.set_random_state(self.random_state or {})
+            return phase
         rest = loader
         if self.progress.batch == 0:
             torch.manual_seed(mix_seed(self.recipe.seed, done, self.accelerator.process_index))

@@ -267,13 +267,13 @@ def weights_plan(options: MultiTaskSettings, sizes: dict[str, int], seed: int) -
     if builds_on_base:  # as many steps as a sub-task has
         total += options.iterations + options.pull_iterations
     epochs, steps = _segments(total, options.eval_iterations)
-    settle = 0
+    settle = 0.0
     if row is not None and row.gates_learn_under_policy and options.settle_iterations:
         if options.settle_iterations >= total:
             raise UserError(
                 f"--settle_iterations {options.settle_iterations} leave none of {total} steps for gates to learn"
             )
-        settle = min(max(round(options.settle_iterations / steps), 1), epochs - 1)
+        settle = options.settle_iterations / steps
     if not learns_policy(options.method):  # the method's own phases
         warm = min(options.warmup_iterations / steps, epochs)
         return Plan(None, {"train": steps}, _recipe(options, steps, seed, epochs=epochs, warmup_epochs=warm))
