@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from accelerate import Accelerator
 from conftest import ROOT
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
@@ -438,6 +439,92 @@ def test_fit_takes_any_head(tmp_path):
     assert record.folder is None
     with pytest.raises(taps.UserError, match="task 'a' is frozen: load it with load_task"):
         fit(model, epochs=1)
+
+
+def test_an_interrupted_fit_leaves_the_task_as_it_was(tmp_path, monkeypatch):
+    """The same call continues on the same model, and a new call can close and open gates again."""
+    from taps.training import loop
+
+    fit(fresh(), epochs=4, settle_epochs=2, folder=tmp_path / "whole")
+    model, original, steps = fresh(), loop._Run._step, []
+    before = {name: tensor.clone() for name, tensor in model.task_state("a").items()}
+
+    def stop(self, window, phase):
+        steps.append(phase.name)
+        if steps.count("settle") == 2:
+            self.save()
+            raise KeyboardInterrupt
+        return original(self, window, phase)
+
+    monkeypatch.setattr(loop._Run, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, epochs=4, settle_epochs=2, folder=tmp_path / "stopped")
+    monkeypatch.setattr(loop._Run, "_step", original)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.task_state("a").items())
+    assert all(parameter.requires_grad for parameter in model.parameters_of("a"))
+    fit(model, epochs=4, settle_epochs=2, folder=tmp_path / "stopped", resume=True)
+    whole, stopped = (tmp_path / name / "a/task.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    with pytest.raises(taps.UserError, match="was begun with epochs=4: continue it with as many"):
+        fit(fresh(), epochs=5, settle_epochs=2, folder=tmp_path / "whole", resume=True)
+
+
+@pytest.mark.parametrize("method", ["finetune", "taps_budget"])
+def test_deltas_of_a_loaded_task_learn_on(method, tmp_path):
+    options = {"budget": "30%"} if method == "taps_budget" else {}
+    record = fit(fresh(method), epochs=3, folder=tmp_path, **options)
+    model = fresh(method)
+    model.remove_task("a")
+    if method == "finetune":
+        model.load_task(record.folder)
+        model.save_task("a", tmp_path / "small", max_error=0.1)
+        model.remove_task("a")
+    model.load_task(tmp_path / "small" if method == "finetune" else record.folder, name="a", trainable=True)
+    closed = {unit.name for unit in model.units if not unit.gates["a"].decide().uses_delta}
+    before = {unit.name: unit.deltas["a"]["weight"].detach().clone() for unit in model.units}
+    seen: set[str] = set()
+
+    def report(row, is_best):
+        seen.update(unit.name for unit in model.units if unit.gates["a"].decide().uses_delta)
+
+    fit(model, epochs=3, report=report, **options)
+    assert closed <= seen, "every unit was open at first"
+    assert any(
+        not torch.equal(unit.deltas["a"]["weight"], before[unit.name]) for unit in model.units if "a" in unit.deltas
+    )
+
+
+def test_fit_leaves_the_generator_and_asks_the_user_for_what_it_needs():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = fresh()
+    torch.manual_seed(5)
+    fit(model, epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+    for options, message in (
+        ({"accelerator": Accelerator(cpu=True, gradient_accumulation_steps=4)}, "accumulate="),
+        ({"patience": 2}, "give val_loader="),
+    ):
+        with pytest.raises(taps.UserError, match=message):
+            taps.fit(fresh(), "a", DataLoader(samples(), 20), epochs=1, **options)
+    for options, message in (
+        ({"patience": 2}, "patience is not for a budget"), ({"settle_epochs": 1}, "settle_epochs= is not used with a budget")
+    ):  # fmt: skip
+        with pytest.raises(taps.UserError, match=message):
+            fit(fresh("taps_budget"), epochs=3, **options)
+
+
+def test_fit_takes_labels_that_are_no_classes():
+    model = taps.adapt(network())
+    model.add_task("a", num_classes=1)
+    loader = DataLoader(TensorDataset(X, (Y > 0).long()), 20)
+
+    def loss(output, labels):
+        return torch.nn.functional.binary_cross_entropy_with_logits(output[:, 0], labels.float())
+
+    record = taps.fit(model, "a", loader, loader, epochs=1, criterion=loss, limit_batches=1)
+    assert record.curve("val_loss")[0] > 0
 
 
 def test_a_refused_call_of_fit_leaves_nothing(tmp_path):

@@ -485,6 +485,7 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
     """The run is stopped before or after the choice, or after rounding coarse, noticeable or all deltas; the coarser the
     rounding, the earlier deltas become the values that files will hold."""
     monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
+    monkeypatch.setattr(taps_budget, "_SOME_BITS", math.inf)
     recipe = Recipe(epochs=6, lr=0.1, budget=with_room(perceptron("taps_budget", norm="task"), room))
     whole, rows = run(accelerator, recipe, perceptron("taps_budget", norm="task"))
     assert [row["phase"] for row in rows] == ["open", "open", "settle", "settle", "settle", "round"]
@@ -523,6 +524,7 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
 def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator, tmp_path, monkeypatch):
     """Of twelve epochs, the first one that competes is the best here, and its file keeps the budget."""
     monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
+    monkeypatch.setattr(taps_budget, "_SOME_BITS", math.inf)
     model, numbers, saved = perceptron("taps_budget", norm="task"), iter(range(100, 0, -1)), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, room))
     batches, sampler = loader()
@@ -681,6 +683,7 @@ def test_a_budget_is_kept_where_no_layer_fits(accelerator, tmp_path):
 def test_what_is_validated_is_what_is_kept(accelerator, tmp_path, monkeypatch):
     """Of competing epochs the outputs at validation are, to the bit, those of the file that is saved then."""
     monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
+    monkeypatch.setattr(taps_budget, "_SOME_BITS", math.inf)
     model, x, seen = perceptron("taps_budget", norm="task"), torch.randn(4, 5), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, 128))
     batches, sampler = loader()

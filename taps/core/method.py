@@ -95,11 +95,13 @@ class Defaults(NamedTuple):
         optimizer: one of :data:`taps.settings.choices.OPTIMIZERS`.
         decay: how learning rates fall, one of :data:`taps.settings.choices.DECAYS`.
         adaptive: roles that Adam trains if the optimiser is ``"split"``.
+        rate: factor on all learning rates of that optimiser.
     """
 
     optimizer: str = "sgd"
     decay: str = "cosine"
     adaptive: tuple[str, ...] = ("norm", "head")
+    rate: float = 1.0
 
 
 def as_published(model: Model, lengths: Lengths) -> Defaults:

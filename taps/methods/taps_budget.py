@@ -409,6 +409,10 @@ def _is_stored(model: Network, task: str) -> bool:
 _MANY_BITS = 2.0
 
 
+#: bits per weight from which learning rates are halved
+_SOME_BITS = 0.6
+
+
 #: parts of the epochs in which chosen units learn, and in which they are rounded
 _SETTLE, _ROUND = 1 / 2, 1 / 6
 
@@ -466,10 +470,15 @@ def _size(model: Network, lengths: Lengths) -> int | None:
 
 def by_bits(model: Network, lengths: Lengths) -> Defaults:
     """Return how to train for a size: for few bits per weight, deltas of which few weights change much, and rates that fall late,
-    since norms and head learn while deltas are rounded; for many, by Adam as in full fine-tuning."""
+    since norms and head learn while deltas are rounded; for many, by Adam as in full fine-tuning.
+
+    Coarse rounding drops what a high rate overfits, and needs it for deltas to reach their first step; finer rounding keeps it.
+    """
     size = _size(model, lengths)
     bits = math.inf if size is None else 8 * size / model.base_parameters
-    return Defaults("split", "poly") if bits < _MANY_BITS else Defaults("split", "cosine", ("delta", "norm", "head"))
+    if bits >= _MANY_BITS:
+        return Defaults("split", "cosine", ("delta", "norm", "head"))
+    return Defaults("split", "poly", rate=0.5 if bits >= _SOME_BITS else 1.0)
 
 
 def fade_norms(model: Network, task: str, part: float, begins: float = 1.0, ends: float = 1.0) -> None:

@@ -177,7 +177,9 @@ def fit(
         raise UserError(
             f"{folder} was begun with epochs={begun}: continue it with as many, or train again in another folder"
         )
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with (
+        torch.random.fork_rng(devices),  # the caller's draws do not depend on the run's seed
         nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place,
         _open(Path(place), settings, resume, overwrite) as run,
     ):
@@ -206,7 +208,7 @@ def fit(
             folder=run,
         )
         head = copy.deepcopy(model.heads[task])
-        with torch.random.fork_rng(), _restored_if_interrupted(model, task):
+        with _restored_if_interrupted(model, task):
             try:
                 stage.train(accelerator)
             finally:  # half precision is for training alone
@@ -331,7 +333,8 @@ class UserLoader:
         if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
             raise UserError(f"{name} is a data set; give a DataLoader over it, which makes batches")
         try:
-            once = iter(batches) is batches
+            with torch.random.fork_rng([]):  # a DataLoader draws a seed
+                once = iter(batches) is batches
         except TypeError:
             raise UserError(f"{name} is {type(batches).__name__}; give a DataLoader or a list of batches") from None
         if once:

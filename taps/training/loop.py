@@ -183,7 +183,8 @@ def set_trainable(roles: dict[str, dict[str, nn.Parameter]], trains: Iterable[st
 
 def start_file(fork: Path, defaults: Defaults) -> Path:
     """Return the file of a shared start, whose name says what the runs that begin with it have in common."""
-    return fork.with_stem("_".join((fork.stem, defaults.optimizer, defaults.decay, *defaults.adaptive)))
+    rate = () if defaults.rate == 1.0 else (f"rate{defaults.rate:g}",)
+    return fork.with_stem("_".join((fork.stem, defaults.optimizer, defaults.decay, *defaults.adaptive, *rate)))
 
 
 def check_whole_epochs(phases: Iterable[Phase], recipe: Recipe) -> None:

@@ -156,7 +156,7 @@ def make_optimizer(
     half = any(own.dtype == torch.float16 for group in groups for own in group["params"])
     optimizer = recipe.optimizer or ("sgd" if half else defaults.optimizer)
     if optimizer == "split":
-        return SplitOptimizer(groups, recipe.momentum, recipe.betas, defaults.adaptive)
+        return SplitOptimizer(groups, recipe.momentum, recipe.betas, defaults.adaptive, defaults.rate)
     if optimizer in ("sgd", "nag"):
         nesterov = optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)

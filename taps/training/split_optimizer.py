@@ -95,6 +95,7 @@ class SplitOptimizer(_Optimizer):
         momentum: of SGD.
         betas: β of Adam and of :class:`NormalizedMomentum`.
         adaptive: roles for Adam.
+        rate: factor on the learning rates of all parts.
     """
 
     def __init__(
@@ -103,13 +104,13 @@ class SplitOptimizer(_Optimizer):
         momentum: float,
         betas: tuple[float, float],
         adaptive: Sequence[str] = ("norm", "head"),
+        rate: float = 1.0,
     ) -> None:
         normalized = {"delta"} - set(adaptive)
+        factors = [rate * (FACTOR if group["role"] in (*normalized, *adaptive) else 1.0) for group in groups]
         scaled = [
-            {**group, "lr": FACTOR * group["lr"], "initial_lr": FACTOR * group["initial_lr"]}
-            if group["role"] in (*normalized, *adaptive)
-            else group
-            for group in groups
+            {**group, "lr": factor * group["lr"], "initial_lr": factor * group["initial_lr"]}
+            for group, factor in zip(groups, factors, strict=True)
         ]
         deltas = [group for group in scaled if group["role"] in normalized]
         with_adam = [group for group in scaled if group["role"] in adaptive]
