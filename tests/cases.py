@@ -31,10 +31,6 @@ def mobilenet():
     return timm.create_model("mobilenetv2_035", num_classes=0)
 
 
-def mnasnet():
-    return timm.create_model("mnasnet_050", num_classes=0)
-
-
 def vit():
     return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0)
 
@@ -132,7 +128,6 @@ NETWORKS = {
     "bottleneck": Row(bottleneck, (3, 40, 40), 29, 8),
     "lite": Row(lite, (3, 40, 40), 49, 9),
     "mobilenet": Row(mobilenet, (3, 64, 64), 52, 10),
-    "mnasnet": Row(mnasnet, (3, 64, 64), 52, 10),
     "vit": Row(vit, (3, 32, 32), 9, 4),
     "swin": Row(swin, (3, 56, 56), 10),
     "convnext": Row(convnext, (3, 64, 64), 16, 4),
@@ -168,7 +163,7 @@ METHODS = {
 CASES = [(network, "taps") for network in NETWORKS]
 CASES += [(network, method) for network in ("resnet", "vit") for method in METHODS if method != "taps"]
 CASES += [("torchvision_vit", "finetune"), ("convnext", "finetune"), ("swin", "taps_follow"), ("series", "taps_follow")]
-BLOCK_NETWORKS = ("narrow", "bottleneck", "lite", "mobilenet", "convnext", "torchvision_vit")
+BLOCK_NETWORKS = ("narrow", "bottleneck", "mobilenet", "convnext", "torchvision_vit")
 BLOCK_NETWORKS += ("residual_series", "residual_volumes")
 CASES += [(network, "adashare") for network in BLOCK_NETWORKS]
 CASES += [(network, "automtl") for network in ("lite", "swin", "torchvision_swin", "densenet", "perceptron")]

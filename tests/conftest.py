@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import base64
 import gc
 import io
 import signal
@@ -24,16 +25,25 @@ sys.path.insert(0, str(ROOT))
 
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (
-    "backbones", "choices", "commands", "config_files", "context_data", "data", "dense_data", "docs", "encoding", "front_door",
-    "install", "joint", "mtl", "notebook", "plots", "stays", "sub_tasks", "train", "trainer", "two_processes", "volumes",
+    "backbones", "choices", "commands", "compact_files", "config_files", "context_data", "data", "dense_data", "docs",
+    "encoding", "front_door", "install", "joint", "mtl", "notebook", "parallel", "plots", "recipes", "serving", "stays",
+    "sub_tasks", "train", "trainer", "two_processes", "volumes", "weights",
 )  # fmt: skip
 #: networks of ``cases.py`` small enough for ``make test-fast``
 QUICK_NETWORKS = ("narrow", "vit", "series", "volumes", "residual_series", "residual_volumes", "perceptron")
 
 
+#: files whose tests take longest, which begin first so that none is left for the end
+LONGEST = ("two_processes", "parallel", "install", "serving", "sub_tasks", "sweeps", "joint", "commands")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Mark the slow tests."""
+    """Mark the slow tests, and sort the longest first."""
     from cases import NETWORKS
+
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
@@ -137,6 +147,9 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
     return SimpleNamespace(returncode=status, **text)
 
 
+#: a PNG of one pixel
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
 #: options of a run that takes seconds
 SMALL = ("--model_type", "test_resnet", "--no-pretrained", "--input_size", "32", "--batch_size", "6", "--workers", "0")
 SMALL += ("--device", "cpu", "--val_fraction", "0.2", "--lr", "0.02")
@@ -189,7 +202,7 @@ def stop_at(monkeypatch):
 def here(tmp_path, monkeypatch):
     """Run a program in this process, in an empty folder, and return its output, as ``command`` does.
 
-    Pictures stay blank unless the test asks for them with ``draws=True``: to draw them takes longer than to train.
+    Pictures are a pixel unless the test asks for them with ``draws=True``: to draw them takes longer than to train.
     """
 
     def run(
@@ -197,7 +210,8 @@ def here(tmp_path, monkeypatch):
     ) -> SimpleNamespace:
         with monkeypatch.context() as patch:
             if not draws:
-                patch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
+                patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **how: path.write_bytes(PIXEL))
+                patch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *given, **how: None)
             return run_here(script, *arguments, cwd=cwd, check=check)
 
     return run

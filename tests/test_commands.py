@@ -164,7 +164,9 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     assert stored[0].read_bytes() == stored[1].read_bytes()
     done = here("train_sequential.py", *arguments, "100KB", "130KB", cwd=tmp_path, check=2)
     assert "exists; continue it or add runs with --resume" in done.stderr
-    here("train_sequential.py", *arguments, "130KB", "100KB", "--resume", cwd=tmp_path)
+    table = here("train_sequential.py", *arguments, "130KB", "--resume", cwd=tmp_path).stdout
+    rows = [row.split()[0] for row in table.splitlines() if "kb  " in row]
+    assert rows == ["60kb", "100kb", "130kb", "170kb"], "also those of earlier commands"
     assert sorted(path.name for path in curve.iterdir()) == [
         "100kb",
         "130kb",
@@ -240,13 +242,6 @@ def test_a_folder_of_classes_that_has_grown_is_named(tree, here, tmp_path):
     assert "warning" not in here("evaluate.py", "results/run").stdout
     shutil.copy(tmp_path / "paint/class0/0.png", tmp_path / "paint/class0/new.png")
     assert "the images of paint are not those of the run" in here("evaluate.py", "results/run").stdout
-
-
-def test_a_size_is_added_alone_to_earlier_ones(tree, here, tmp_path):
-    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 2, "--experiment_name", "sizes")
-    here(*line, "--budget", "40%", "50%")
-    table = here(*line, "--budget", "60%", "--resume").stdout
-    assert [row.split()[0] for row in table.splitlines() if row[:2] in ("40", "50", "60")] == ["40%", "50%", "60%"]
 
 
 def test_export_does_without_one_program_where_the_network_cannot_be_followed(finished, here, tmp_path, monkeypatch):

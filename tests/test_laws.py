@@ -9,6 +9,7 @@ from torch import nn
 
 import taps
 from taps.core.execution import plain_state
+from taps.core.gate import Decision
 from taps.core.modules import with_tensors
 from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
@@ -242,6 +243,14 @@ def test_a_unit_that_is_not_run_never_calls_its_base():
     unit.base.forward = None
     unit.shortcut = torch.nn.Linear(5, 7)
     assert model(batch("perceptron"), "a").shape == (4, 3)
+
+
+def test_a_decision_that_is_a_tensor_cannot_be_merged():
+    model = make("perceptron", "taps")
+    gate = model.units[0].gates["a"] = taps.ConstantGate()
+    gate.decision = Decision(run=torch.tensor(0.5))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge("a")
 
 
 @pytest.mark.parametrize("network", ["resnet", "densenet", "vit"])

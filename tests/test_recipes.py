@@ -208,9 +208,8 @@ def test_the_commands_take_all_of_them_and_test_every_class(tree, here, tmp_path
         "--lr_warmup_epochs", 1, "--layer_decay", 0.9, "--clip_grad", 1, "--patience", 2, "--class_weights", "balanced",
         "--track", "tensorboard", "--warmup_epochs", 1,
     )  # fmt: skip
-    here(
-        "train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 2, *options, "--experiment_name", "run"
-    )
+    line = ("--dataset", tree / "paint", *SMALL, "--epochs", 2, *options, "--experiment_name", "run")
+    here("train_sequential.py", *line, draws=True)
     run = tmp_path / "results/run"
     assert len(list(run.rglob("events.out.tfevents*"))) >= 2  # the published tags, and the tracker's
     tested = json.loads((run / "paint/test.json").read_text())

@@ -205,8 +205,7 @@ def contents(model: Network, task: str, compact: bool) -> tuple[dict[str, Tensor
                 key, encoded = f"delta/{unit.name}/{name}", deltas.encoded(name)
                 if encoded is None:
                     used = deltas.used(name)  # in the middle of training it may be rounded
-                    may_be_sparse = unit.gates[task].is_sparse or not used.any()
-                    if used.dtype == torch.float32 and may_be_sparse and is_sparse(used):
+                    if unit.gates[task].is_sparse and used.dtype == torch.float32 and is_sparse(used):
                         encoded = encode_as("sparse32", used)  # exact
                 tensors[key] = used if encoded is None else encoded.data
                 encodings.update({} if encoded is None else {key: encoded.name})
