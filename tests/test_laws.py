@@ -320,7 +320,7 @@ def test_deepcopy_is_a_model_of_its_own():
     ("name", "units"),
     [
         ("resnet34", 36), ("resnet50", 53), ("densenet121", 120), ("mobilenetv2_100", 52), ("convnext_tiny", 58),
-        ("vit_small_patch16_224", 49), ("deit_small_patch16_224", 49),
+        ("vit_small_patch16_224", 49),
         ("swin_tiny_patch4_window7_224", 52),
     ],
 )  # fmt: skip

@@ -51,7 +51,16 @@ def drawn(figure, path) -> tuple[int, int]:
         return picture.size
 
 
-@pytest.mark.parametrize("tasks", [1, 6, 14])
+def test_a_map_of_many_pairs_stays_small():
+    figure = layer_plots.overlap({f"a task with a long name {i}": rows(12, i % 5 + 2) for i in range(300)})
+    assert max(figure.get_size_inches()) < 21
+    assert not figure.axes[0].texts
+    assert len(figure.axes[0].get_xticks()) <= 160
+    pair = layer_plots.overlap({name: rows(12, 2) for name in ("one", "two")})
+    assert pair.get_size_inches()[0] > 5, "the title has room"
+
+
+@pytest.mark.parametrize("tasks", [1, 14])
 def test_every_picture_at_every_number_of_tasks(tmp_path, tasks):
     units = {f"task {i}": rows(53, i + 2) for i in range(tasks)}
     figure = layer_plots.sizes(summary(tasks))
