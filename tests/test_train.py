@@ -426,9 +426,9 @@ def test_bytes_go_where_they_keep_most(coarse_heads):
                 taps_budget._measure(unit, "a", hull, index, own, set(range(len(hull))))
         ways = [both for both in product(*hulls) if sum(choice.size for choice in both) <= room]
         for fine, scale in ((-1.0, lambda w, own: w.square().mean().sqrt()), (9.0, lambda w, own: own.square().sum())):
-            levels = allocate(model, "a", budget, fine)
+            levels = allocate(model, "a", budget, fine, {})
             if fine > 0 and None in levels.values():  # nothing is noise where layers are closed
-                assert levels == allocate(model, "a", budget, -1.0)
+                assert levels == allocate(model, "a", budget, -1.0, {})
                 continue
             weights = []
             for unit in model.units:
@@ -442,7 +442,7 @@ def test_bytes_go_where_they_keep_most(coarse_heads):
             both = [next(c for c in h if c.level == levels[u.name]) for h, u in zip(hulls, model.units, strict=True)]
             assert sum(choice.size for choice in both) <= room
             assert left(both) <= min(map(left, ways)) + 0.05 * left([hull[0] for hull in hulls])
-            other = allocate(model, "a", budget, 9.0 if fine < 0 else -1.0)
+            other = allocate(model, "a", budget, 9.0 if fine < 0 else -1.0, {})
             if levels != other and None not in levels.values():
                 theirs = [
                     next(c for c in h if c.level == other[u.name]) for h, u in zip(hulls, model.units, strict=True)

@@ -29,7 +29,7 @@ from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.registry import register
 from taps.methods.taps import OPTIONS, threshold_gate
-from taps.storage.encoding import EncodedDelta, encode_as, estimated_bytes, rounding_of
+from taps.storage.encoding import EncodedDelta, encode_as, estimated_bytes, quick_size, rounding_of
 from taps.storage.norms_and_head import encoded_small, set_small, small_tensors
 from taps.storage.task_file import active_norms, contents, packed_size
 
@@ -202,13 +202,17 @@ def _fixed_bytes(model: Network, unit: GatedUnit, task: str, step: float) -> int
 def _measure(
     unit: GatedUnit, task: str, hull: list[_Choice], index: int, fixed: int, known: set[int], kept: _Kept | None = None
 ) -> None:
-    """Replace a choice by one with its measured size, and correct those not yet measured as much; ``kept`` receives encodings."""
+    """Replace a choice by one with its measured size, and correct those not yet measured as much; ``kept`` receives encodings, and
+    without it sizes may be a little too large."""
     choice = hull[index]
     if choice.level is None:
         return
     size = fixed
     for name in unit.parameter_names:
         delta = unit.deltas[task][name].detach().cpu()
+        if kept is None and delta.dim() > 1 and choice.level > 0:
+            size += quick_size(delta, choice.level)
+            continue
         found = _encode(choice.level, delta)
         size += delta.nbytes if found is None else len(found.data)
         if kept is not None:
@@ -250,7 +254,8 @@ def allocate(
         task: its name.
         budget: bytes of the compact task file.
         fine: largest error of a unit's deltas that counts as noise; if any exceeds it, units are chosen by change.
-        kept: receives the encodings that were made to measure their sizes.
+        kept: receives the encodings that were made to measure sizes; if ``None``, sizes are measured once and quickly, and their
+            sum may differ a little from the budget.
 
     Returns:
         For each unit the allowed error (as in :func:`taps.storage.encoding.encode_as`), 0.0: exact, ``None``: closed.
@@ -269,7 +274,7 @@ def allocate(
         while True:
             chosen = _fill(hulls, scales, left)
             late = [(name, index) for name, index in chosen.items() if index not in measured[name]]
-            if not late:
+            if not late or (kept is None and any(measured.values())):
                 break
             for name, index in late:
                 _measure(units[name], task, hulls[name], index, fixed[name], measured[name], kept)

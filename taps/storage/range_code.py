@@ -33,14 +33,16 @@ _BIN = np.searchsorted(_FIRST, np.arange(_LARGEST + 1), side="right") - 1
 Turn = Callable[[np.ndarray, Any], np.ndarray]
 
 
-def pack(numbers: np.ndarray) -> bytes:
-    """Return the code of a matrix of integers whose magnitudes are below 2¹⁵."""
+def pack(numbers: np.ndarray, quick: bool = False) -> bytes:
+    """Return the code of a matrix of integers whose magnitudes are below 2¹⁵; if ``quick`` the first of two ways is taken, which
+    may be longer."""
     sizes = np.abs(numbers).astype(np.int32)
     mean = sizes.mean(dtype=np.float64) if sizes.size else 0.0
     level = int(_log2(np.array([mean * (1 << _ONE)]))[0])
     means = _log2(sizes.mean(1, dtype=np.float64) * (1 << _ONE)) if sizes.size else np.zeros(len(sizes), int)
     classes = np.clip(_MIDDLE + (means - level + 2) // (_OCTAVE // 2), 0, _CLASSES - 1)
     ways = (False,) if sizes.shape[1] < _FEW else (True, False) if mean < _SPARSE else (True,)
+    ways = ways[-1:] if quick else ways
     return min((_packed(numbers, sizes, classes, level, has_classes) for has_classes in ways), key=len)
 
 
