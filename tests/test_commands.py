@@ -177,6 +177,32 @@ def test_sizes_begin_with_one_open_phase(tree, here, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("steps", [5, 10])
+def test_stopped_after_the_last_step_of_an_epoch_it_ends_the_same(steps, tree, here, tmp_path, stop_at, finished):
+    """The stop comes before the validation of the first epoch, and before that of the last."""
+    arguments = trained_arguments(tree / "paint")
+    with stop_at(steps) as taken:
+        done = here("train_sequential.py", *arguments, check=143)
+    assert len(taken) == steps
+    assert "(best)" not in "".join(done.stdout.splitlines()[-1:]), "nothing was validated"
+    here("train_sequential.py", *arguments, "--resume")
+    ours, theirs = (folder / "results/run/paint/task.safetensors" for folder in (tmp_path, finished[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_an_unreadable_test_image_does_not_cost_the_training(tree, here, tmp_path):
+    shutil.copytree(tree / "paint", tmp_path / "paint")
+    (tmp_path / "paint/test/class0/0.png").write_bytes(b"no image")
+    arguments = trained_arguments("paint")
+    done = here("train_sequential.py", *arguments, check=2)
+    assert "0.png cannot be read" in done.stderr
+    longer = here("train_sequential.py", *arguments, "--epochs", 3, "--resume", check=2)
+    assert "was stopped before its 2 epochs: finish them with --resume, and extend it then" in longer.stderr
+    done = here("train_sequential.py", *arguments, "--resume", "--skip_bad_images")
+    assert "1 unreadable images are left out" in done.stdout
+    assert not re.search(r"^paint 1/2", done.stdout, re.MULTILINE), "nothing is trained again"
+
+
 def test_published_habit_of_selecting_on_test_is_said(tree, here, tmp_path):
     done = here("train_sequential.py", *trained_arguments(tree / "paint", "--val_fraction", 0), cwd=tmp_path)
     assert "selected on the test split" in done.stdout

@@ -197,6 +197,14 @@ def test_too_small_a_size_names_the_smallest_and_what_takes_it(model):
         check_size(model, "a", smallest - 1)
 
 
+def test_biases_take_few_bytes(model, tmp_path):
+    round_within(model, "a", parse_budget("8%", model))
+    stored = json.loads((model.save_task("a", tmp_path, compact=True) / "task.json").read_text())["encodings"]
+    biases = {key: name for key, name in stored.items() if key.startswith("delta/") and key.endswith("bias")}
+    assert set(biases.values()) <= {"range_coded"}
+    assert biases or not any("bias" in unit.parameter_names for unit in model.units)
+
+
 def test_mutated_compact_files_are_refused_in_one_line_and_load_nothing(model, tmp_path):
     round_within(model, "a", parse_budget("8%", model))
     store(model, "a", parse_budget("8%", model))

@@ -180,3 +180,27 @@ def test_the_settings_of_a_run_name_it_for_evaluation(tmp_path):
 def test_the_published_program_trains_the_demo():
     read = parse_sequential(["--published"])
     assert (read.warmup_epochs, read.settle_epochs) == (3.0, 0.0)
+
+
+def test_the_demo_goes_on_with_the_phases_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_sequential(["--epochs", "12", "--resume"]).settle_epochs == 9.0
+    (tmp_path / "results/demo").mkdir(parents=True)
+    (tmp_path / "results/demo/settings.json").write_text('{"warmup_epochs": 0.5, "settle_epochs": 4.5}')
+    settings = parse_sequential(["--epochs", "12", "--resume"])
+    assert (settings.warmup_epochs, settings.settle_epochs) == (0.5, 4.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["--dataset", "fruit", "--model_type", "hf-hub:timm/resnet34.tv_in1k"], "fruit_hf-hub_timm_resnet34.tv_in1k_taps"),
+        (["--dataset", *(f"a/folder_{n}" for n in range(40))], "folder_0_and_39_more_"),
+    ],
+)  # fmt: skip
+def test_names_of_experiments_are_names_of_folders(given, name):
+    found = parse_sequential(given).experiment_name
+    assert found.startswith(name)
+    assert "/" not in found
+    assert ":" not in found
+    assert len(found) < 200

@@ -105,8 +105,19 @@ def test_what_is_stored_computes_what_was_tested(complete, scenes, monkeypatch):
         assert {task: metrics[task] for task in stored} == {task: pytest.approx(own) for task, own in stored.items()}
 
 
+def test_a_test_of_other_options_is_measured_again(complete, scenes, here, tmp_path):
+    shutil.copytree(complete[0] / "results", tmp_path / "results")
+    again = ("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "test")
+    found = []
+    for options in ((), ("--metrics", "published"), ()):
+        here(*again, *options)
+        found.append(json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_phases_one_at_a_time_are_the_same_run(complete, scenes, here, tmp_path):
-    here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "policy")
+    here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "policy", "--track", "tensorboard")
+    assert len(list((tmp_path / "results/run").rglob("events.out.tfevents*"))) >= 2, "ours and the tracker's"
     done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "test", check=2)
     assert "no trained network to test; run --phases retrain first" in done.stderr
     for number in (1, 0):

@@ -207,3 +207,17 @@ def test_jobs_wait_only_for_the_one_that_trains_their_start(tmp_path):
     assert _next([second, other], [first]) is other
     start.touch()
     assert _next([second, other], [first]) is second
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_is_finished_before_it_is_extended(tree, here, tmp_path, stop_at):
+    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--experiment_name", "s", "--warmup_epochs", 1)
+    line += ("--lam", 0.5, 4)
+    with stop_at(7):
+        here(*line, "--epochs", 2, check=143)
+    wrong = here(*line, "--epochs", 3, "--resume", check=2).stderr
+    assert "results/s was stopped: finish it with --resume --epochs 2, and extend it then" in wrong
+    here(*line, "--epochs", 2, "--resume")
+    here(*line, "--epochs", 3, "--resume")
+    runs = [json.loads((tmp_path / "results/s" / name / "settings.json").read_text()) for name in ("lam0.5", "lam4")]
+    assert [run["epochs"] for run in runs] == [3, 3]

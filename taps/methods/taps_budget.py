@@ -141,11 +141,13 @@ class _Choice(NamedTuple):
 
 
 def _encode(level: float, delta: Tensor) -> EncodedDelta | None:
-    """Return a delta encoded at a level, ``None`` if exact; biases, which are small, are stored in half precision."""
+    """Return a delta encoded at a level, ``None`` if exact; biases, which are few, are stored finely."""
     if level == 0.0:
         return None
-    name = "range_coded" if delta.dim() > 1 else "float16"
-    return encode_as(name, delta, level)
+    if delta.dim() > 1:
+        return encode_as("range_coded", delta, level)
+    ways = (encode_as("range_coded", delta, min(level, _NOTICED)), encode_as("float16", delta))
+    return min(ways, key=lambda way: len(way.data))
 
 
 def _choices(unit: GatedUnit, task: str, fixed: int, left: int) -> list[_Choice]:
@@ -167,9 +169,8 @@ def _choices(unit: GatedUnit, task: str, fixed: int, left: int) -> list[_Choice]
             if level == 0.0:
                 size += share * sample.nbytes
                 continue
-            if sample.dim() > 1:
-                needs, decoded = estimated_bytes(sample, level)
-            else:
+            needs, decoded = estimated_bytes(sample, level if sample.dim() > 1 else min(level, _NOTICED))
+            if sample.dim() < 2 and needs > 2.0 * sample.numel():
                 needs, decoded = 2.0 * sample.numel(), sample.half().float()
             size += share * needs
             error += share * float((decoded - sample.float()).square().sum(dtype=torch.float64))

@@ -67,6 +67,7 @@ class MultiTask:
     folder: run_folder.RunFolder
     stop: StopSignals
     writer: SummaryWriter | None = None
+    _logged: int = 0  # steps sent to the trackers
 
     @classmethod
     @contextmanager
@@ -97,10 +98,15 @@ class MultiTask:
             for name, (before, now) in run.folder.changed.items():
                 accelerator.print(f"--{name} is {now}, unlike in the run's earlier phases ({before})")
         accelerator.wait_for_everyone()
+        if options.track:
+            simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
+            accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
         try:
             with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
                 yield run
         finally:
+            for tracker in accelerator.trackers if options.track else ():
+                tracker.finish()
             run.folder.release()
 
     @property
@@ -351,10 +357,16 @@ class MultiTask:
             f"{'  *' if is_best else ''}",
             flush=True,
         )
-        for row in rows if self.writer is not None else ():
-            for name, value in row["metrics"].items():
-                self.writer.add_scalar(f"{stage}/{row['task']}/{name}", value, row["epoch"])
-            self.writer.add_scalar(f"{stage}/{row['task']}/loss", row["train_loss"], row["epoch"])
+        for row in rows:
+            values = {
+                f"{stage}/{row['task']}/{name}": value
+                for name, value in {**row["metrics"], "loss": row["train_loss"]}.items()
+            }
+            for name, value in values.items() if self.writer is not None else ():
+                self.writer.add_scalar(name, value, row["epoch"])
+            if self.options.track:
+                self._logged += 1  # trackers want steps that only rise
+                self.accelerator.log(values, step=self._logged)
         if self.writer is not None:
             self.writer.flush()
 
