@@ -187,7 +187,7 @@ class EvaluateSettings(Settings):
     folder: str = setting("", "a results folder, e.g. results/demo")
     config: str | None = setting(None, "a YAML file of these settings, or settings.yaml of the run to evaluate; the command line takes precedence", metavar="FILE", repeats=False)
     tasks: list[str] | None = setting(None, "tasks to evaluate", nargs="+", metavar="NAME", shown="all")
-    dataset: list[str] | None = setting(None, "test on these folders instead of those used in training", nargs="+", metavar="PATH")
+    dataset: list[str] | None = setting(None, "test on these folders or tables instead of those used in training: on their test images or, where they are not divided, on all", nargs="+", metavar="PATH")
     export: str | None = setting(None, "also write each task as a separate network: DIR/<task>.safetensors, a state dict for timm, and DIR/<task>.pt2, a torch.export program; and DIR/together.pt2, one program for all tasks that computes shared work once", metavar="DIR")
     onnx: bool = setting(False, "with --export: also write every program as .onnx", bool)
     no_test: bool = setting(False, "do not test, only print the stored table or export", bool)
