@@ -42,7 +42,7 @@ def pack(numbers: np.ndarray, quick: bool = False) -> bytes:
     means = _log2(sizes.mean(1, dtype=np.float64) * (1 << _ONE)) if sizes.size else np.zeros(len(sizes), int)
     classes = np.clip(_MIDDLE + (means - level + 2) // (_OCTAVE // 2), 0, _CLASSES - 1)
     ways = (False,) if sizes.shape[1] < _FEW else (True, False) if mean < _SPARSE else (True,)
-    ways = ways[-1:] if quick else ways
+    ways = ways[:1] if quick else ways
     return min((_packed(numbers, sizes, classes, level, has_classes) for has_classes in ways), key=len)
 
 
