@@ -23,7 +23,7 @@ from taps.multitask.macs import macs
 from taps.networks import backbones, preprocessing
 from taps.networks.classifier import attach_head, classifier_layers, without_classifier
 from taps.networks.heads import make_head
-from taps.networks.origin import origin_of, rebuild
+from taps.networks.origin import checked, described, rebuild
 from taps.storage import hub, run_folder, task_file
 from taps.storage.files import read_tensors, write_tensors
 from taps.storage.library import Library, TaskCache
@@ -238,7 +238,7 @@ class TaskModel(Network):
     """
 
     def __init__(self, net: nn.Module, *args, **kwargs) -> None:
-        self._base_origin = origin_of(net)
+        self._described = described(net)
         self._preprocessing = preprocessing.of_network(net)
         super().__init__(net, *args, **kwargs)
         self._about: dict[str, dict] = {}
@@ -358,6 +358,7 @@ class TaskModel(Network):
     @contextmanager
     def using(self, task: str | None) -> Iterator[None]:
         """Run the backbone with ``task`` inside a ``with`` block; ``None`` means the base alone."""
+        self.hold_buffers()
         with self._loaded([] if task is None else [task]), self.state.running(task):
             yield
 
@@ -392,6 +393,8 @@ class TaskModel(Network):
             raise UserError("the model was called without an input")
         if tasks is not None:
             names = self._names(tasks)
+            if self.training:
+                self.hold_buffers()
             with self._loaded(names):
                 return shared_pass.outputs(self, self._shared, args, inputs, names)
         task = self.state.default if task is None else task
@@ -410,6 +413,12 @@ class TaskModel(Network):
             if len(set(names)) == 1:
                 return self.heads[names[0]](self.run(names[0], args, inputs))
             return mixed_batch.run_mixed(self, self._mixable, args, inputs, names)
+
+    @property
+    def _base_origin(self) -> dict:
+        """How the base was made, for files; checked when it is first needed."""
+        self._described = checked(*self._described), None
+        return self._described[0]
 
     def _names(self, tasks: Sequence[str] | None) -> list[str]:
         """Return each of the tasks once; ``None``: all."""

@@ -184,13 +184,13 @@ def test_stopped_after_the_last_step_of_an_epoch_it_ends_the_same(steps, tree, h
     with stop_at(steps) as taken:
         done = here("train_sequential.py", *arguments, check=143)
     assert len(taken) == steps
-    assert "(best)" not in "".join(done.stdout.splitlines()[-1:]), "nothing was validated"
+    assert len(re.findall("% validation", done.stdout)) == steps // 5 - 1, "the epoch was not validated"
     here("train_sequential.py", *arguments, "--resume")
     ours, theirs = (folder / "results/run/paint/task.safetensors" for folder in (tmp_path, finished[0]))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_an_unreadable_test_image_does_not_cost_the_training(tree, here, tmp_path):
+def test_an_unreadable_test_image_does_not_cost_the_training(tree, here, tmp_path, stop_at):
     shutil.copytree(tree / "paint", tmp_path / "paint")
     (tmp_path / "paint/test/class0/0.png").write_bytes(b"no image")
     arguments = trained_arguments("paint")
@@ -199,6 +199,11 @@ def test_an_unreadable_test_image_does_not_cost_the_training(tree, here, tmp_pat
     longer = here("train_sequential.py", *arguments, "--epochs", 3, "--resume", check=2)
     assert "was stopped before its 2 epochs: finish them with --resume, and extend it then" in longer.stderr
     done = here("train_sequential.py", *arguments, "--resume", "--skip_bad_images")
+    with stop_at(1):
+        here("train_sequential.py", *arguments, "--epochs", 4, "--resume", "--skip_bad_images", check=143)
+    wrong = here("train_sequential.py", *arguments, "--epochs", 6, "--resume", "--skip_bad_images", check=2).stderr
+    assert "was stopped before its 4 epochs: finish them with --resume, and extend it then" in wrong
+    here("train_sequential.py", *arguments, "--epochs", 4, "--resume", "--skip_bad_images")
     assert "1 unreadable images are left out" in done.stdout
     assert not re.search(r"^paint 1/2", done.stdout, re.MULTILINE), "nothing is trained again"
 

@@ -127,8 +127,29 @@ def test_folders_that_are_no_classes_are_refused(tmp_path):
         find_tasks([root])
 
 
+@pytest.mark.parametrize(
+    "folders", [("Training/a", "Match/b"), ("steam_train", "freight_train"), ("painting", "sketch")]
+)
+def test_folders_of_classes_that_only_sound_like_something_else(folders, tmp_path):
+    task = find_tasks([pictures(tmp_path / "set", *folders)])[0]
+    assert task.classes == tuple(sorted(folder.partition("/")[0] for folder in folders))
+
+
+def test_flat_splits_are_refused_and_folders_beside_splits_are_named(tmp_path):
+    root = pictures(tmp_path / "flat", "train", "test", "annotations", count=1)
+    with pytest.raises(
+        taps.UserError, match="holds test and train, which look like splits: in each, give every class a"
+    ):
+        find_tasks([root])
+    root = pictures(tmp_path / "half", "train/a", "train/b", "test", count=1)
+    with pytest.raises(taps.UserError, match="test has no images; it needs one folder of images per class"):
+        find_tasks([root])
+    root = pictures(tmp_path / "more", "train/a", "train/b", "test/a", "test/b", "unlabelled", count=2)
+    assert find_tasks([root])[0].notes == ("folders with images beside the splits are left out: unlabelled",)
+
+
 def test_a_class_may_be_called_train(tmp_path):
-    task = find_tasks([pictures(tmp_path / "vehicles", "bus", "train")])[0]
+    task = find_tasks([pictures(tmp_path / "vehicles", "bus", "train", "train/.ipynb_checkpoints")])[0]
     assert (task.classes, len(task.train), len(task.test)) == (("bus", "train"), 16, 4)
 
 

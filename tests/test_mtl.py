@@ -118,10 +118,14 @@ def test_a_test_of_other_options_is_measured_again(complete, scenes, here, tmp_p
 def test_phases_one_at_a_time_are_the_same_run(complete, scenes, here, tmp_path):
     here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "policy", "--track", "tensorboard")
     assert len(list((tmp_path / "results/run").rglob("events.out.tfevents*"))) >= 2, "ours and the tracker's"
+    assert not list((tmp_path / "results/run").rglob("checkpoint")), "of finished stages"
     done = here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "test", check=2)
     assert "no trained network to test; run --phases retrain first" in done.stderr
     for number in (1, 0):
-        here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "retrain", "--exp_ids", number)
+        here(
+            "train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "retrain", "--exp_ids", number, "--keep_checkpoint"
+        )
+        assert (tmp_path / f"results/run/retrain_{number:03d}/checkpoint/state.safetensors").is_file()
     here("train_mtl.py", "--dataset", scenes, *SMALL, "--phases", "test")
     same(tmp_path / "results/run", complete[0] / "results/run")
     ours, theirs = (json.loads((root / "results/run/summary.json").read_text()) for root in (tmp_path, complete[0]))

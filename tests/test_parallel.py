@@ -1,6 +1,7 @@
 """Tasks side by side: the files are those of one after another, whatever happens to the processes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,13 +138,18 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(tree, tmp_path, one_after_ano
         here("train_sequential.py", *line(tree, "--lam", "4", "--resume", "--parallel", 2))
     wanted = {name.replace("lam4/", ""): own for name, own in one_after_another.items() if "lam4" in name}
     assert files(tmp_path) == wanted
+    assert not (run / "parallel").exists()
 
 
 def test_a_run_begun_alone_goes_on_side_by_side(tree, tmp_path, one_after_another, here, stop_at):
+    with stop_at(0) as whole:
+        here("train_sequential.py", *line(tree, "--lam", "4", "--experiment_name", "whole"))
+    shutil.rmtree(tmp_path / "results/whole")
     with stop_at(6):
         here("train_sequential.py", *line(tree, "--lam", "4"), check=143)
-    with ray_in_this_process():
+    with ray_in_this_process(), stop_at(0) as rest:
         here("train_sequential.py", *line(tree, "--lam", "4", "--resume", "--parallel", 2))
+    assert len(rest) == len(whole) - 6, "what was trained is handed over"
     wanted = {name.replace("lam4/", ""): own for name, own in one_after_another.items() if "lam4" in name}
     assert files(tmp_path) == wanted
 

@@ -28,8 +28,8 @@ A = TypeVar("A", bound=AdaptationSettings)
 _STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
 #: settings that have no effect with a budget
 _OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
-#: characters of the name of a results folder that is made of those of data sets
-_LONGEST_NAME = 100
+#: characters of names of data sets in that of a results folder, and of a folder's name
+_LONGEST_NAME, _LONGEST_PART = 100, 255
 #: entries of settings.json that are not settings, or are derived from others
 _DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
 
@@ -300,10 +300,13 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     name = _experiment_name(parser, settings)
     if name is None:
         data = [Path(path).name or Path(path).resolve().name for path in settings.dataset or ()]
-        network = re.sub(r"[/\\:]+", "_", settings.model_type)  # as in hf-hub:timm/resnet34.tv_in1k
-        name = f"{'_'.join(data)}_{network}_{'_'.join(methods)}{suffix}"
-        if len(name) > _LONGEST_NAME:
-            name = f"{data[0][:_LONGEST_NAME]}_and_{len(data) - 1}_more_{network}_{'_'.join(methods)}{suffix}"
+        name = f"{'_'.join(data)}_{settings.model_type}_{'_'.join(methods)}{suffix}"
+        if not (len(name) < _LONGEST_PART and Path(settings.result_path, name, "settings.json").is_file()):  # of 0.17
+            network = re.sub(r"[/\\:]+", "_", settings.model_type)  # as in hf-hub:timm/resnet34.tv_in1k
+            of_data = "_".join(data)
+            if len(of_data) > _LONGEST_NAME and len(data) > 1:
+                of_data = f"{data[0]}_and_{len(data) - 1}_more"
+            name = f"{of_data}_{network}_{'_'.join(methods)}{suffix}"
     penalised = "taps" in methods and max(_as_list(settings.lam)) > 0
     if penalised and settings.settle_epochs > 0 and settings.warmup_epochs + settings.settle_epochs >= settings.epochs:
         parser.error(

@@ -91,6 +91,8 @@ class State:
 
     def __init__(self) -> None:
         self.temperature: float = 1.0
+        #: whether the network also calls layers through lists of its own, where no other module sees them
+        self.hides_layers = False
         self.generator: torch.Generator | None = None
         #: whether a call with gradients has succeeded, and whether this required gradients of the inputs
         self.has_learned = self.inputs_have_to_learn = False
@@ -211,7 +213,7 @@ class Place(nn.Module):
     #: for each task that is no longer trained, the plain module that replaces the place in evaluation mode
     ready: dict[str | None, nn.Module]
     #: names of attributes that are the place's, not those of the base module
-    own_attributes = frozenset({"name", "state", "base", "ready", "training"})
+    own_attributes = frozenset({"name", "state", "base", "ready", "training", "forward"})
 
     @property  # type: ignore[misc]
     def __class__(self):

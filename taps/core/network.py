@@ -88,8 +88,8 @@ class Network(nn.Module):
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
         with_buffers = () if train_base else tuple(_with_buffers(backbone))
-        #: modules of a frozen base that could change their buffers: those that are kept in evaluation mode, and those whose mode
-        #: other computations follow, whose buffers are put back
+        #: modules of a frozen base that are kept in evaluation mode, since they could change their buffers, and those of which the
+        #: first call in training shows whether they do; their mode may concern other computations, too
         self._still = tuple(module for module in with_buffers if not module._modules)
         self._watched = tuple(module for module in with_buffers if module._modules)
         self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
@@ -286,16 +286,35 @@ class Network(nn.Module):
 
     def run(self, task: str | Execution | None, args: tuple, kwargs: dict):
         """Call the backbone with ``task``: a task's name, ``None`` or an :class:`taps.core.execution.Execution`."""
-        watched = self._watched if self.training and not torch.compiler.is_compiling() else ()
-        before = [held for module in watched for held in _held_buffers(module)]
+        if not (self._watched and self.training) or torch.compiler.is_compiling():
+            return self.state.run(task, self.backbone, args, kwargs)
+        # The first training call shows which modules move their buffers; it works on copies of them.
+        before = [(module, dict(module._buffers)) for module in self._watched]
+        copies = {id(own): own.clone() for _, held in before for own in held.values() if own is not None}
+        versions = {key: copied._version for key, copied in copies.items()}
+        for module, held in before:
+            module._buffers.update({name: copies[id(own)] for name, own in held.items() if own is not None})
         try:
             return self.state.run(task, self.backbone, args, kwargs)
         finally:
-            for buffers, name, buffer, version, value in before:
-                buffers[name] = buffer
-                if buffer._version != version:
-                    with torch.no_grad():
-                        buffer.copy_(value)
+            moved = []
+            for module, held in before:
+                for name, own in held.items():
+                    now, wanted = module._buffers.get(name), None if own is None else copies[id(own)]
+                    if now is not wanted or (now is not None and now._version != versions[id(own)]):
+                        moved.append(module)
+                module._buffers.update(held)
+            self._hold(moved)
+
+    def hold_buffers(self) -> None:
+        """Keep modules of a frozen base that could move their buffers in evaluation mode, for calls that are not watched."""
+        self._hold(self._watched)
+
+    def _hold(self, modules: Iterable[nn.Module]) -> None:
+        self._still = (*self._still, *dict.fromkeys(modules))
+        self._watched = ()
+        for module in self._still:
+            module.training = False
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Make the network recompute activations in the backward pass instead of storing them.
@@ -310,6 +329,7 @@ class Network(nn.Module):
             switch(enable)
         except (AssertionError, NotImplementedError) as error:
             raise UserError(f"{self.base_name} cannot checkpoint activations: {error}") from None
+        self.hold_buffers()
         self.state.forget_checkpoints()
 
     def train(self, mode: bool = True):
@@ -501,12 +521,6 @@ def _with_buffers(backbone: nn.Module) -> Iterable[nn.Module]:
     saved = (own for name, own in backbone._buffers.items() if name not in backbone._non_persistent_buffers_set)
     if any(own is not None and (own.is_floating_point() or not own.dim()) for own in saved):
         yield backbone
-
-
-def _held_buffers(module: nn.Module) -> list[tuple[dict, str, Tensor, int, Tensor]]:
-    """Return where each of a module's own buffers is held, its name, the buffer, its version and a copy."""
-    held = ((name, own) for name, own in module._buffers.items() if own is not None)
-    return [(module._buffers, name, own, own._version, own.clone()) for name, own in held]
 
 
 def _whole_number(value: Any) -> int | None:

@@ -70,14 +70,21 @@ def wrap(
         for name, value in list(
             vars(parent).items()
         ):  # layers that the network also holds in a list, and may call there
-            if not name.startswith("_"):
+            if not name.startswith("_") and _holds(value, replacement):
                 vars(parent)[name] = _with_places(value, replacement)
+                state.hides_layers = True
     for wrapper in units:
         wrapper.shortcut = replacement.get(id(wrapper.shortcut), wrapper.shortcut)
         inner = list(wrapper.base.modules())
         holds_places = any(isinstance(module, Place) for module in inner)
         wrapper.changes_itself = frozen and not holds_places and next(wrapper.base.buffers(), None) is not None
     return replacement.get(id(net), net), units, norms
+
+
+def _holds(value: Any, replacement: dict[int, nn.Module]) -> bool:
+    """Return whether a plain attribute is or holds one of the modules."""
+    inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+    return id(value) in replacement or any(_holds(one, replacement) for one in inner)
 
 
 def _with_places(value: Any, replacement: dict[int, nn.Module]) -> Any:

@@ -29,8 +29,8 @@ from taps.multitask.trees import flatten, map_tensors, run_head, tensors
 class SharedPass:
     """The stored calls of modules in one pass of several tasks."""
 
-    def __init__(self, tasks: Sequence[str]) -> None:
-        self.tasks = tuple(tasks)
+    def __init__(self, tasks: Sequence[str], hides_layers: bool = False) -> None:
+        self.tasks, self.hides_layers = tuple(tasks), hides_layers
         self.records: dict[Hashable, list[_Record]] = {}
         self.is_inside = False
         #: ids of the tensors that several tasks may get: the call's own and outputs in the records, which keep them alive
@@ -98,7 +98,7 @@ class OneOfSeveral(OneTask):
         super().__init__(task)
         self.shared = shared
         #: whether the task has computed anything that may differ from the other tasks
-        self.has_differed = False
+        self.has_differed = shared.hides_layers
 
     def run(self, place: Place, args: tuple, kwargs: dict):
         ready = place.ready.get(self.task)
@@ -337,7 +337,7 @@ def outputs(model: Network, view: SharedView, args: tuple, kwargs: dict, tasks: 
     if len(tasks) == 1:
         return {tasks[0]: model.heads[tasks[0]](model.run(tasks[0], args, kwargs))}
     args, kwargs = outside_of_inference(args, kwargs)
-    shared, found = SharedPass(tasks), {}
+    shared, found = SharedPass(tasks, model.state.hides_layers), {}
     with _outside_of_inference():
         for task, given in zip(tasks, _unchanged(args, kwargs), strict=False):
             found[task] = run_head(model.heads[task], view.run(OneOfSeveral(task, shared), *given))
@@ -427,7 +427,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor, **inputs) -> dict[str, Tensor]:
         args, kwargs = outside_of_inference((x,), inputs)
-        shared, found = SharedPass(self.tasks), {}
+        shared, found = SharedPass(self.tasks, self.state.hides_layers), {}
         with _outside_of_inference():
             each = zip(self.tasks, self._views, self.heads, _unchanged(args, kwargs), strict=False)
             for task, view, head, given in each:
@@ -463,6 +463,7 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
         tensors_of.update((id(tensor), memo[id(tensor)]) for tensor in loose if id(tensor) in memo)
     heads = {task: copy.deepcopy(model.heads[task]) for task in tasks}
     made = Predictor(networks, heads).eval()
+    made.state.hides_layers = model.state.hides_layers
     made.networks.requires_grad_(False)
     return made
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import timm
-from timm.layers import DropPath
 from torch import nn
 
 from taps.errors import UserError, unknown
@@ -87,11 +87,10 @@ def _with_origin(net: nn.Module, name: str, weights: str, options: dict, path: s
 
 def structure_of(net: nn.Module) -> str:
     """Return a hash of a network's modules, without those that do nothing in evaluation mode."""
-    idle = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)
     lines = [
-        f"{name}:{type(module).__name__}({module.extra_repr()})"
+        f"{name}:{type(module).__name__}({re.sub(r'momentum=[^,]*,? ?', '', module.extra_repr())})"
         for name, module in net.named_modules()
-        if not isinstance(module, idle)
+        if not isinstance(module, nn.Identity) and "Drop" not in type(module).__name__
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -35,38 +35,43 @@ _KINDS: Mapping[object, Callable[[str, bool, str | Path | None, Mapping], nn.Mod
 
 
 def origin_of(net: nn.Module) -> dict:
-    """Return how a network was made, for :func:`rebuild`; empty if that is not known.
+    """Return how a network was made, for :func:`rebuild`; empty if it is not one of timm's.
 
-    A network that was changed since, or made with options that a file cannot hold, such as another activation, is not known.
-
-    Keys: ``model``, its name; ``kind``, in multi-task benchmarks ``"maps"``, ``"series"`` or ``"volumes"``; ``weights``:
+    Keys: ``model``, its name, ``None`` for a network that was changed since, or made with options that a file cannot hold, such as
+    another activation; ``kind``, in multi-task benchmarks ``"maps"``, ``"series"`` or ``"volumes"``; ``weights``:
     ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with its ``file`` name); ``options`` of the function that
     makes it.
     """
+    return checked(*described(net))
+
+
+def described(net: nn.Module) -> tuple[dict, str | None]:
+    """Return :func:`origin_of` a network as it seems, and if that has to be :func:`checked` the network's structure."""
     if "taps_origin" in net.__dict__:
         is_unchanged = net.__dict__.get("taps_structure") in (None, structure_of(net))
-        return dict(net.taps_origin) if is_unchanged else {}  # type: ignore[arg-type]
+        return dict(net.taps_origin) if is_unchanged else {"model": None}, None  # type: ignore[arg-type]
     config = getattr(net, "pretrained_cfg", None) or {}
     if not config.get("architecture") or not type(net).__module__.startswith("timm."):
-        return {}
+        return {}, None
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     size = getattr(getattr(net, "patch_embed", None), "img_size", None)
     resized = isinstance(size, tuple) and size[-1] != config["input_size"][-1]
     options = {"img_size": size[-1]} if resized else {}
-    return {"model": name, "weights": "pretrained", "options": options} if _is_as_made(net, name, options) else {}
+    return {"model": name, "weights": "pretrained", "options": options}, structure_of(net)
 
 
-def _is_as_made(net: nn.Module, name: str, options: Mapping) -> bool:
-    """Return whether timm makes such a network under this name, without further options and changes."""
+def checked(origin: dict, structure: str | None) -> dict:
+    """Return a description, or one of an unknown network if timm makes another one under its name."""
+    if structure is None:
+        return origin
     try:
-        with torch.random.fork_rng(devices=[]):
-            plain = timm.create_model(name.split(".")[0], **options)
-    except Exception:  # which need not know the name, as on the hub
-        return True
-    if structure_of(plain.to("meta")) == (found := structure_of(net)):
-        return True
-    plain.reset_classifier(0)
-    return structure_of(plain) == found
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            plain = timm.create_model(origin["model"].split(".")[0], **origin["options"])
+        found = structure_of(plain)
+        plain.reset_classifier(0)
+    except Exception:  # a name that this version of timm does not know, as on the hub
+        return origin
+    return origin if structure in (found, structure_of(plain)) else {"model": None}
 
 
 def rebuild(origin: Mapping, path: str | Path | None = None, is_empty: bool = False) -> nn.Module:

@@ -56,6 +56,8 @@ def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list
     prepared = []
     for task in tasks:
         task = replace(task, known_digest=task.digest())
+        # Divided first, so that what cannot be read does not decide which images are for validation.
+        task = split_validation(task, options.val_fraction, options.seed)
         if options.skip_bad_images:
             task, bad = without_bad_images(task, options.workers, ToRGB(options.background, options.published))
             if bad:
@@ -69,7 +71,6 @@ def prepare_tasks(options: AdaptationSettings, accelerator: Accelerator) -> list
                     f"task {task.name}: {len(missing)} listed images do not exist, e.g. {missing[0]}; complete the data or "
                     "use --skip_bad_images"
                 )
-        task = split_validation(task, options.val_fraction, options.seed)
         if options.no_flip:
             task = replace(task, flip=False)
         if task.name in RESERVED:

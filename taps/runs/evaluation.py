@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,9 +61,16 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
         if missing:
             raise UserError(f"{folder}: task {missing[0]} has not been tested; leave out --no_test")
     else:
+        stored = files.read_json(folder / "settings.json").get("data", {})
         read = opening.read_data(given.dataset or options.dataset, options, all_tested=bool(given.dataset))
         data = {task.name: task for task in read}
-        stored = files.read_json(folder / "settings.json").get("data", {}) if not given.dataset else {}
+        if given.dataset:  # the run's data, which may have moved, is divided as in the run
+            with suppress(UserError):
+                divided = opening.read_data(given.dataset, options)
+                data.update(
+                    {one.name: one for one in divided if one.name in stored and one.is_known_as(stored[one.name])}
+                )
+            stored = {}
         for name, task in data.items():
             for note in task.notes if given.dataset and name in names else ():
                 say(f"{name}: {note}")

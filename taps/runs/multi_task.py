@@ -373,7 +373,7 @@ class MultiTask:
     # -- testing -------------------------------------------------------------------------------------------------
 
     def test(self) -> None:
-        """Test each trained stage once, and write the table and the pictures."""
+        """Test each trained stage that was not tested with these options, and write the table and the pictures."""
         options, tasks = self.options, self.benchmark.tasks
         single = self._reference()
         if options.method == "single_task":

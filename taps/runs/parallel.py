@@ -70,18 +70,18 @@ class Job:
         folder, own = self.experiment.folder, RunFolder(self.path)
         record = checkpoint.read_record(folder.state_path)
         was_begun = record is not None and record["tasks"] == [self.task]
-        if (was_begun or folder.finished_epochs(self.task)) and not self.path.is_dir():
-            building = RunFolder(self.path.with_name(f".{self.task}"))  # the folder appears as a whole
-            shutil.rmtree(building.path, ignore_errors=True)
-            building.path.mkdir(parents=True)
-            for name in ("settings.json", "settings.txt"):
-                shutil.copy(folder.path / name, building.path / name)
+        record_path = self.path / "settings.json"  # written last: until then nothing is handed over
+        if (was_begun or folder.finished_epochs(self.task)) and not record_path.is_file():
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            shutil.copy(folder.path / "settings.txt", self.path)
             if folder.task_path(self.task).is_dir():
-                shutil.copytree(folder.task_path(self.task), building.task_path(self.task))
+                shutil.copytree(folder.task_path(self.task), own.task_path(self.task))
             if was_begun:
-                shutil.copytree(folder.state_path.parent, building.state_path.parent)
-            building.add_metrics([row for row in folder.rows if row["task"] == self.task])
-            os.rename(building.path, self.path)
+                shutil.copytree(folder.state_path.parent, own.state_path.parent)
+            own.add_metrics([row for row in folder.rows if row["task"] == self.task])
+            with whole(record_path) as temporary:
+                shutil.copy(folder.path / "settings.json", temporary)
             if was_begun:
                 shutil.rmtree(folder.state_path.parent)
         self.rows = len(own.read_metrics())

@@ -5,8 +5,8 @@
 <experiment>/trade_off.png      mean accuracy against size, with the standard deviation over seeds
 <experiment>/opened/            states from which runs that have begun alike go on; deleted when the last run is finished
 
-What runs have in common is trained once where that is exact: the warm-up of runs that differ in λ, and the open phase of runs that
-differ in the size of ``--budget``.
+What runs have in common is trained once where that is exact: the warm-up of runs that differ in λ, and the open phase of sizes
+that train alike.
 """
 
 from __future__ import annotations

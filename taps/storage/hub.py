@@ -162,7 +162,7 @@ def model_card(description: dict, repository: str) -> str:
     precise = description.get("metric") == AVERAGE_PRECISION
     accuracy, images = description.get("accuracy"), (description.get("provenance") or {}).get("images", {})
     tuned = [row["name"] for row in description["units"] if is_tuned(row)]
-    architecture = str(base.get("model", base["name"])).removeprefix(PREFIX)
+    architecture = str(base.get("model") or base["name"]).removeprefix(PREFIX)
     rows = {
         "base": f"`{architecture}`, fingerprint `{base['fingerprint'][:16]}`",
         "method": f"`{description['method']}`, norms `{description['norm']}`",
@@ -174,7 +174,7 @@ def model_card(description: dict, repository: str) -> str:
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     base_model = (
-        f"base_model: {architecture if '/' in architecture else f'timm/{architecture}'}\n" if "model" in base else ""
+        f"base_model: {architecture if '/' in architecture else f'timm/{architecture}'}\n" if base.get("model") else ""
     )
     return f"""---
 library_name: taps

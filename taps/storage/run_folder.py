@@ -40,14 +40,13 @@ FREE_ON_RESUME = (
 
 
 def _is_finished(state: Path, epochs: int) -> bool:
-    """Return whether the tasks of a checkpoint, if there is one, were trained and tested; ``--patience`` may end that early."""
+    """Return whether the tasks of a checkpoint, if there is one, were trained and tested, perhaps ended early by ``--patience``."""
     record = checkpoint.read_record(state)
     if record is None:
         return True
     folder = RunFolder(state.parents[1])
     folder.rows = folder.read_metrics()
-    finished = [folder.finished_epochs(task) for task in record["tasks"]]
-    return all(finished) and (min(finished) >= epochs or record["progress"]["epoch"] >= min(finished))
+    return all(folder.finished_epochs(task) >= epochs for task in record["tasks"])
 
 
 def versions() -> dict[str, str]:

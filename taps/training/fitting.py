@@ -231,8 +231,11 @@ def _restored_if_interrupted(model: TaskModel, task: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        device = next(model.backbone.parameters()).device  # to which training may have moved the model
         for modules, held in before:
-            modules[task] = held
+            modules[task] = held.to(device)
+        for norm in model.task_norms:
+            norm.fade(task, 0.0)
         raise
 
 

@@ -221,7 +221,7 @@ class _Run:
         self.accelerator, self.state_path, self.stop, self.fork = accelerator, state_path, stop, fork
         self.criteria = dict(criterion) if isinstance(criterion, Mapping) else dict.fromkeys(tasks, criterion)
         defaults = model.method.defaults(model, recipe)
-        self.phases, self.decay = recipe.phases(model), defaults.decay
+        self.phases, self.decay, self.rate = recipe.phases(model), defaults.decay, defaults.rate
         if fork is not None:
             self.fork = start_file(fork, defaults)
         self.epochs = [phase_at(self.phases, epoch) for epoch in range(recipe.epochs)]  # the phase each starts in
@@ -243,6 +243,8 @@ class _Run:
         self.parallel, *prepared = accelerator.prepare(model, *optimizers, *loaders.values())
         self.optimizers = dict(zip(self.recipes, prepared, strict=False))
         self.loaders = dict(zip(loaders, prepared[len(optimizers) :], strict=True))
+        if recipe.compile:
+            model.hold_buffers()
         self.forward = torch.compile(self.parallel) if recipe.compile else self.parallel
         self.roles = model.roles(*tasks)
         self.mix = mixing(recipe, model, tasks)
@@ -263,6 +265,12 @@ class _Run:
         record = checkpoint.read_record(path)
         if record is None:
             raise UserError(f"{path} does not exist: there is nothing to continue")
+        rate = record["progress"].get(
+            "rate", 1.0
+        )  # not stored before version 0.18, whose rates did not depend on a size
+        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
+            group.update({name: group[name] * rate / self.rate for name in ("lr", "initial_lr")})
+        self.rate = rate
         phases = [list(phase[:2]) for phase in record["progress"].get("phases") or ()]
         if phases != self._schedule() and (phases or any(phase.begin for phase in self.phases)):
             raise UserError(
@@ -277,7 +285,8 @@ class _Run:
             self.average.load(checkpoint.read_average(path))
         if not self.accelerator.is_main_process:  # the first process continues the sums over all processes
             counters.update(sums={})
-        counters.pop("phases", None)
+        for name in ("phases", "rate"):
+            counters.pop(name, None)
         self.progress = Progress(**counters)
 
     def _schedule(self) -> list[list]:
@@ -298,7 +307,7 @@ class _Run:
         self.check_finite(self.progress.epoch + (self.progress.batch > 0))
         path = path or self.state_path
         if path is not None:
-            counters = {**vars(self.progress), "sums": self._sums(), "phases": self._schedule()}
+            counters = {**vars(self.progress), "sums": self._sums(), "phases": self._schedule(), "rate": self.rate}
             average = None if self.average is None else self.average.values
             checkpoint.save(path, self.model, self.tasks, self.optimizers, self.accelerator, counters, average)
 

@@ -274,6 +274,8 @@ def weights_plan(options: MultiTaskSettings, sizes: dict[str, int], seed: int) -
                 f"--settle_iterations {options.settle_iterations} leave none of {total} steps for gates to learn"
             )
         settle = options.settle_iterations / steps
+        if epochs > 1:  # whole epochs, as runs of earlier versions have them
+            settle = min(max(round(settle), 1), epochs - 1)
     if not learns_policy(options.method):  # the method's own phases
         warm = min(options.warmup_iterations / steps, epochs)
         return Plan(None, {"train": steps}, _recipe(options, steps, seed, epochs=epochs, warmup_epochs=warm))

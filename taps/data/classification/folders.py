@@ -86,15 +86,11 @@ def _tasks_of(path: Path, reading: Reading) -> list[TaskData]:
     if inner:
         return [read_folder(folder, reading) for folder in inner]
     names = [folder.name for folder in folders]
-    if len(names) > 1 and set(names) <= {*domainnet.DOMAINS, "txt"}:
+    if len(names) > 1 and set(names) <= {*domainnet.DOMAINS, "txt"} and not any(map(direct_images, folders)):
         raise UserError(
             f"{path} lacks DomainNet's lists: put {names[0]}_train.txt and {names[0]}_test.txt there, or in txt/"
         )
-    splits = [name for name in names if re.split(r"[^a-z]+", name.lower())[-1] in _SPLIT_OF]
-    if len(splits) > 1 and splits == names:
-        raise UserError(
-            f"{path} holds {' and '.join(splits[:3])}, which look like splits: rename them to train, val and test"
-        )
+    _refuse_undivided_splits(path, names)
     filled = [folder for folder in folders if list_images(folder)]
     if len(filled) > 1:
         return [read_folder(path, reading)]
@@ -114,15 +110,38 @@ def is_divided(path: Path) -> bool:
 def split_folders(path: Path) -> dict[str, Path]:
     """The folders with the training, validation and test images of a folder, by split.
 
-    A folder of images without folders inside is a class, whatever its name: DomainNet has one that is called ``train``.
+    A folder of images without folders inside is a class, whatever its name, unless another split lies beside it: DomainNet has a
+    class that is called ``train``. So is one with another name than those in lower case that stands alone (``Training``).
     """
     found = sorted(folder for folder in path.iterdir() if folder.name.lower() in _SPLIT_OF and folder.is_dir())
     found.sort(key=lambda folder: _SPLIT_OF[folder.name.lower()] != folder.name)  # what is named exactly so comes first
     splits: dict[str, Path] = {}
     for folder in found:
-        if any(inner.is_dir() for inner in folder.iterdir()) or not direct_images(folder):
-            splits.setdefault(_SPLIT_OF[folder.name.lower()], folder)
+        splits.setdefault(_SPLIT_OF[folder.name.lower()], folder)
+    hold_classes = [_holds_classes(folder) for folder in splits.values()]
+    usual = {"train", "test", *_SPLITS["val"]}
+    if not any(hold_classes) or (len(splits) == 1 and not {folder.name for folder in splits.values()} <= usual):
+        return {}
     return {split: splits[split] for split in _SPLITS if split in splits}
+
+
+def _holds_classes(folder: Path) -> bool:
+    inner = any(one.is_dir() and not is_hidden(one, folder) for one in folder.iterdir())
+    return inner or not direct_images(folder)
+
+
+def _refuse_undivided_splits(path: Path, names: Sequence[str]) -> None:
+    """Raise a ``UserError`` if folders of a folder of classes are called like splits, as ``seg_train`` and ``seg_test``."""
+    alike: dict[str, dict[str, str]] = {}
+    for name in names:
+        before, word = re.fullmatch(r"(.*?)([a-z]*)", name.lower()).groups()  # type: ignore[union-attr]
+        if word in _SPLIT_OF:
+            alike.setdefault(before, {})[_SPLIT_OF[word]] = name
+    for before, found in alike.items():
+        if len(found) > 1:
+            shown = " and ".join(sorted(found.values()))
+            hint = "rename them to train, val and test" if before else "in each, give every class a folder"
+            raise UserError(f"{path} holds {shown}, which look like splits: {hint}")
 
 
 def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
@@ -138,7 +157,8 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
     reading = reading or Reading()
     path = path if path.name else path.resolve()
     where = split_folders(path)
-    if not {"train", "test"} & where.keys():
+    is_split = bool({"train", "test"} & where.keys())
+    if not is_split:
         where = {"train": path}
     tests_validation = "test" not in where and "val" in where
     if tests_validation:
@@ -177,6 +197,13 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
     }
     if deep:
         notes.append(f"images in subfolders belong to the class above them: {domainnet.first_three(sorted(deep))}")
+    beside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not is_hidden(folder, path)]
+    beside = [folder for folder in beside if is_split and folder not in where.values()]
+    left_out = [
+        folder.name for folder in beside if any(map(direct_images, (folder, *filter(Path.is_dir, folder.iterdir()))))
+    ]
+    if left_out:
+        notes.append(f"folders with images beside the splits are left out: {domainnet.first_three(left_out)}")
     apart = [image for folder in where.values() for image in direct_images(folder)]
     if apart:
         notes.append(f"{len(apart)} images are in no class folder and left out, e.g. {apart[0]}")
@@ -196,7 +223,9 @@ def read_folder(path: Path, reading: Reading | None = None) -> TaskData:
         stretch="cropped" in path.name.lower() if reading.cropped is None else reading.cropped,
         notes=tuple(notes),
     )
-    return task if "test" in samples else split_test(task, reading)
+    if "test" in samples:
+        return task
+    return split_test(task, replace(reading, all_tested=False) if is_split else reading)
 
 
 def split_test(task: TaskData, reading: Reading) -> TaskData:
@@ -262,9 +291,7 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
         image, label = str(path.parent / row["path"]), label_of(line, row)
         if image in seen and seen[image] != (split, label):
             what = (
-                "split"
-                if seen[image][1] == label
-                else "label; several labels belong into one line of a column 'labels'"
+                "split" if seen[image][1] == label else "label; several labels belong in one line of a column 'labels'"
             )
             raise UserError(f"{path}, line {line}: {row['path']} is there twice, with another {what}")
         seen[image] = split, label
@@ -284,6 +311,8 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
         stretch=bool(reading.cropped),
         is_listed=True,
     )
+    if reading.all_tested and not task.test and task.val:
+        return replace(task, train=(), val=None, test=task.val)
     return task if task.test else split_test(task, reading)
 
 

@@ -329,6 +329,7 @@ def _images_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(place)
+        folders.sort()  # so that of two links to a folder the same one counts everywhere
         found += [path for path in (Path(inner, name) for name in names) if _is_image(path)]
     return sorted(found)
 
