@@ -18,7 +18,8 @@ bit per weight; those of ``taps_budget`` are the length of its file.
 All rows train on the training images and are tested once, after the last epoch. Settings in ``ROWS`` were chosen with
 ``--tune --tasks 3 --images 160``, which holds back a quarter of the training images and never reads the test images. Only some
 of its combinations were tried; rank 1 uses the settings of rank 8, and 35 % and 50 % those of 10 %. How budgets are trained was
-chosen on 160 of the training images of four tasks, seeds 100 and 101; ComPEFT's scale on those of two, seed 100.
+chosen on 160 of the training images of four tasks, seeds 100 and 101, and their rates as ``docs/budget.md`` says; ComPEFT's scale
+on those of two, seed 100.
 """
 
 from __future__ import annotations
