@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (
     "backbones", "choices", "commands", "compact_files", "config_files", "context_data", "data", "dense_data", "docs",
-    "encoding", "front_door", "install", "joint", "mtl", "notebook", "parallel", "plots", "recipes", "serving", "stays",
+    "encoding", "files", "front_door", "install", "joint", "mtl", "notebook", "parallel", "plots", "published", "recipes", "serving", "stays",
     "sub_tasks", "train", "trainer", "two_processes", "volumes", "weights",
 )  # fmt: skip
 #: networks of ``cases.py`` small enough for ``make test-fast``
@@ -37,24 +37,26 @@ QUICK_NETWORKS = ("narrow", "vit", "series", "volumes", "residual_series", "resi
 LONGEST = ("two_processes", "parallel", "install", "serving", "sub_tasks", "sweeps", "joint", "commands")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    """Mark the slow tests, and sort the longest first."""
+def pytest_itemcollected(item):
+    """Mark the slow tests."""
     from cases import NETWORKS
 
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    case = values.get("case")
+    network = case[0] if isinstance(case, tuple) else values.get("network")
+    runs_programs = bool({"command", "here"} & set(getattr(item, "fixturenames", ())))
+    is_large = (
+        isinstance(network, str) and network in NETWORKS and network not in QUICK_NETWORKS
+    ) or "published_networks" in item.name
+    if runs_programs or is_large or item.path.stem.removeprefix("test_") in SLOW_FILES:
+        item.add_marker("slow")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Sort the longest first."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
-
-    for item in items:
-        values = item.callspec.params if hasattr(item, "callspec") else {}
-        case = values.get("case")
-        network = case[0] if isinstance(case, tuple) else values.get("network")
-        runs_programs = bool({"command", "here"} & set(getattr(item, "fixturenames", ())))
-        is_large = (
-            isinstance(network, str) and network in NETWORKS and network not in QUICK_NETWORKS
-        ) or "published_networks" in item.name
-        if runs_programs or is_large or item.path.stem.removeprefix("test_") in SLOW_FILES:
-            item.add_marker("slow")
 
 
 def pytest_collection_finish():
