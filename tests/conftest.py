@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (
     "backbones", "choices", "commands", "compact_files", "config_files", "context_data", "data", "dense_data", "docs",
-    "encoding", "files", "front_door", "install", "joint", "mtl", "notebook", "parallel", "plots", "published", "recipes", "serving", "stays",
-    "sub_tasks", "train", "trainer", "two_processes", "volumes", "weights",
+    "encoding", "files", "front_door", "install", "joint", "mtl", "notebook", "parallel", "plots", "published", "recipes",
+    "serving", "stays", "sub_tasks", "train", "trainer", "two_processes", "volumes", "weights",
 )  # fmt: skip
 #: networks of ``cases.py`` small enough for ``make test-fast``
 QUICK_NETWORKS = ("narrow", "vit", "series", "volumes", "residual_series", "residual_volumes", "perceptron")
