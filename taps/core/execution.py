@@ -212,8 +212,27 @@ class Place(nn.Module):
     base: nn.Module
     #: for each task that is no longer trained, the plain module that replaces the place in evaluation mode
     ready: dict[str | None, nn.Module]
-    #: names of attributes that are the place's, not those of the base module
-    own_attributes = frozenset({"name", "state", "base", "ready", "training", "forward"})
+    #: names of attributes that are a unit's or a norm's own, not those of the base module
+    own_attributes = frozenset(
+        [
+            "name",
+            "state",
+            "base",
+            "ready",
+            "training",
+            "forward",
+            "parameter_names",
+            "shortcut",
+            "gates",
+            "deltas",
+            "changes_itself",
+            "policy",
+            "frozen",
+            "position",
+            "parent",
+            "norms",
+        ]
+    )
 
     @property  # type: ignore[misc]
     def __class__(self):

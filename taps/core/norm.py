@@ -43,8 +43,6 @@ class TaskNorm(Place):
         parent: index of the enclosing unit, ``None`` if there is none.
     """
 
-    own_attributes = Place.own_attributes | {"policy", "frozen", "position", "parent", "norms"}
-
     def __init__(
         self,
         name: str,

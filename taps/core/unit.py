@@ -28,9 +28,8 @@ from taps.errors import UserError
 class GatedUnit(Place):
     """A module of the base network with one gate per task and, where the gate may use them, deltas.
 
-    It replaces the base module, and calls it directly without a task or where the gate's decision changes nothing. Attributes of
-    the base module (``conv.stride``, ``qkv.weight``) can be read here, parameters with their effective value for the current
-    task.
+    It replaces the base module, and calls it directly without a task or where the gate's decision changes nothing. Its attributes
+    (``conv.stride``, ``qkv.weight``) can be read here, parameters with their effective value for the current task.
 
     Args:
         name: the unit's dotted name in the unwrapped network.
@@ -61,8 +60,6 @@ class GatedUnit(Place):
         y = self.shortcut(x)
         rows = run.nonzero().flatten()  # the unit is not computed for samples that skip it
         return y.index_copy(0, rows, f(x[rows], *args[1:], **kwargs).to(y.dtype)) if rows.numel() else y
-
-    own_attributes = Place.own_attributes | {"parameter_names", "shortcut", "gates", "deltas", "changes_itself"}
 
     def __init__(
         self, name: str, base: nn.Module, names: tuple[str, ...], state: State, shortcut: nn.Module | None = None
@@ -97,12 +94,10 @@ class GatedUnit(Place):
 
     def decision_for(self, task: str | None, x: Tensor | None) -> Decision:
         """Return the gate's decision; without a task, the base runs."""
-        if task is None:
-            return Decision()
         gate: Gate | None = self.gates.get(task)
-        if gate is None:
+        if gate is None and task is not None:
             raise UserError(f"task {task!r} was removed while it ran")
-        return gate(x, self.state)
+        return Decision() if gate is None else gate(x, self.state)
 
     def settled_decision(self, task: str | None) -> Decision | None:
         gate: Gate | None = self.gates.get(task)
@@ -110,16 +105,12 @@ class GatedUnit(Place):
 
     def sharing_key(self, decision: Decision) -> str | None:
         """Return ``"base"`` or ``"skip"``, shared by all tasks with that decision, or ``None`` if this task differs."""
-        if isinstance(decision.run, Tensor):
+        if isinstance(decision.run, Tensor) or decision.run not in (0.0, 1.0):
             return None
-        if decision.run == 0.0:
-            return "skip"
-        return "base" if decision.run == 1.0 and not decision.uses_delta else None
+        return "skip" if decision.run == 0.0 else None if decision.uses_delta else "base"
 
     def base_parameters(self) -> dict[str, Tensor]:
-        return {
-            name: attrgetter(name)(self.base) for name in self.parameter_names
-        }  # also while others stand in for them
+        return {name: attrgetter(name)(self.base) for name in self.parameter_names}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the base's parameters that a task may replace here; without deltas, those that it may skip."""
@@ -188,11 +179,11 @@ class GatedUnit(Place):
 
     def attribute(self, name: str):
         """Return an attribute of the base; parameters with deltas have their effective value for the current task."""
+        read = self.state.reading.read
         if name in self.parameter_names or (len(self.deltas) and inspect.ismethod(getattr(self.base, name, None))):
-            return self.state.reading.read(partial(self._read, name=name))
+            return read(partial(self._read, name=name))
         inner = [own.removeprefix(f"{name}.") for own in self.parameter_names if own.startswith(f"{name}.")]
         if inner and self.state.call is not None:  # e.g. attention.out_proj.weight, which fast paths read
-            read = self.state.reading.read
             return SimpleNamespace(**{own: read(partial(self._read, name=f"{name}.{own}")) for own in inner})
         return getattr(self.base, name)
 
