@@ -212,27 +212,8 @@ class Place(nn.Module):
     base: nn.Module
     #: for each task that is no longer trained, the plain module that replaces the place in evaluation mode
     ready: dict[str | None, nn.Module]
-    #: names of attributes that are a unit's or a norm's own, not those of the base module
-    own_attributes = frozenset(
-        [
-            "name",
-            "state",
-            "base",
-            "ready",
-            "training",
-            "forward",
-            "parameter_names",
-            "shortcut",
-            "gates",
-            "deltas",
-            "changes_itself",
-            "policy",
-            "frozen",
-            "position",
-            "parent",
-            "norms",
-        ]
-    )
+    #: whether the place has all attributes of its own; further ones are those of the base module
+    _is_made = False
 
     @property  # type: ignore[misc]
     def __class__(self):
@@ -258,8 +239,10 @@ class Place(nn.Module):
         return self.attribute(name)
 
     def __setattr__(self, name: str, value) -> None:
-        base = self.__dict__.get("_modules", {}).get("base")
-        if base is None or name.startswith("_") or name in self.own_attributes or not hasattr(base, name):
+        is_own = (
+            not self._is_made or name.startswith("_") or name == "forward" or name in {**self.__dict__, **self._modules}
+        )
+        if is_own or not hasattr(self.base, name):
             super().__setattr__(name, value)
         elif isinstance(value, (Tensor, nn.Module)) or hasattr(type(self), name):
             raise UserError(

@@ -64,6 +64,7 @@ class TaskNorm(Place):
         self._always: set[str] = set()
         self._fading: dict[str, float] = {}
         self._feeder = (feeder,)  # in a tuple, so that it is not registered as a submodule
+        self._is_made = True
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 

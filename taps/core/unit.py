@@ -70,6 +70,7 @@ class GatedUnit(Place):
         self.gates, self.deltas = TaskDict(), TaskDict()
         self.ready: dict[str | None, nn.Module] = {}
         self.changes_itself = False  # whether calls change its buffers, as those of spectral norm do
+        self._is_made = True
 
     def _effective(self, task: str | None, decision: Decision) -> nn.Module:
         """Return f(·; W + specific ⊙ δ)."""

@@ -35,7 +35,6 @@ _DEAD, _COARSE = (
     0.1,
     0.5,
 )  # part of a step by which fewer weights are rounded up to the first, if the error may exceed this
-_LARGEST = 32767  # number of steps that the code holds
 _LINE = 64  # values of a vector in a row of the matrix that is coded
 
 
@@ -65,7 +64,7 @@ def _range_coded(delta: Tensor, max_error: float, quick: bool = False) -> Tensor
     """
     flat = delta.float().flatten()
     step = float(flat.square().mean().sqrt()) * max(_STEP * max_error, 1e-4) if len(flat) else 0.0
-    least = float(flat.abs().max()) / _LARGEST if len(flat) else 0.0
+    least = float(flat.abs().max()) / range_code.LARGEST if len(flat) else 0.0
     for _ in range(40):
         steps, scale = _steps(flat, max(step, least), max_error)
         if step < least or float((steps * scale - flat).norm()) <= max_error * float(flat.norm()):
@@ -75,7 +74,7 @@ def _range_coded(delta: Tensor, max_error: float, quick: bool = False) -> Tensor
 
 
 def _steps(flat: Tensor, step: float, max_error: float) -> tuple[Tensor, float]:
-    steps = whole_steps(flat, max(step, 1e-30), _dead(max_error)).clamp_(-_LARGEST, _LARGEST)
+    steps = whole_steps(flat, max(step, 1e-30), _dead(max_error)).clamp_(-range_code.LARGEST, range_code.LARGEST)
     return steps, float((flat * steps).sum() / steps.square().sum().clamp(min=1e-30))
 
 

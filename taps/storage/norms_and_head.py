@@ -24,6 +24,7 @@ from taps.core.norm import TaskNorm, norm_tensors
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.storage.encoding import EncodedDelta, code_steps, encode_as
+from taps.storage.range_code import LARGEST
 
 #: the encoded columns of norms
 _COLUMNS = ("weight", "bias")
@@ -77,7 +78,7 @@ def encoded_small(
             base, scale = _base_column(norms, task, name)
             difference = (value - base) / scale
             # Channels without variance, whose folded weights are large, need longer steps.
-            own = max(step, float(difference.abs().max()) / 32767) if len(difference) else step
+            own = max(step, float(difference.abs().max()) / LARGEST) if len(difference) else step
             found[key] = EncodedDelta("range_coded", code_steps((difference / own).round_(), own))
         elif kind == "head" and with_head and tensor.is_floating_point() and value.dim() > 1:
             found[key] = encode_as("range_coded", value, min(_HEAD_ERROR * step, 0.9))

@@ -24,10 +24,10 @@ _LOWEST = (_ONE - 7) * _OCTAVE  # below, there is one context
 _CLASSES, _MIDDLE = 16, 9  # classes of rows, half an octave apart; the middle one has the matrix' mean
 _FEW, _SPARSE = 64, 0.25  # columns below which a row's class costs more than it saves, and mean below which it may
 _START, _GAIN = 4096, 512  # weights of the frequencies at the start, in sum, and of each number
-_LARGEST = (1 << 15) - 1  # magnitude
+LARGEST = (1 << 15) - 1  # magnitude
 _FIRST = np.array([*range(8), *((4 + part) << octave for octave in range(1, 13) for part in range(4))])  # of each bin
 _BITS = np.array([0] * 8 + [octave for octave in range(1, 13) for _ in range(4)])  # of a place in the bin
-_BIN = np.searchsorted(_FIRST, np.arange(_LARGEST + 1), side="right") - 1
+_BIN = np.searchsorted(_FIRST, np.arange(LARGEST + 1), side="right") - 1
 
 #: codes numbers by one distribution; in a decoder their values are ignored, only their count matters
 Turn = Callable[[np.ndarray, Any], np.ndarray]
@@ -130,7 +130,7 @@ def _frequencies() -> np.ndarray:
     for context in range(_CONTEXTS):
         mean = 1.25 * 2.0 ** ((_LOWEST + _WIDTH * context) / _OCTAVE - _ONE)
         ratio = (np.sqrt(1 + mean * mean) - 1) / mean  # P(m) ∝ ratio^m, twice for m > 0, has this mean
-        chances = 2 * np.cumprod(np.concatenate([[1.0], np.full(_LARGEST, ratio)]))
+        chances = 2 * np.cumprod(np.concatenate([[1.0], np.full(LARGEST, ratio)]))
         chances[0] = 1.0
         table[context] = np.add.reduceat(chances, _FIRST)
         table[context] *= _START / table[context].sum()
