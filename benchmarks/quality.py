@@ -3,23 +3,24 @@
     python benchmarks/quality.py                        # the demo's six tasks, three seeds, two processes: under forty minutes
     python benchmarks/quality.py --quick                # two tasks, one seed, half the epochs: a few minutes
     python benchmarks/quality.py --dataset A B --model_type resnet34 --input_size 224 --epochs 30 --images 0
-    python benchmarks/quality.py --tune                 # find each row's learning rate on validation images
+    python benchmarks/quality.py --tune                 # choose each row's settings on validation images
 
 Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets (with
 ``--controls`` also with layers in random order, from the first or from the last instead of chosen ones); LoRA by ``peft`` (Hu
 et al., 2022) on every convolution and linear layer that is not grouped; a mask of the base's weights (Piggyback, Mallya et al.,
 2018); the weights of each output with the largest gradients (GPS, Zhang et al., 2024); full fine-tuning whose weights are coded
-afterwards (``coded`` by this library, ``bitdelta``, ``compeft``). Each task has its own head, and its own
-norms except in the linear probe and where a row says otherwise: ``frozen norms`` uses the base's norms; ``as documented`` is one
-base with one adapter per task, whose batch norms keep updating their statistics with every task's images. The bytes of rivals
-are counted as float16 with batch norms folded (like ``save_task``'s compact files), positions at their entropy and masks at one
-bit per weight; those of ``taps_budget`` are the length of its file.
+afterwards (``coded`` by this library, ``bitdelta``, ``compeft``); ``qat``, deltas of all layers rounded alike (straight-through)
+while Adam trains; LoRA whose factors are coded afterwards, or have one bit per weight while they are trained, with full deltas of
+depthwise layers (``coded_lora``, ``one_bit_lora``). Each task has its own head, and its own norms except in the linear probe and
+where a row says otherwise: ``frozen norms`` uses the base's norms; ``as documented`` is one base with one adapter per task, whose
+batch norms keep updating their statistics with every task's images. The bytes of ``taps_budget``, ``coded`` and ``qat`` are the
+length of the file, and the last two rivals use the same codes. The bytes of the others are counted as float16 with batch norms
+folded (like ``save_task``'s compact files), positions at their entropy and masks at one bit per weight.
 
-All rows train on the training images and are tested once, after the last epoch. Settings in ``ROWS`` were chosen with
-``--tune --tasks 3 --images 160``, which holds back a quarter of the training images and never reads the test images. Only some
-of its combinations were tried; rank 1 uses the settings of rank 8, and 35 % and 50 % those of 10 %. How budgets are trained was
-chosen on 160 of the training images of four tasks, seeds 100 and 101, and their rates as ``docs/budget.md`` says; ComPEFT's scale
-on those of two, seed 100.
+All rows train on the training images and are tested once, after the last epoch; a row and seed that ``--output`` holds already is
+refused. ``--tune`` never reads the test images: it uses a copy of the demo that is made from what the demo trains on, other digits
+and other strips of the photographs for validation, or a quarter of the training images of other data sets. It tries nine
+combinations per row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import copy
 import itertools
 import multiprocessing
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -40,6 +42,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,7 +64,9 @@ from taps.storage.task_file import contents, packed_size  # noqa: E402
 from taps.training.loop import run_phases  # noqa: E402
 from taps.training.recipe import Recipe  # noqa: E402
 
-from rivals import AFTERWARDS, TASK, Row, code_afterwards, rival, use_adapter  # noqa: E402  isort: skip
+from rivals import (  # noqa: E402  isort: skip
+    AFTERWARDS, FACTORED, TASK, Row, add_factors, code_afterwards, code_factors, rival, use_adapter,
+)  # fmt: skip
 
 ROWS = (
     Row("finetune", lr=3e-3, optimizer="adam"),
@@ -81,6 +86,14 @@ ROWS = (
     Row("bitdelta", lr=3e-3, optimizer="adam"),
     Row("compeft", "5 %", lr=3e-3, optimizer="adam", scale=4.0),
     Row("compeft", "20 %", lr=3e-3, optimizer="adam", scale=2.0),
+    Row("qat", "0.3%", lr=3e-3, optimizer="adam"),
+    Row("qat", "1%", lr=3e-3, optimizer="adam"),
+    Row("qat", "3%", lr=3e-3, optimizer="adam"),
+    Row("coded_lora", "0.3%", lr=1e-2, optimizer="adam"),
+    Row("coded_lora", "1%", lr=1e-2, optimizer="adam"),
+    Row("coded_lora", "3%", lr=1e-2, optimizer="adam"),
+    Row("one_bit_lora", "0.3%", lr=1e-2, optimizer="adam"),
+    Row("one_bit_lora", "1%", lr=1e-2, optimizer="adam"),
     Row("taps_budget", "0.1%", lr=0.01, optimizer="split"),
     Row("taps_budget", "0.3%", lr=0.01, optimizer="split"),
     Row("taps_budget", "1%", lr=0.01, optimizer="split"),
@@ -93,14 +106,34 @@ CONTROLS = tuple(
     Row("taps_budget", "3%", lr=0.01, optimizer="split", layers=layers) for layers in ("random", "first", "last")
 )
 TUNED = {"sgd": (0.01, 0.02, 0.05), "split": (0.005, 0.01, 0.02), "adam": (1e-3, 3e-3, 1e-2)}
-SCALED = {"lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0), "compeft": (1.0, 2.0, 4.0)}
+SCALED = {
+    "lora": (1.0, 4.0, 16.0), "gradients": (1.0, 3.0, 10.0), "compeft": (1.0, 2.0, 4.0), "one_bit_lora": (1.0, 4.0, 16.0),
+}  # fmt: skip
+RANKS = {"coded_lora": (4, 8, 16)}
 
 
 @contextmanager
-def controlled(layers: str | None, seed: int) -> Iterator[None]:
-    """Assign a budget's bytes, inside the ``with`` block, to layers in this order, at about one bit per weight, until they are
-    spent; all deltas are rounded when coarse ones are."""
-    chosen, error, order = taps_budget.allocate, 0.55, {}
+def controlled(row: Row, seed: int) -> Iterator[None]:
+    """Assign a budget's bytes, inside the ``with`` block, to layers in the row's order, at about one bit per weight, until they are
+    spent, or to all layers alike (``qat``); all deltas are rounded when coarse ones are."""
+    chosen, error, order, layers = taps_budget.allocate, 0.55, {}, row.layers
+
+    def alike(model: taps.TaskModel, task: str, size: int, fine: float = 0.0, kept=None) -> dict[str, float | None]:
+        step = taps_budget._step(model, task, size)
+        left = taps_budget._left(model, task, size, step)
+        units = [unit for unit in model.units if task in unit.deltas and unit.gates[task].decide().uses_delta]
+        fixed = sum(taps_budget._fixed_bytes(model, unit, task, step) for unit in units)
+        for level in (0.02 * 1.12**power for power in range(60)):
+            taken = fixed
+            for unit in units:
+                way = [taps_budget._Choice(0, 0.0, level)]
+                taps_budget._measure(unit, task, way, 0, 0, set())
+                taken += way[0].size
+                if taken > left:
+                    break
+            else:
+                return {unit.name: level for unit in units}
+        raise UserError("too few bytes for all layers")
 
     def allocate(model: taps.TaskModel, task: str, size: int, fine: float = 0.0, kept=None) -> dict[str, float | None]:
         if not order:
@@ -119,7 +152,7 @@ def controlled(layers: str | None, seed: int) -> Iterator[None]:
                 left -= way[0].size
         return levels
 
-    taps_budget.allocate = allocate if layers else chosen
+    taps_budget.allocate = alike if row.method == "qat" else allocate if layers else chosen
     try:
         yield
     finally:
@@ -146,7 +179,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     accelerator = Accelerator(cpu=given.device == "cpu", rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **of_network(base))
-    method = {"coded": "taps_budget", **dict.fromkeys(AFTERWARDS[1:], "finetune")}.get(row.method, row.method)
+    with_budget = dict.fromkeys(("coded", "qat", *FACTORED), "taps_budget")
+    method = {**with_budget, **dict.fromkeys(AFTERWARDS[1:], "finetune")}.get(row.method, row.method)
     own = taps.adapt(copy.deepcopy(base), method) if method in taps.METHODS else None
     blank = taps.adapt(copy.deepcopy(base), "norm_only" if row.norms == "own" else "linear_probe")
     shared = None
@@ -156,6 +190,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
         "optimizer": row.optimizer,
         "lr": row.lr,
         "scale": row.scale,
+        "rank": row.rank,
+        "version": taps.__version__,
         "base_bytes": 4 * blank.base_parameters,
         "tasks": {},
     }
@@ -163,7 +199,7 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     probe = probe.to(accelerator.device)
     tasks = [task for task in tasks_of(given, seed) if given.only in (None, task.name)]
     for task in tasks:
-        tested = task.val if given.tune else task.test
+        tested = task.val if given.tune and given.dataset else task.test
         quiet = {"workers": 0, "seed": seed}
         loader, sampler = make_loader(
             task.train, prepare.transform(True, task.stretch, task.flip), 16, train=True, **quiet
@@ -183,26 +219,34 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             torch.manual_seed(seed)
         model.add_task(name, num_classes=len(task.classes))
         size = parse_budget(row.setting, model) if method == "taps_budget" else None
+        if row.method in FACTORED:
+            add_factors(row, model, name, size)
+        is_plain = row.method == "coded" or row.method in FACTORED
         whole = (Phase("open", given.epochs, penalty=0.0, trains=SETTLED),)
         lam = row.number if row.method == "taps" else 0.0
         recipe = Recipe(
             epochs=given.epochs, warmup_epochs=given.epochs / 12, settle_epochs=given.epochs * 0.75, lam=lam,
             budget=size, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
-            plan=whole if row.method == "coded" else None, decay="cosine" if row.method == "coded" else None,
+            plan=whole if is_plain else None, decay="cosine" if is_plain else None,
         )  # fmt: skip
         started = time.perf_counter()
-        with controlled(row.layers, seed):
+        with controlled(row, seed):
             run_phases(model, name, loader, sampler, recipe, accelerator)
-        if row.method in AFTERWARDS:
+        if row.method in (*AFTERWARDS, *FACTORED):
             plain, _ = make_loader(task.train, prepare.transform(False, task.stretch), 64, train=False)
-            extra = code_afterwards(row, model, name, plain, size)
+            if row.method in FACTORED:
+                taken = code_factors(model, name, plain, size)
+            else:
+                extra = code_afterwards(row, model, name, plain, size)
         trained = time.perf_counter()
         with evaluating(model):
             found = accuracy_by_class(model, name, accelerator.prepare(tests), accelerator, len(task.classes))
             score = found.accuracy
             evaluated = time.perf_counter()
             answers[task.name] = (model, name, model(probe, name), tests, len(task.classes))
-        if own is None:
+        if row.method in FACTORED:
+            size = taken
+        elif own is None:
             blank.add_task(TASK, num_classes=len(task.classes))
             size = packed_size(contents(blank, TASK, compact=True)[0]) + extra
             blank.remove_task(TASK)
@@ -227,9 +271,10 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
 
 
 def tasks_of(given: argparse.Namespace, seed: int) -> list[TaskData]:
-    """Return the tasks with the requested number of training images; ``--tune`` holds back validation images."""
+    """Return the tasks with the requested number of training images; ``--tune`` holds back validation images of data sets, while
+    the demo has a copy for it."""
     tasks = find_tasks(given.dataset) if given.dataset else read_demo(given.demo)
-    if given.tune:
+    if given.tune and given.dataset:
         tasks = [split_validation(replace(task, val=None), 0.25, seed) for task in tasks]
     if given.images:
         kept = {}
@@ -288,6 +333,32 @@ def table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def comparison(results: list[dict], lines: list[dict]) -> str:
+    """Return a Markdown table that compares every other method with the budget that has at most its bytes, on the seeds of both."""
+    ours = sorted((line for line in lines if re.fullmatch(r"taps_budget [\d.]+%", line["row"])), key=_size)
+    scores: dict[str, dict[int, float]] = {}
+    for result in results:
+        found = statistics.mean(task["accuracy"] for task in result["tasks"].values())
+        scores.setdefault(result["row"], {})[result["seed"]] = found
+    rows = ["| method | budget | its accuracy minus the method's | 95 % confidence | seeds |", "|---|---|---|---|---|"]
+    for line in lines:
+        smaller = [own for own in ours if _size(own) <= 1.02 * _size(line)]
+        if line in ours or not smaller:
+            continue
+        own, other = scores[smaller[-1]["row"]], scores[line["row"]]
+        gains = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
+        if len(gains) > 1:
+            reach = student.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
+            bounds = f"{statistics.mean(gains) - reach:+.1f} to {statistics.mean(gains) + reach:+.1f}"
+            budget = smaller[-1]["row"].removeprefix("taps_budget ")
+            rows.append(f"| {line['row']} | {budget} | {statistics.mean(gains):+.1f} | {bounds} | {len(gains)} |")
+    return "\n".join(rows)
+
+
+def _size(line: dict) -> float:
+    return line["percent_of_base"]
+
+
 def picture(lines: list[dict], path: Path) -> None:
     """Plot accuracy against bytes on a logarithmic axis; methods with several settings are lines, one per kind of norms. The legend
     has the setting of methods with one."""
@@ -337,6 +408,30 @@ def together(results: Iterator[dict | str]) -> Iterator[dict | str]:
         yield first
 
 
+def trials(row: Row) -> list[Row]:
+    """Return the nine combinations of settings of which validation images choose a row's."""
+    more = [replace(row, scale=scale) for scale in SCALED.get(row.method, ())]
+    more += [replace(row, rank=rank) for rank in RANKS.get(row.method, ())]
+    if more:
+        return [replace(own, lr=lr) for own in more for lr in TUNED[row.optimizer]]
+    return [replace(row, optimizer=optimizer, lr=lr) for optimizer, rates in TUNED.items() for lr in rates]
+
+
+def check_unread(before: dict, how: dict, asked: list[tuple[str, int]], folder: Path) -> None:
+    """Raise a ``UserError`` if results are of another comparison, or test images would be read again for a row and seed."""
+    if before["how"] != how:
+        differing = next(name for name in how if before["how"].get(name) != how[name])
+        was = before["how"].get(differing)
+        raise UserError(f"{folder} compares with {differing} {was}, not {how[differing]}; choose another --output")
+    done = {(result["row"], result["seed"]): result["version"] for result in before["runs"]}
+    for row, seed in asked:
+        if (row, seed) in done:
+            raise UserError(
+                f"{folder} has {row}, seed {seed}, tested with version {done[row, seed]}; test images are read once: "
+                "choose other --rows or --seeds, or another --output for another version"
+            )
+
+
 def _job(job: tuple[Row, int, argparse.Namespace]) -> dict | str:
     try:
         return run(*job)
@@ -369,22 +464,24 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "quality")
     given = parser.parse_args()
-    given.demo = ROOT / "datasets" / "demo"
+    given.demo = ROOT / "datasets" / ("demo_development" if given.tune else "demo")
     if given.quick:
         given.tasks, given.seeds, given.epochs = given.tasks or 2, [0], 3
     if not given.dataset:
-        make_demo(given.demo)
+        make_demo(given.demo, development=given.tune)
     rows = (*ROWS, *CONTROLS) if given.controls else ROWS
     rows = [row for row in rows if not given.rows or any(row.name.startswith(own) for own in given.rows)]
     if given.tune:
-        given.seeds = [100]  # a split that no reported run uses
-        rows = [
-            replace(row, optimizer=optimizer, lr=lr, scale=scale)
-            for row in rows
-            for optimizer, rates in TUNED.items()
-            for lr in rates
-            for scale in SCALED.get(row.method, (1.0,))
-        ]
+        given.seeds = [100]  # that no reported run uses
+        rows = [own for row in rows for own in trials(row)]
+    path = given.output / "quality.json"
+    names = ("dataset", "model_type", "input_size", "epochs", "images", "tasks")
+    how = {name: getattr(given, name) for name in names}
+    before = files.read_json(path) if path.is_file() and not given.tune else {"how": how, "runs": []}
+    try:
+        check_unread(before, how, [(row.name, seed) for row in rows for seed in given.seeds], given.output)
+    except UserError as error:
+        parser.error(str(error))
     results, missing = [], []
     started = time.perf_counter()
     given.only, jobs = None, []
@@ -398,7 +495,7 @@ def main() -> None:
                 missing.append(result)
                 continue
             if given.tune:
-                result["row"] += f" ({result['optimizer']}, lr {result['lr']:g}, scale {result['scale']:g})"
+                result["row"] += " ({optimizer}, lr {lr:g}, scale {scale:g}, rank {rank})".format_map(result)
             results.append(result)
             score = statistics.mean(task["accuracy"] for task in result["tasks"].values())
             text = f"{result['row']}, seed {result['seed']}: {score:.2f} %"
@@ -419,25 +516,21 @@ def main() -> None:
         print(table(summarise(results)))
         return
     given.output.mkdir(parents=True, exist_ok=True)
-    path = given.output / "quality.json"
-    names = ("dataset", "model_type", "input_size", "epochs", "images", "tasks", "seeds")
-    how = {"version": taps.__version__, **{name: getattr(given, name) for name in names}}
-    before = files.read_json(path) if path.is_file() else {}
-    if before.get("how") == how:  # rows that were not requested keep their results
-        done = {result["row"] for result in results}
-        results += [result for result in before["runs"] if result["row"] not in done]
+    results += before["runs"]
     order = {row.name: index for index, row in enumerate((*ROWS, *CONTROLS))}
     results.sort(key=lambda result: (order.get(result["row"], len(order)), result["seed"]))
     lines = summarise(results)
-    print(table(lines))
+    print(table(lines), comparison(results, lines), sep="\n\n")
     files.write_json(path, {"how": how, "lines": lines, "runs": results})
     picture(lines, given.output / "quality.png")
     minutes = (time.perf_counter() - started) / 60
     files.write_text(
         given.output / "README.md",
         f"# Accuracy against bytes a task\n\n{given.model_type}, {given.input_size} px, {len(results[0]['tasks'])} tasks, "
-        f"{given.images or 'all'} training images each, {given.epochs} epochs, seeds {', '.join(map(str, given.seeds))}; "
-        f"{given.jobs} processes of {given.threads} thread.\n\n{table(lines)}\n\n"
+        f"{given.images or 'all'} training images each, {given.epochs} epochs, seeds "
+        f"{', '.join(map(str, sorted({result['seed'] for result in results})))}, version "
+        f"{', '.join(sorted({result['version'] for result in results}))}.\n\n"
+        f"{table(lines)}\n\n{comparison(results, lines)}\n\n"
         "![Accuracy against bytes](quality.png)\n\nMade by `benchmarks/quality.py`, which says what each row is and how bytes are "
         "counted. `quality.json` has every run. Times are ratios of medians to full fine-tuning's; drift is the largest change of "
         "any task's output after the other tasks were trained, where they are trained on one model.\n",

@@ -1,4 +1,4 @@
-"""The rows of ``quality.py`` and its rivals: LoRA, masks, chosen weights, and fully fine-tuned weights coded afterwards."""
+"""The rows of ``quality.py`` and its rivals: LoRA, masks, chosen weights, and weights that are coded afterwards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ from taps.core.find import find_layers, is_norm  # noqa: E402
 from taps.data.classification.images import TaskData  # noqa: E402
 from taps.errors import UserError  # noqa: E402
 from taps.methods.taps_budget import keep_within, round_within, store  # noqa: E402
+from taps.storage.encoding import encode_as  # noqa: E402
+from taps.storage.norms_and_head import encoded_small, set_small, small_tensors  # noqa: E402
+from taps.storage.task_file import active_norms, packed_size  # noqa: E402
 
 #: rivals that are fine-tuned in full first
 AFTERWARDS = ("coded", "bitdelta", "compeft")
+#: rivals whose deltas are products of two thin matrices
+FACTORED = ("coded_lora", "one_bit_lora")
+#: errors with which factors, norms and head of a rival are coded, from fine to coarse
+_ERRORS = tuple(0.02 * 2 ** (half / 2) for half in range(12))
 TASK = "task"  # name of a rival's only task
 
 
@@ -41,6 +48,7 @@ class Row:
         setting: rank, share of the weights, λ or budget, as shown in the table.
         lr: learning rate; ``optimizer``: as in :class:`taps.training.recipe.Recipe`.
         scale: scale of a rival's weights: LoRA's α/rank, the factor on the differences of chosen weights, or ComPEFT's α.
+        rank: of ``coded_lora``; that of ``one_bit_lora`` follows from its bytes.
         norms: norms of a rival: ``"own"``; ``"base"``, frozen; or ``"shared"``, the base's, including running statistics.
         layers: for a control, the order in which layers receive a budget's bytes: ``"random"``, ``"first"`` or ``"last"``.
     """
@@ -50,6 +58,7 @@ class Row:
     lr: float = 0.02
     optimizer: str = "sgd"
     scale: float = 1.0
+    rank: int = 8
     norms: str = "own"
     layers: str | None = None
 
@@ -103,6 +112,103 @@ class Chosen(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.scale * self.learned * self.where
+
+
+class _Sign(torch.autograd.Function):
+    """sign(w) · mean |w| with a straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.abs().mean() * weight.sign()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Factors(nn.Module):
+    """δ = scale · B·A, two thin matrices as in LoRA (Hu et al., 2022), or with one bit per weight (Bi-LoRA, Jie et al., 2023).
+
+    The parametrized delta itself is zero and is not trained.
+    """
+
+    def __init__(self, delta: Tensor, rank: int, scale: float, one_bit: bool) -> None:
+        super().__init__()
+        rows, columns = len(delta), delta[0].numel()
+        self.scale, self.one_bit = scale, one_bit
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.down = nn.Parameter(torch.empty(rank, columns).uniform_(-1, 1) / math.sqrt(columns))
+
+    def forward(self, delta: Tensor) -> Tensor:
+        up, down = (_Sign.apply(self.up), _Sign.apply(self.down)) if self.one_bit else (self.up, self.down)
+        return delta + (self.scale * up @ down).view_as(delta)
+
+    @torch.no_grad()
+    def code(self, error: float) -> int:
+        """Give the factors the values of their codes; return the bytes."""
+        if self.one_bit:
+            return sum(math.ceil(factor.numel() / 8) + 4 for factor in (self.up, self.down))
+        return sum(_set_coded(factor, error) for factor in (self.up, self.down))
+
+
+def _set_coded(values: Tensor, error: float) -> int:
+    """Replace values by those of their range code with this relative error; return its bytes."""
+    code = encode_as("range_coded", values.detach(), error)
+    values.detach().copy_(code.decode(values.shape, values.dtype))
+    return len(code.data)
+
+
+def _thin_size(delta: Tensor) -> int:
+    return len(delta) + delta[0].numel()
+
+
+def add_factors(row: Row, model: taps.TaskModel, task: str, size: int) -> None:
+    """Make deltas products of thin matrices where these have fewer numbers (not in depthwise layers).
+
+    With one bit per weight, the rank is what four fifths of the bytes allow.
+    """
+    held = [(unit.deltas[task].get_submodule(name), name) for unit in model.units for name in unit.parameter_names]
+    matrices = [holder for holder, _ in held if holder.delta.dim() > 1]
+    rank = row.rank
+    if row.method == "one_bit_lora":
+        taken = lambda rank: sum(min(rank * _thin_size(own.delta), own.delta.numel()) for own in matrices)  # noqa: E731
+        rank = max((rank for rank in range(1, 513) if taken(rank) / 8 <= 0.8 * size), default=1)
+    for holder in matrices:
+        if rank * _thin_size(holder.delta) < holder.delta.numel():
+            factors = Factors(holder.delta, rank, row.scale, row.method == "one_bit_lora")
+            parametrize.register_parametrization(holder, "delta", factors)
+            holder.parametrizations.delta.original.requires_grad_(False)
+
+
+def code_factors(model: taps.TaskModel, task: str, loader, size: int) -> int:
+    """Code factors, the other deltas, norms and head as finely as ``size`` allows, and measure the norms' running statistics anew.
+
+    Returns:
+        The bytes of all.
+
+    Raises:
+        UserError: if they need more than ``size``.
+    """
+    deltas = [unit.deltas[task].get_submodule(name) for unit in model.units for name in unit.parameter_names]
+    kept = [(own, own.detach().clone()) for own in model.parameters_of(task)]
+    for error in _ERRORS:
+        for own, value in kept:
+            own.detach().copy_(value)
+        taken = 0
+        for holder in deltas:
+            if parametrize.is_parametrized(holder):
+                taken += holder.parametrizations.delta[0].code(error)
+            else:
+                taken += _set_coded(holder.delta, error)
+        measure_statistics(model, task, loader)
+        norms = active_norms(model, task)
+        rest, _ = small_tensors(model, task, norms, compact=True)
+        codes = encoded_small(model, task, norms, error / 8)
+        taken += packed_size({**rest, **{key: code.data for key, code in codes.items()}})
+        if taken <= size:
+            set_small(model, task, norms, codes)
+            return taken
+    raise UserError(f"the coarsest code takes {taken:,} of {size:,} bytes")
 
 
 def largest_gradients(net: nn.Module, task: TaskData, loader, share: float, seed: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from taps.data.classification.images import (
     split_validation,
     without_bad_images,
 )
-from taps.data.generated.demo import DOMAINS, make_demo, read_demo
+from taps.data.generated.demo import DOMAINS, SPLITS, make_demo, read_demo
 from taps.networks.preprocessing import Preprocessing, stored_transform
 
 LISTS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "domainnet_txt"
@@ -550,6 +550,17 @@ def test_demo_data(demo):
     make_demo(demo)
     assert (demo / "digits").stat().st_mtime_ns == stamp, "it is written once"
     assert [task.name for task in find_tasks([demo])] == sorted(DOMAINS), "an ordinary image-folder tree"
+
+
+def test_the_development_copy_shows_nothing_of_the_test_images():
+    every = set(range(1797))
+    digits = {key: {*sorted(every)[source.digits]} for key, source in SPLITS.items()}
+    strips = {key: {*source.strips} for key, source in SPLITS.items()}
+    for found in (digits, strips):
+        train, test, choose, judge = found.values()
+        assert not train & test and not choose & judge and choose | judge == train, (
+            "each split of the copy is of the training part"
+        )
 
 
 @pytest.mark.parametrize(

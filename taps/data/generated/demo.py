@@ -1,7 +1,8 @@
 """Data of the demo: six small visual domains made from scikit-learn's handwritten digits and its two photographs.
 
 They are written as ordinary image folders of 64 × 64 pixels, so that the demo runs the same code as any data set. Train and
-test use different digits, and different strips of the photographs, so that they have no pixel in common.
+test use different digits, and different strips of the photographs, so that they have no pixel in common. For choices there is a
+copy whose two splits are made in the same way from what the demo trains on.
 
 | domain           | classes | the image                                          |
 |------------------|---------|----------------------------------------------------|
@@ -19,6 +20,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -32,6 +34,22 @@ DOMAINS = ("digits", "digits_rotated", "digits_outline", "digits_on_photo", "pho
 SIZE = 64
 STRIP = 80
 TRAIN_IMAGES, TEST_IMAGES = 400, 300
+
+
+class _Source(NamedTuple):
+    """Which digits, in random order, and which strips of a photograph, by their number modulo 3, a split is made from."""
+
+    digits: slice
+    strips: tuple[int, ...]
+
+
+#: by whether it is the development copy, and by split
+SPLITS = {
+    (False, "train"): _Source(slice(1200), (0, 1)),
+    (False, "test"): _Source(slice(1200, None), (2,)),
+    (True, "train"): _Source(slice(800), (0,)),
+    (True, "test"): _Source(slice(800, 1200), (1,)),
+}
 
 
 def _pixelated(image: Image.Image) -> Image.Image:
@@ -86,15 +104,21 @@ PATTERNS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def make_demo(root: Path) -> None:
-    """Write the six domains under ``root`` unless they exist. The files are the same every time (fixed seed)."""
+def make_demo(root: Path, development: bool = False) -> None:
+    """Write the six domains under ``root`` unless they exist. The files are the same every time (fixed seed).
+
+    Args:
+        root: the folder.
+        development: whether to make both splits from what the demo trains on, so that choices can be made on the second one.
+    """
     if all((root / domain / "test").is_dir() for domain in DOMAINS):
         return
     with temporary_folder(root) as building:
         for index, domain in enumerate(DOMAINS):
             for split, count in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
                 generator = np.random.default_rng([index, split == "test"])
-                for number, (image, label) in enumerate(_images(domain, split, count, generator)):
+                images = _images(domain, SPLITS[development, split], count, generator)
+                for number, (image, label) in enumerate(images):
                     folder = building / domain / split / label
                     folder.mkdir(parents=True, exist_ok=True)
                     image.save(folder / f"{number:04d}.png")
@@ -111,7 +135,7 @@ def read_demo(root: Path) -> list[TaskData]:
     return [replace(read_folder(root / domain, Reading(cropped=True)), flip=False) for domain in DOMAINS]
 
 
-def _images(domain: str, split: str, count: int, generator: np.random.Generator):
+def _images(domain: str, source: _Source, count: int, generator: np.random.Generator):
     """(image, class name) pairs of one split."""
     from sklearn.datasets import load_digits, load_sample_images
 
@@ -119,23 +143,19 @@ def _images(domain: str, split: str, count: int, generator: np.random.Generator)
     if domain.startswith("digits"):
         digits = load_digits()
         order = np.random.default_rng(0).permutation(len(digits.images))
-        members = order[:1200] if split == "train" else order[1200:]
-        for index in generator.permutation(members)[:count]:
-            yield _digit(domain, digits.images[index], photos, split, generator), str(digits.target[index])
+        for index in generator.permutation(order[source.digits])[:count]:
+            yield _digit(domain, digits.images[index], photos, source, generator), str(digits.target[index])
         return
     for number in range(count):
         operations = FILTERS if domain == "photo_filter" else PATTERNS
         name = sorted(operations)[number % len(operations)]
-        yield operations[name](_piece(photos[generator.integers(2)], split, generator)), name
+        yield operations[name](_piece(photos[generator.integers(2)], source, generator)), name
 
 
-def _piece(photo: Image.Image, split: str, generator: np.random.Generator) -> Image.Image:
-    """A random part of a photograph with some contrast, resized to SIZE × SIZE.
-
-    It lies within the split's strips: every third strip of the photograph is for testing.
-    """
+def _piece(photo: Image.Image, source: _Source, generator: np.random.Generator) -> Image.Image:
+    """A random part of the split's strips of a photograph, with some contrast, resized to SIZE × SIZE."""
     width, height = photo.size
-    strips = [index for index in range(width // STRIP) if (index % 3 == 2) == (split == "test")]
+    strips = [index for index in range(width // STRIP) if index % 3 in source.strips]
     while True:
         side = int(generator.integers(56, STRIP))
         left = int(generator.choice(strips)) * STRIP
@@ -147,7 +167,7 @@ def _piece(photo: Image.Image, split: str, generator: np.random.Generator) -> Im
 
 
 def _digit(
-    domain: str, pixels: np.ndarray, photos: list[Image.Image], split: str, generator: np.random.Generator
+    domain: str, pixels: np.ndarray, photos: list[Image.Image], source: _Source, generator: np.random.Generator
 ) -> Image.Image:
     ink = Image.fromarray((pixels * 255 / 16).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     colour = tuple(int(value) for value in generator.integers(120, 256, size=3))
@@ -160,5 +180,5 @@ def _digit(
     if domain == "digits_outline":
         contour = ink.point(lambda value: 255 if value > 110 else 0).filter(ImageFilter.FIND_EDGES)
         return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), Image.new("RGB", (SIZE, SIZE)), contour)
-    ground = ImageEnhance.Brightness(_piece(photos[generator.integers(2)], split, generator)).enhance(0.4)
+    ground = ImageEnhance.Brightness(_piece(photos[generator.integers(2)], source, generator)).enhance(0.4)
     return Image.composite(Image.new("RGB", (SIZE, SIZE), colour), ground, ink)
