@@ -2,9 +2,10 @@
 
 import pytest
 
+from taps.methods.policy import Policy
 from taps.plots import layers as layer_plots
+from taps.plots import policies, style
 from taps.plots import predictions as prediction_plots
-from taps.plots import style
 from taps.plots.style import BORDER
 
 
@@ -94,6 +95,15 @@ def test_every_picture_at_every_number_of_tasks(tmp_path, tasks):
     assert [bar.get_width() for bar in figure.axes[1].patches] == [75.0, 25.0]
     width, height = drawn(figure, tmp_path / "predictions.png")
     assert max(width, height) < 4000
+
+
+def test_probabilities_of_layers_include_those_of_the_blocks_around_them():
+    run, specific = {"a": (1.0, 1.0)}, {"a": (0.0, 1.0)}
+    learned = Policy("net", ("b", "b.conv"), {"a": (0.5, 0.8)}, run, {"a": (0.0, 0.4)}, specific, (None, 0))
+    figure = policies.policy(learned, {"run": learned.run}, {"run": learned.specific})
+    shown = [axes.images[0].get_array().tolist() for axes in figure.axes]
+    assert shown == [[[0.5, 0.4]], [[0.0, 0.2]], [[0.5, 1.0]]]
+    assert len({axes.images[0].cmap.name for axes in figure.axes}) == 2, "decisions have colours of their own"
 
 
 def test_pictures_of_many_tasks_are_not_too_large():

@@ -11,6 +11,7 @@ from torch import nn
 
 import taps
 from taps.core.find import Found
+from taps.multitask.macs import macs
 
 #: without methods whose tasks share the base's batch statistics, which each task moves, or decide for each sample
 CASES = [case for case in ALL if case[1] not in ("hard_sharing", "adashare", "dynashare")]
@@ -457,3 +458,29 @@ def test_a_pass_keeps_nothing_that_only_one_task_can_ask_for(predicts, monkeypat
             ask(torch.randn(2, 3, 32, 32))
         counts.append(sum(len(records) for records in kept[-1].records.values()))
     assert counts == [0, 0]
+
+
+@pytest.mark.parametrize("norm", ["frozen", "follow"])
+def test_what_some_of_the_tasks_share_is_computed_and_stored_once(norm):
+    torch.manual_seed(0)
+    net = NETWORKS["narrow"].make()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):  # with zeros a skipped block would give what the block gives
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    model = taps.adapt(net, "adashare", norm=norm)
+    for task in "abc":
+        model.add_task(task, num_classes=2)
+    count = len(model.units)
+    model.follow({"a": [0.0] + [1.0] * (count - 1), "b": [1.0] * count, "c": [1.0] * count})
+    model.eval()
+    x = torch.randn(2, 3, 40, 40)
+    cost, program = model.predict_cost(x), model.predictor()
+    assert macs(program, x) <= cost["macs"] + cost["macs_heads"] < cost["macs_separate"]
+    stored = {t.data_ptr(): t.numel() for t in program.networks.parameters()}
+    copies = sum(p.numel() for norm in model.task_norms for task in norm.norms for p in norm.norms[task].parameters())
+    assert sum(stored.values()) <= model.base_parameters + copies
+    exported = torch.export.export(program, (x,)).module()
+    assert macs(exported, x) == macs(program, x)
+    for task, output in model.predict(x).items():
+        assert torch.equal(output, program(x)[task])
+        assert torch.allclose(output, exported(x)[task], atol=1e-6)

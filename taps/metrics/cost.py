@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def relative_cost(model: TaskModel, x: Tensor) -> dict:
+def relative_cost(model: TaskModel, x: Tensor, on_one_image: bool = True) -> dict:
     """Cost of a model with all its tasks, and its ratio to the cost of one complete network per task.
 
     Args:
         model: a model with its gates' hard decisions. Base units that no task runs with shared weights are not counted as
             stored; stand-ins of skipped units are.
         x: a batch (B, ...).
+        on_one_image: whether all tasks are wanted of each sample, so that one pass computes what they share once; otherwise each
+            task has samples of its own, as domains have.
 
     Returns:
         ``macs`` and ``macs_heads`` per sample, ``parameters`` and ``parameters_heads``, and the ratios ``macs_x_single``,
@@ -35,6 +38,7 @@ def relative_cost(model: TaskModel, x: Tensor) -> dict:
     with evaluating(model), model.state.running(None):
         full = len(tasks) * macs(model.backbone, x)
     own = model.predict_cost(x)
+    run = own["macs" if on_one_image else "macs_separate"]
     used = model.base_parameters + own_norm_parameters(model, tasks)
     used += sum(accounting(model, task)["delta_parameters"] for task in tasks)
     if model.policies and model.method.learns_policy:
@@ -53,22 +57,23 @@ def relative_cost(model: TaskModel, x: Tensor) -> dict:
     heads = sum(parameter.numel() for task in tasks for parameter in model.heads[task].parameters())
     single = len(tasks) * model.base_parameters
     return {
-        "macs": own["macs"] // len(x),
+        "macs": run // len(x),
         "macs_heads": own["macs_heads"] // len(x),
-        "macs_x_single": own["macs"] / full,
-        "macs_x_single_with_heads": (own["macs"] + own["macs_heads"]) / (full + own["macs_heads"]),
+        "macs_x_single": run / full,
+        "macs_x_single_with_heads": (run + own["macs_heads"]) / (full + own["macs_heads"]),
         "parameters": used,
         "parameters_heads": heads,
         "parameters_x_single": used / single,
         "parameters_x_single_with_heads": (used + heads) / (single + heads),
-        **_time_beside_single(model, x),
+        **_time_beside_single(model, x, on_one_image),
     }
 
 
-def _time_beside_single(model: TaskModel, x: Tensor, rounds: int = 5) -> dict[str, float]:
+def _time_beside_single(model: TaskModel, x: Tensor, on_one_image: bool, rounds: int = 5) -> dict[str, float]:
     """Time of one pass for all tasks relative to one full pass per task: medians over several alternating rounds.
 
-    If the gates do not depend on samples, the predictor is measured, which has no gates.
+    If the gates do not depend on samples, the predictor is measured, which has no gates. Without ``on_one_image``, one pass per
+    task is timed.
     """
     ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
     tasks = model.tasks
@@ -86,12 +91,18 @@ def _time_beside_single(model: TaskModel, x: Tensor, rounds: int = 5) -> dict[st
                 model.backbone(x)
 
     with evaluating(model):
-        try:
-            together = model.predictor(tasks)
-        except ValueError:  # gates that depend on the sample
 
-            def together(x: Tensor) -> dict[str, Tensor]:
-                return model(x, tasks=tasks)
+        def run(*names: str) -> Callable:
+            try:
+                return model.predictor(names)
+            except ValueError:  # gates that depend on the sample
+                return partial(model, tasks=names)
+
+        parts = [run(*tasks)] if on_one_image else [run(task) for task in tasks]
+
+        def together(x: Tensor) -> None:
+            for part in parts:
+                part(x)
 
         together(x)
         with model.state.running(None):

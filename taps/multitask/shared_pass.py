@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_structure
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import OneTask, Place, State
 from taps.core.modules import computed_tensors, evaluating, first_input
-from taps.core.network import Network, inner_first
+from taps.core.network import Network
 from taps.multitask.trees import flatten, map_tensors, run_head, tensors
 
 
@@ -154,13 +155,20 @@ class SharedView:
         root: the network; its structure must not change.
         state: state of its model.
         common: if each task has its own network, ids of the modules that these have in common.
-        differing: ids of the modules in which this network differs from the others.
+        differing: ids of the modules in which this network differs from others.
+        of_some: for the ids of the modules that some of the others have too, whether no more of them have any part of it.
     """
 
     def __init__(
-        self, root: nn.Module, state: State, common: Set[int] | None = None, differing: Set[int] = frozenset()
+        self,
+        root: nn.Module,
+        state: State,
+        common: Set[int] | None = None,
+        differing: Set[int] = frozenset(),
+        of_some: Mapping[int, bool] = MappingProxyType({}),
     ) -> None:
-        self.root, self.state, self.common, self.differing = root, state, common, differing
+        self.root, self.state, self.common = root, state, common
+        self.differing, self.of_some = differing, of_some
         self._forget()
 
     def _forget(self) -> None:
@@ -171,7 +179,7 @@ class SharedView:
         self._is_checked = False
 
     def __getstate__(self) -> dict:  # a copy rebuilds everything that is keyed by the identity of modules
-        return {"root": self.root, "state": self.state, "common": None, "differing": frozenset()}
+        return {"root": self.root, "state": self.state, "common": None, "differing": frozenset(), "of_some": {}}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -206,7 +214,7 @@ class SharedView:
 
     def is_common(self, module: nn.Module) -> bool:
         """Return whether a module without places is the same object for all tasks."""
-        return self.common is None or id(module) in self.common or not module._modules
+        return self.common is None or id(module) in self.common or id(module) in self.of_some or not module._modules
 
     def of(self, module: nn.Module) -> nn.Module:
         """Return this view's version of the module."""
@@ -273,13 +281,14 @@ class _Remembering:
         shared = execution.shared
         if shared.is_inside:
             return run(*args, **kwargs)
-        is_own = id(module) in view.differing
+        is_of_some = id(module) in view.of_some
+        is_own = id(module) in view.differing and not is_of_some
         key = None if is_own else shared.key(view, module, execution.task)
         if key is None:
             execution.has_differed |= is_own or shared.changes(module, execution.task)
             return run(*args, **kwargs)
         inputs, structure = _leaves(args, kwargs)
-        differs = shared.differs(view, module, key)
+        differs = is_of_some or shared.differs(view, module, key)
         record = None
         if not execution.has_differed or shared.may_be_common(inputs):
             records = shared.records.setdefault((id(module), key), [])
@@ -289,7 +298,7 @@ class _Remembering:
                     execution.has_differed |= differs
                     return known.output
             record = _Record(inputs, structure)
-        shared.is_inside = True
+        shared.is_inside = view.of_some.get(id(module), True)
         try:
             output = run(*args, **kwargs)
         finally:
@@ -408,15 +417,24 @@ class Predictor(nn.Module):
         modules = [{id(module): module for module in network.modules()} for network in self.networks]
         tensors_of = [{id(t) for t in (*network.parameters(), *network.buffers())} for network in self.networks]
         common, same = set.intersection(*map(set, modules)), set.intersection(*tensors_of)
+        holders: dict[int, set[int]] = {}
+        for index, own in enumerate(modules):
+            for known in own:
+                holders.setdefault(known, set()).add(index)
 
         def differs(module: nn.Module) -> bool:
             loose = (*module._parameters.values(), *module._buffers.values())
             return not module._modules or any(tensor is not None and id(tensor) not in same for tensor in loose)
 
-        self._views = [
-            SharedView(network, self.state, common, {i for i, m in known.items() if i not in common and differs(m)})
-            for network, known in zip(self.networks, modules, strict=True)
-        ]
+        self._views = []
+        for network, own in zip(self.networks, modules, strict=True):
+            differing = {i for i, module in own.items() if i not in common and differs(module)}
+            of_some = {
+                i: all(holders[id(part)] == holders[i] for part in module.modules())
+                for i, module in own.items()
+                if i not in common and len(holders[i]) > 1
+            }
+            self._views.append(SharedView(network, self.state, common, differing, of_some))
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -441,24 +459,25 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
     Raises:
         ValueError: if a decision depends on the input, so that no fixed network is equivalent.
     """
-    places = inner_first((*model.units, *model.task_norms))
+    places = (*model.units, *model.task_norms)
     modules = {
-        module: [inner for inner in module.modules() if isinstance(inner, Place)] for module in _outside(model.backbone)
+        module: [inner for inner in module.modules() if isinstance(inner, Place)] for module in _parts(model.backbone)
     }
     copies: dict[tuple, nn.Module] = {}  # copies of modules, by their behaviour
     tensors_of = computed_tensors(model.backbone)  # copies of tensors that belong to no place
     networks = {}
     for task in tasks:
-        keys: dict[Place, Hashable] = {}
-        for place in places:
-            keys[place] = place.settled_key(task) or (task,)
-        names = {module: (module, *(keys[place] for place in inner)) for module, inner in modules.items()}
-        memo: dict[int, object] = {**tensors_of, **{id(m): copies[name] for m, name in names.items() if name in copies}}
-        for place in places:
-            if id(place) not in memo:
-                memo[id(place)] = place.merged(task, dict(memo))
-        networks[task] = copy.deepcopy(model.backbone, memo)
-        copies.update((name, memo[id(module)]) for module, name in names.items() if id(module) in memo)  # type: ignore[misc]
+        keys: dict[Place, Hashable] = {place: place.settled_key(task) or (task,) for place in places}
+        memo: dict[int, Any] = dict(tensors_of)
+        for module, inner in modules.items():
+            name = (module, *(keys[place] for place in inner))
+            if name not in copies:
+                if isinstance(module, Place):
+                    copies[name] = module.merged(task, dict(memo))
+                else:
+                    copies[name] = copy.deepcopy(module, memo)
+            memo[id(module)] = copies[name]
+        networks[task] = memo[id(model.backbone)]
         loose = (tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values()))
         tensors_of.update((id(tensor), memo[id(tensor)]) for tensor in loose if id(tensor) in memo)
     heads = {task: copy.deepcopy(model.heads[task]) for task in tasks}
@@ -468,8 +487,14 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
     return made
 
 
-def _outside(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a network's modules down to and including its places."""
-    yield module
-    for child in () if isinstance(module, Place) else module.children():
-        yield from _outside(child)
+def _parts(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:
+    """Yield a network's modules, inner ones first, without those that a place copies by itself: parts of norms, and of units whose
+    weights tasks may change."""
+    parts = module.children()
+    if isinstance(module, Place):
+        parts = (part for part in (module.base, getattr(module, "shortcut", None)) if part is not None)
+        is_inside = is_inside or bool(getattr(module, "parameter_names", True))
+    for part in parts:
+        yield from _parts(part, is_inside)
+    if isinstance(module, Place) or not is_inside:
+        yield module

@@ -18,9 +18,9 @@ def policy(
     executed: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     own: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> Figure:
-    """Heat maps of tasks × units: the learned probability of running each unit, and for each network trained under a policy the
-    share of samples that ran it. If tasks can have their own weights, skipped units are white, shared ones light and the
-    task's own dark.
+    """Heat maps of tasks × units: the learned probability of running each unit, with that of the blocks around it, and for each
+    network trained under a policy the share of samples that ran it. If tasks can have their own weights, skipped units are white,
+    shared ones light and the task's own dark in the latter.
 
     Args:
         learned: a :class:`taps.methods.policy.Policy`.
@@ -29,9 +29,10 @@ def policy(
     """
     from matplotlib.patches import Patch
 
-    panels = {"learned probability of running": learned.probability}
+    panels = {"learned probability of running": _with_blocks(learned, learned.probability)}
     if learned.own:
-        panels["learned probability of own weights"] = learned.own
+        panels["learned probability of own weights"] = _with_blocks(learned, learned.own)
+    is_learned = len(panels)
     names, count = list(learned.run), len(learned.units)
     for title, shares in (executed or {}).items():
         mine = (own or {}).get(title)
@@ -42,16 +43,17 @@ def policy(
     width = min(0.19 * count + 2.5, 14) if is_long else max(0.34 * count + 3.0, 7)
     figure = new_figure(width, len(panels) * (0.28 * len(names) + 0.5) + 1.6)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, shares) in zip(grid, panels.items(), strict=True):
+    for index, (axes, (title, shares)) in enumerate(zip(grid, panels.items(), strict=True)):
         rows = [shares[name] for name in names]
-        image = axes.imshow(rows, aspect="auto", cmap="Oranges", vmin=0, vmax=1.15)
+        color = "Blues" if own and index < is_learned else "Oranges"  # probabilities are no decisions between three
+        axes.imshow(rows, aspect="auto", cmap=color, vmin=0, vmax=1.15)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         values = [value for row in rows for value in row]
         with_own = bool((own or {}).get(title))
         summary = f"{100 * sum(values) / len(values):.0f} %"
         if with_own:
             parts = [100 * values.count(level) / len(values) for level in (0.5, 1.0, 0.0)]
-            summary = f"{parts[0]:.0f} % shared, {parts[1]:.0f} % the task's own, {parts[2]:.0f} % skipped"
+            summary = f"{parts[0]:.0f} % shared, {parts[1]:.0f} % task-specific, {parts[2]:.0f} % skipped"
         axes.set_title(f"{title}: {summary}", fontsize=9, loc="left")
         white_grid(axes, count, len(names))
         if not is_long:
@@ -68,16 +70,28 @@ def policy(
         for start in starts[1:]:
             axes.axvline(start - 0.5, color=BORDER, linewidth=1.0)
     grid[-1].set_xlabel(f"units of {learned.backbone} in network order, {count} in all")
-    levels = (
-        {"skipped": 0.0, "shared": 0.5, "the task's own": 1.0}
-        if own
-        else {"never": 0.0, "half": 0.5, "always run": 1.0}
-    )
+    scales = [(grid[0], ("0", "½", "probability 1"))] if own else [(grid[-1], ("never", "half", "always run"))]
+    scales += [(grid[-1], ("skipped", "shared", "task-specific"))] if own else []
     keys = [
-        Patch(facecolor=image.cmap(image.norm(level)), edgecolor=BORDER, label=name) for name, level in levels.items()
+        Patch(facecolor=axes.images[0].cmap(axes.images[0].norm(level)), edgecolor=BORDER, label=name)
+        for axes, texts in scales
+        for level, name in zip((0.0, 0.5, 1.0), texts, strict=True)
     ]
-    figure.legend(handles=keys, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8)
     return figure
+
+
+def _with_blocks(learned, values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return probabilities of units, times those with which the blocks around them run."""
+    found = {}
+    for name, own in values.items():
+        running: list[float] = []  # a block precedes the layers in it
+        for index, value in enumerate(learned.probability[name]):
+            parent = learned.parents[index] if learned.parents else None
+            running.append(value if parent is None else value * running[parent])
+        around = [1.0 if not learned.parents or p is None else running[p] for p in learned.parents or [None] * len(own)]
+        found[name] = [value * outer for value, outer in zip(own, around, strict=True)]
+    return found
 
 
 def _short(share: float) -> str:

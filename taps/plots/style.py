@@ -101,7 +101,7 @@ def save(figure: Figure, path: Path) -> None:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # names with a $ are no formulas
+        text.set_parse_math(False)  # names with a $ are not formulas
     with whole(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(temporary, dpi=150, format="png")
