@@ -17,8 +17,12 @@ class DivergedError(UserError):
     """The training loss is no longer a finite number."""
 
 
-class Inseparable(Exception):  # noqa: N818 (no mistake of anyone's)
+class Inseparable(Exception):  # noqa: N818 (not an error)
     """This network cannot run several tasks in one pass; the message says why. Callers run them one by one."""
+
+
+#: what other libraries call an option
+_ALIASES: dict[object, str] = {"learning_rate": "lr", "weight_decay": "wd"}
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> UserError:
@@ -32,6 +36,8 @@ def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> 
     """
     names = [str(candidate) for candidate in allowed]
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.51)
+    if name in _ALIASES and _ALIASES[name] in names:
+        near = [_ALIASES[name]]
     message = f"unknown {kind} {str(name)!r}"
     if near:
         message += f"; did you mean {' or '.join(repr(candidate) for candidate in near)}?"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted, obeyed after the step in hand, and told apart in the exit status."""
+"""Ctrl-C and SIGTERM: finish the current step, save, and exit with 128 + the signal's number."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def adapt(
     row = METHODS[method]
     for name in options:
         if name not in row.options:
-            raise unknown(f"option of method {method!r}", name, row.options)
+            raise unknown(f"option of method {method}:", name, row.options)
     norm = row.norms[0] if norm is None else norm
     if norm not in ("task", "follow", "frozen"):
         raise unknown("norm policy", norm, ("task", "follow", "frozen"))
@@ -399,7 +399,7 @@ class TaskModel(Network):
                 return shared_pass.outputs(self, self._shared, args, inputs, names)
         task = self.state.default if task is None else task
         if task is None:
-            raise UserError("say which task to run: task= with its name, or tasks= with several")
+            raise UserError("no task given: pass task='NAME' or tasks=[…], or call set_task first")
         if isinstance(task, str):
             with self._loaded([task]):
                 return self.heads[task](self.run(task, args, inputs))

@@ -177,6 +177,22 @@ def test_tasks_have_their_own_norms_from_where_their_ways_part():
         assert all(torch.equal(outputs[task], alone(x, task)) for task in policies)
 
 
+def test_tasks_part_at_the_first_gate_that_looks_at_the_sample():
+    rates = [1.0] * 2 + [0.5] * 6
+    model = make("narrow", "dynashare", {"a": [1.0] * 8, "b": [1.0] * 8}, target_rates=rates)
+    owned = [norm for norm in model.task_norms if "a" in norm.norms]
+    assert {norm.name for norm in owned} == {norm.name for norm in model.task_norms if norm.position > 2}
+    assert all(norm.active("a") is not norm.active("b") for norm in owned)
+
+
+def test_a_blended_block_counts_a_batch_once():
+    """The convolution beside a block is both part of it and its shortcut."""
+    model = make("narrow", "adashare")
+    model.train()(batch("narrow", 4), "a").sum().backward()
+    counts = {name: int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert set(counts.values()) == {1}, counts
+
+
 def test_new_policies_regroup_norms_and_leave_those_of_others():
     model = make("narrow", "adashare", {"a": [1.0] * 8, "b": [0.0] * 8})
     last = next(
@@ -218,7 +234,7 @@ def test_policy_files_are_readable_and_checked(tmp_path):
         ('"format": 1', '"format": 7', "format version 7"),
         ('"run": [', '"run": [0, ', "entries of 'run' for 8 units"),
         ('"units"', '"parts"', "is damaged"),
-        ("0,", "3,", "no 0 or 1"),
+        ("0,", "3,", "neither 0 nor 1"),
     ):
         (tmp_path / "bad.json").write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=message):

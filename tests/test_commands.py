@@ -294,7 +294,7 @@ def test_evaluate_names_a_damaged_task_and_tests_the_others(finished, command, t
     shutil.copytree(folder / "results", tmp_path / "results")
     (tmp_path / "results/run/paint/task.safetensors").write_bytes(b"short")
     done = command("evaluate.py", "results/run", cwd=tmp_path)
-    assert "warning: a task is left out: results/run/paint/task.safetensors has 5 bytes" in done.stderr
+    assert "warning: skipping task: results/run/paint/task.safetensors has 5 bytes" in done.stderr
     assert "ink-2" in done.stdout
     assert "paint" not in done.stdout
 

@@ -56,7 +56,7 @@ def test_damaged_range_codes_raise_nothing_but_a_value_error():
             damaged[drawn.integers(len(damaged))] ^= 1 << int(drawn.integers(8))
         with contextlib.suppress(ValueError):
             assert range_code.unpack(bytes(damaged), numbers.shape).shape == numbers.shape
-    with pytest.raises(ValueError, match="no range code of 20 × 70 numbers"):
+    with pytest.raises(ValueError, match="not a range code of 20 × 70 numbers"):
         range_code.unpack(code, (20, 70))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from taps.data.dense import adashare_layout
 from taps.data.dense.adashare_layout import layout_of, open_formatted
-from taps.data.dense.dataset import DenseSet
+from taps.data.dense.dataset import LOG_RANGE, DenseSet
 from taps.data.generated.scenes import SceneRecipe, make_scenes, render
 from taps.data.multi_label import IGNORE_INDEX, StreamSampler, make_evaluation, make_stream, split_train
 
@@ -299,7 +300,8 @@ def test_splits_are_disjoint_and_seeded(scenes):
 
 def test_transforms_keep_image_and_labels_in_step(scenes):
     """A map that depends only on the position follows the image through zoom, mirror and crop."""
-    data = open_formatted("scenes", scenes, layout_of("scenes")).choose(["semseg", "normals", "depth"])
+    data = open_formatted("scenes", scenes, layout_of("scenes")).choose(["semseg", "normals", "depth", "edges"])
+    data = replace(data, tasks={**data.tasks, "edges": replace(data.tasks["edges"], kind="log_depth")})
 
     def read(sample, tasks):
         rows, columns = np.mgrid[:40, :48].astype(np.float32)
@@ -310,6 +312,7 @@ def test_transforms_keep_image_and_labels_in_step(scenes):
             "semseg": (rows // 10).astype(np.int64),
             "normals": normal,
             "depth": 1 + columns[None] / 10,
+            "edges": np.log1p(100 + 10 * columns[None]) / LOG_RANGE,
         }
 
     fields = {**vars(data), "read": read, "crop": 24}
@@ -327,6 +330,8 @@ def test_transforms_keep_image_and_labels_in_step(scenes):
             assert torch.equal(targets["semseg"][inner], (rows[inner] / 10).long())
             expected = (1 + columns / 10) / zoom[0]
             torch.testing.assert_close(targets["depth"][0][valid], expected[valid], atol=0.12, rtol=0)
+            depth = (targets["edges"][0] * LOG_RANGE).expm1()  # as Taskonomy's files hold it
+            torch.testing.assert_close(depth[valid], 100 * expected[valid], atol=12, rtol=0)
             sideways = targets["normals"][0][valid]
             falls = bool((columns[:, 1:] < columns[:, :-1])[valid[:, 1:] & valid[:, :-1]].float().mean() > 0.5)
             assert torch.allclose(sideways, torch.full_like(sideways, -0.6 if falls else 0.6))

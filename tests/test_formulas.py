@@ -178,7 +178,7 @@ def test_phases_count_epochs_exactly():
     settled = Recipe(epochs=5, warmup_epochs=1, settle_epochs=2.5).phases(model)
     assert [(p.name, p.epochs) for p in settled] == [("warm-up", 1), ("train", 1.5), ("settle", 2.5)]
     assert "gate" not in settled[-1].trains
-    with pytest.raises(ValueError, match="method 'taps' keeps no budget; use method 'taps_budget'"):
+    with pytest.raises(ValueError, match="method 'taps' does not support a size budget; use method 'taps_budget'"):
         Recipe(epochs=6, budget=10).phases(model)
     model = taps.adapt(nn.Sequential(nn.Linear(2, 2)), "taps_budget")
     within = Recipe(epochs=6, budget=10).phases(model)

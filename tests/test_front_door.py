@@ -509,7 +509,7 @@ def test_fit_leaves_the_generator_and_asks_the_user_for_what_it_needs():
         with pytest.raises(taps.UserError, match=message):
             taps.fit(fresh(), "a", DataLoader(samples(), 20), epochs=1, **options)
     for options, message in (
-        ({"patience": 2}, "patience is not for a budget"), ({"settle_epochs": 1}, "settle_epochs= is not used with a budget")
+        ({"patience": 2}, "patience cannot be combined"), ({"settle_epochs": 1}, "settle_epochs= is not used with a budget")
     ):  # fmt: skip
         with pytest.raises(taps.UserError, match=message):
             fit(fresh("taps_budget"), epochs=3, **options)
@@ -560,7 +560,7 @@ X, Y = samples().tensors
         ([(X, Y)], {"lr": -1.0}, "lr: -1.0 is not a number above 0"),
         ([(X, Y)], {"classes": ["x"]}, "task 'a' has 3 outputs, classes= has 1 names"),
         ([(X, Y)], {"val_loader": []}, "val_loader is empty"),
-        (samples(), {}, "train_loader is a data set; give a DataLoader"),
+        (samples(), {}, "train_loader is a Dataset; wrap it"),
         (5, {}, "train_loader is int; give a DataLoader"),
         (
             [(X, Y.float())],

@@ -201,14 +201,17 @@ def test_lora_adapters_become_tasks(small, here, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("base.pth", "--from", "taps"), "is no checkpoint of TAPS: it has 0 layers with an indicator"),
+        (("base.pth", "--from", "taps"), "is not a checkpoint of TAPS: it has 0 layers with an indicator"),
         (("base.pth", "--from", "state_dict", *ARGUMENTS), "base.pth has no classifier, which a task needs"),
         (
             ("short.pth", "--from", "state_dict", *ARGUMENTS),
             "1 tensors are missing or of another shape (conv1.0.weight)",
         ),
         (("base.pth", "--from", "state_dict"), "--from state_dict needs --model_type"),
-        (("base.pth", "--from", "peft", *ARGUMENTS), "is no folder of a PEFT adapter: it has no adapter_config.json"),
+        (
+            ("base.pth", "--from", "peft", *ARGUMENTS),
+            "is not the folder of a PEFT adapter: it has no adapter_config.json",
+        ),
         (("evil.pth", "--from", "taps"), "nothing else is unpickled"),
         (("nothing.pth", "--from", "taps"), "does not exist"),
         (("base.pth", "--from", "tapes"), "'tapes' is not one of (did you mean taps?) taps, adashare, dynashare"),

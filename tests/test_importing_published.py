@@ -181,15 +181,15 @@ class Code:
     [
         (
             ("other.pth", "--from", "adashare"),
-            "other.pth is no checkpoint of adashare: it has no backbone.blocks; it has weight",
+            "other.pth is not a checkpoint of adashare: it has no backbone.blocks; it has weight",
         ),
-        (("other.pth", "--from", "automtl"), "other.pth is no checkpoint of AutoMTL"),
-        (("other.pth", "--from", "efficient_mtl"), "other.pth is no checkpoint of efficient computation sharing"),
-        (("ada.pth", "--from", "dynashare"), "ada.pth has no gates for single images; say --from adashare"),
-        (("dyna.pth", "--from", "adashare"), "dyna.pth has gates for single images; say --from dynashare"),
+        (("other.pth", "--from", "automtl"), "other.pth is not a checkpoint of AutoMTL"),
+        (("other.pth", "--from", "efficient_mtl"), "other.pth is not a checkpoint of efficient computation sharing"),
+        (("ada.pth", "--from", "dynashare"), "ada.pth has no per-image gates; say --from adashare"),
+        (("dyna.pth", "--from", "adashare"), "dyna.pth has per-image gates; say --from dynashare"),
         (
             ("dyna.pth", "--from", "dynashare"),
-            "does not say which blocks choose for single images: give its --target_rates",
+            "does not say which blocks have per-image gates: give its --target_rates",
         ),
         (("dyna.pth", "--from", "dynashare", "--target_rates", 1, 0.5), "--target_rates has 2 values for 8 blocks"),
         (("ada.pth", "--from", "adashare", "--tasks", "a"), "ada.pth has 2 tasks, --tasks names 1"),
@@ -205,7 +205,7 @@ class Code:
         (("more.pth", "--from", "adashare"), "more.pth does not fit ResNet: 1 unexpected or of another shape (extra)"),
         (
             ("ada.pth", "--from", "adashare", "--policy", "code.pickle"),
-            "no policy of AdaShare (UnpicklingError: builtins.print)",
+            "not a policy of AdaShare (UnpicklingError: builtins.print)",
         ),
         (("ada.pth", "--from", "adashare", "--policy", "short.pickle"), "holds no policy of 2 tasks and 8 blocks"),
         (("ada.pth", "--from", "adashare", "--policy", "none.pickle"), "none.pickle does not exist"),

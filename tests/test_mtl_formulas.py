@@ -22,7 +22,7 @@ from taps.methods.adashare import SelectGate, sharing, sparsity
 from taps.methods.dynashare import InstanceGate, target_rate
 from taps.methods.gumbel import gumbel
 from taps.metrics.dense import make_metric
-from taps.metrics.losses import make_loss
+from taps.metrics.losses import make_loss, shrink, to_size
 from taps.metrics.relative_gain import delta_t, relative_gain
 from taps.networks.heads import ASPP
 
@@ -511,7 +511,7 @@ def test_losses(kind, weights, size, at_output):
         want = loss_ref(kind, prediction, shrunk(label, SMALL), weights)
     else:
         want = loss_ref(kind, enlarged(prediction, size), label, weights)
-    loss = make_loss(dense_task(kind, weights), at_output)
+    loss = make_loss(dense_task(kind, weights), "nearest" if at_output else None)
     x = torch.tensor(prediction, requires_grad=True)
     got = loss(x, torch.tensor(label))
     assert float(got.detach()) == pytest.approx(want, rel=1e-5)
@@ -533,13 +533,24 @@ def test_losses(kind, weights, size, at_output):
         assert (x.grad.abs().sum(1)[torch.tensor(gone)] == 0).all()
 
 
+def test_labels_at_the_size_of_predictions_keep_their_place():
+    """A slope that is learned at the network's output comes back where it was, unless half a cell is lost as in the programs."""
+    slope = torch.arange(56.0).expand(1, 1, 56, 56)
+    inner = (..., slice(8, -8), slice(8, -8))
+    moved = {
+        mode: float((to_size(shrink(slope, (7, 7), mode), (56, 56)) - slope)[inner].mean())
+        for mode in ("nearest-exact", "nearest")
+    }
+    assert moved == pytest.approx({"nearest-exact": 0.5, "nearest": -3.5})
+
+
 @pytest.mark.parametrize("at_output", [False, True])
 @pytest.mark.parametrize("size", [SMALL, (12, 15)])
 @pytest.mark.parametrize(("kind", "weights"), CASES)
 def test_losses_of_batches_without_labels(kind, weights, size, at_output):
     label = torch.tensor(label_of(kind, size, np.random.default_rng(0), missing=2.0))
     x = torch.randn(3, CHANNELS[kind], *SMALL, dtype=torch.float64, requires_grad=True)
-    loss = make_loss(dense_task(kind, weights), at_output)(x, label)
+    loss = make_loss(dense_task(kind, weights), "nearest" if at_output else None)(x, label)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.equal(x.grad, torch.zeros_like(x))

@@ -129,6 +129,8 @@ def test_automtl_s_rates_and_steps():
     cycles = 20_000 // 500
     rates = [policy.lr * policy.learning_rate(cycle) for cycle in range(cycles)]
     assert rates == pytest.approx([0.01] * 20 + [0.001] * 20)
+    longer = [policy.lr * policy.learning_rate(cycle) for cycle in range(60)]
+    assert longer[20:] == pytest.approx([0.001] * 40), "it falls once"
     retrain = weights_plan(replace(options, method="automtl"), {"train": 800}, 0).recipe
     assert retrain.step_per_task
     assert [retrain.learning_rate(epoch) for epoch in (0, 9, 10, 20)] == [1.0, 1.0, 0.5, 0.25]  # of 400 steps each
@@ -473,7 +475,7 @@ def test_the_head_of_efficient_computation_sharing():
     seen = head.unfold(head.project(x))  # each token's channels are 4 × 4 places of width/16 channels
     token = head.project(x)[0, :, 1, 2].reshape(192, 4, 4)
     assert torch.equal(seen[0, :, 4:8, 8:12], token)
-    with pytest.raises(taps.UserError, match="--head_width 100 of a convnext head is no multiple of 16"):
+    with pytest.raises(taps.UserError, match="--head_width 100 of a convnext head is not a multiple of 16"):
         ConvNeXtHead(8, 2, 100)
     read = settings("--benchmark", "pascal_context", "--dataset", ".", "--method", "sparse_delta", "--published")
     assert (read.head, read.head_width, read.decay) == ("convnext", 3072, "poly")

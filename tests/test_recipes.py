@@ -229,7 +229,7 @@ def test_the_commands_take_all_of_them_and_test_every_class(tree, here, tmp_path
 @pytest.mark.parametrize(
     ("program", "options", "message"),
     [
-        ("train_sequential.py", ("--aa", "rnd"), "--auto_augment 'rnd' is no policy of timm"),
+        ("train_sequential.py", ("--aa", "rnd"), "--auto_augment 'rnd' is not a policy of timm"),
         ("train_sequential.py", ("--track", "wndb"), "unknown tracker 'wndb'; did you mean 'wandb'"),
         ("train_sequential.py", ("--experiment_name", "../x"), "--experiment_name ../x is not a folder inside results"),
         ("train_sequential.py", ("--experiment_name", "/elsewhere"), "is not a folder inside results"),

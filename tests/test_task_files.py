@@ -111,7 +111,7 @@ def rewrite(folder, **entries):
         (damage_nan, "head/weight holds values that are not finite"),
         (damage_missing_tensor, "lacks the delta of conv1, whose gate is open"),
         (damage_extra_tensor, "delta/fc/weight"),
-        (lambda folder: rewrite(folder, format=99), "format version 99; this library reads versions 1 and 2"),
+        (lambda folder: rewrite(folder, format=99), "format version 99; this version reads formats 1 and 2"),
         (lambda folder: rewrite(folder, method="finetune"), "which method 'finetune' does not have"),
         (lambda folder: rewrite(folder, method="finetune", options={}), "lacks the delta of"),
         (lambda folder: rewrite(folder, method="fintune"), "method='fintune'"),
@@ -198,7 +198,7 @@ def test_names(net_state):
     [
         ({"method": "tapes"}, "unknown method 'tapes'; did you mean 'taps'"),
         ({"norm": "shared"}, "unknown norm policy 'shared'"),
-        ({"treshold": 0.3}, "unknown option of method 'taps' 'treshold'; did you mean 'threshold'"),
+        ({"treshold": 0.3}, "unknown option of method taps: 'treshold'; did you mean 'threshold'"),
         ({"ste": "soft"}, "ste must be 'code' or 'paper'"),
         ({"threshold": float("nan")}, "threshold must be a finite number"),
         ({"layers": "("}, "not a valid regular expression"),

@@ -154,7 +154,7 @@ def test_the_average_continues_where_it_stopped(accelerator, tmp_path):
     run(accelerator, recipe, again, validate=remember(again), state_path=tmp_path / "other.safetensors", resume=True)
     assert all(torch.equal(one, two) for one, two in zip(found[-1], expected, strict=True))
     model = perceptron("taps_budget", norm="task")
-    with pytest.raises(taps.UserError, match="ema_decay is not for a budget"):
+    with pytest.raises(taps.UserError, match="ema_decay cannot be combined"):
         run(accelerator, Recipe(epochs=3, ema_decay=0.9, budget=with_room(model, 100)), model)
 
 

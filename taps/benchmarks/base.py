@@ -31,9 +31,14 @@ _CHECKED = 1000  # samples per split
 
 
 class Benchmark:
-    """The interface of the data of a multi-task run."""
+    """The interface of the data of a multi-task run.
+
+    Attributes:
+        on_one_image: whether each sample is for all tasks, so that they can share a pass over it.
+    """
 
     options: MultiTaskSettings
+    on_one_image = True
 
     @property
     def tasks(self) -> list[str]:
@@ -125,7 +130,9 @@ class SharedBenchmark(Benchmark):
                 samples[index]
 
     def criteria(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        return {name: make_loss(task, self.options.loss_at == "output") for name, task in self.data.tasks.items()}
+        labels = "nearest" if self.options.metrics == "published" else "nearest-exact"
+        at_output = self.options.loss_at == "output"
+        return {name: make_loss(task, labels if at_output else None) for name, task in self.data.tasks.items()}
 
     def stream(self, split: str, batches: int, seed: int, processes: int, tasks: Sequence[str]):
         data, size, workers = self.data.choose(tasks), self.options.batch_size, self.options.workers

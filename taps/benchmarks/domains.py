@@ -35,6 +35,8 @@ class ClassBenchmark(Benchmark):
     policies: tuple[TaskData, ...]
     options: MultiTaskSettings
 
+    on_one_image = False
+
     @property
     def tasks(self) -> list[str]:
         return [task.name for task in self.data]
@@ -85,7 +87,10 @@ class ClassBenchmark(Benchmark):
         prepare, found = self._prepare(), {}
         for task in model.tasks:
             whole = next(one for one in self.data if one.name == task)
-            samples = ImageSet(self._samples(task, split), prepare.transform(False, whole.stretch))
+            own = self._samples(task, split)
+            # Mixed, for files come by class, and statistics of a batch of one class would not be those of training.
+            order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
+            samples = ImageSet([own[index] for index in order], prepare.transform(False, whole.stretch))
             size = self.options.batch_size  # a last batch of one image would have no batch statistics
             size += len(samples) % size == 1
             loader = accelerator.prepare_data_loader(DataLoader(samples, size, num_workers=self.options.workers))

@@ -72,7 +72,7 @@ def recalled(key: int) -> Any:
     execution = None if node is None else _metadata(node).get(key)
     if execution is None:
         raise UserError(
-            "a layer runs again in the backward pass of a call that is not known: checkpoint parts of the network, each "
+            "a layer is recomputed in the backward pass of a call made outside the model: checkpoint parts of the network, each "
             "by itself and not inside of one another, or whole calls model(x, task=…)"
         )
     return execution

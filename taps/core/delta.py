@@ -1,4 +1,4 @@
-"""Delta arithmetic: W + specific ⊙ δ, its gradients and the stored tensors. Weights are combined nowhere else."""
+"""Delta arithmetic: W + specific ⊙ δ, its gradients and the stored tensors."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def add_delta(
 
 
 def whole_steps(weights: Tensor, step: Any, dead: Any) -> Tensor:
-    """Return the number of steps next to each weight; the first step starts ½ + ``dead`` steps from zero; both are floats or
-    scalars on the weights' device."""
+    """Return weights as integer multiples of ``step``, with a dead zone: the first step starts ½ + ``dead`` steps from zero. Both
+    are floats or scalars on the weights' device."""
     steps = weights / step
     return steps.sub_(steps.clamp(-dead, dead)).round_()  # nothing here waits for a device
 

@@ -62,7 +62,7 @@ class Call:
         self.execution, self.inputs_learn, self.recomputes = execution, inputs_learn, recomputes
         self.learns = torch.is_grad_enabled()
         self.backward = running_backward()
-        self.is_checkpointed = False
+        self.is_checkpointed = self.repeats = False
         #: running statistics from before the call, kept if the call may have to be repeated
         self.statistics: list[tuple[Tensor, Tensor]] | None = None
 
@@ -143,9 +143,22 @@ class State:
 
     @property
     def is_recomputing(self) -> bool:
-        """Whether part of an earlier call is being recomputed for its gradients, which must have no side effects."""
+        """Whether a part is computed once more, for gradients or as a shortcut, which must have no side effects."""
         call, backward = self.call, running_backward()
+        if call is not None and call.repeats:
+            return True
         return backward != -1 and (call is None or call.backward != backward or call.recomputes)
+
+    def again(self, part: Callable, x: Tensor):
+        """Call a part of the network that this call has run on the same samples already: running statistics stay as they are."""
+        call = self.call
+        if call is None:
+            return part(x)
+        before, call.repeats = call.repeats, True
+        try:
+            return part(x)
+        finally:
+            call.repeats = before
 
     @contextmanager
     def running(self, execution: str | Execution | None, inputs_learn: bool = True) -> Iterator[Call]:

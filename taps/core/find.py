@@ -1,4 +1,4 @@
-"""Find a network's units and norms and wrap them in place, for any ``nn.Module``."""
+"""Find a network's units and norms, for any ``nn.Module``."""
 
 from __future__ import annotations
 

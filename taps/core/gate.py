@@ -5,8 +5,8 @@ knowing which method made it:
 
     y = run · f(x; W + specific ⊙ δ_task) + (1 − run) · shortcut(x)
 
-In training mode a gate is *relaxed*: it returns tensors through which gradients flow. In evaluation mode it *decides*: it
-returns plain numbers, from which all tables, plots and files are made. Nothing else in the library applies thresholds.
+In training mode a gate is *relaxed*: it returns tensors through which gradients flow. In evaluation mode it *decides*: 0 or 1,
+from which all tables, plots and files are made. Nothing else applies a threshold to scores.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Gate(nn.Module):
 
     @staticmethod
     def read_together(gates: Sequence[Any]) -> None:
-        """Make the decisions of several gates on a device known on the host in one transfer, for gates that read one by one."""
+        """Copy the decisions of several gates from the device to the host at once, instead of one by one."""
 
     def task_parameters(self, size: int) -> int:
         """Return how many of the unit's ``size`` weights are task-specific under the hard decision."""

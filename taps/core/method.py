@@ -64,7 +64,7 @@ class Phase:
             averages of gradients are no longer valid.
         each_step: called once per task before each step, with the model, the task and the part of the phase that is done, 0 to 1.
         stored: called once per task at the end of an epoch, before validation, with the model and the task. Gives the task the
-            values that its file will hold, and returns a function that gives back its own, with which training goes on.
+            values that its file will hold, and returns a function that restores its own, with which training goes on.
         forks: whether runs that differ only from this phase on may start from a common state, that just before ``begin``.
         extra_loss: function of the model, a batch and its labels by task; returns a context manager for the forward pass that
             yields a loss to add.

@@ -65,7 +65,7 @@ def shared_hooks(module: nn.Module) -> dict[int, object]:
 
 
 def unseen(module: nn.Module) -> nn.Module:
-    """Return the module itself where it is seen through a view that remembers its calls."""
+    """Return the module behind the recording view that shared passes put in its place."""
     return getattr(type(module), "_unseen", lambda same: same)(module)
 
 

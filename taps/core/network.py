@@ -1,4 +1,4 @@
-"""A network with gated units and norms and one head per task, without files and passes of several tasks."""
+"""A network with gated units and norms and one head per task. Files and multi-task passes are added by ``TaskModel``."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class Network(nn.Module):
         self.heads = TaskDict()
         self._units, self._norms = tuple(units), tuple(norms)
         with_buffers = () if train_base else tuple(_with_buffers(backbone))
-        #: modules of a frozen base that are kept in evaluation mode, since they could change their buffers, and those of which the
-        #: first call in training shows whether they do; their mode may concern other computations, too
+        #: modules of a frozen base that are kept in evaluation mode, since they may update their buffers
         self._still = tuple(module for module in with_buffers if not module._modules)
+        #: modules whose mode also concerns their parts; the first call in training shows whether they update their buffers
         self._watched = tuple(module for module in with_buffers if module._modules)
         self.policies: dict[str, tuple[tuple[float, float], ...]] = {}
         self.origins: dict[str, Origin] = {}
@@ -254,7 +254,11 @@ class Network(nn.Module):
                 if norm.parent is not None and policy[norm.parent][0] == 0.0:  # the task never reaches this norm
                     norm.remove_task(task)
                     continue
-                route = tuple((run, specific and task) for run, specific in policy[: norm.position])
+                decided = zip(policy[: norm.position], self._units, strict=False)
+                # After a gate that chooses for each sample, tasks differ even under one policy.
+                route = tuple(
+                    (run, (specific or unit.gates[task].uses_input) and task) for (run, specific), unit in decided
+                )
                 routes.setdefault(route, []).append(task)
             norm.share(list(routes.values()))
 

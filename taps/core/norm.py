@@ -82,7 +82,7 @@ class TaskNorm(Place):
         self._always.add(task)
 
     def fade(self, task: str, share: float) -> None:
-        """Let a task whose copy is not in use train with this share of it beside the base's norm, 0 ≤ share < 1."""
+        """Blend the copy of a task that uses the base's norm into it with this weight, 0 ≤ share < 1, while it trains."""
         self._fading[task] = share if task in self.norms and self.active(task) is None else 0.0
 
     def remove_task(self, task: str) -> None:

@@ -47,7 +47,7 @@ class GatedUnit(Place):
         if run == 0.0:
             return self.shortcut(x)
         y = self._effective(task, decision)(*args, **kwargs)
-        return y if run == 1.0 else run * y + (1.0 - run) * self.shortcut(x)
+        return y if run == 1.0 else run * y + (1.0 - run) * self.state.again(self.shortcut, x)
 
     def _blend(self, task: str | None, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         """Evaluate the equation with a tensor ``run``: one value for all samples, or one value per sample, shape (B,)."""
@@ -56,7 +56,7 @@ class GatedUnit(Place):
         if run.dim() == 0 or relaxed:
             y = f(*args, **kwargs)
             run = run.reshape(-1, *[1] * (y.dim() - 1)) if run.dim() else run
-            return run * y + (1 - run) * self.shortcut(x)
+            return run * y + (1 - run) * self.state.again(self.shortcut, x)
         y = self.shortcut(x)
         rows = run.nonzero().flatten()  # the unit is not computed for samples that skip it
         return y.index_copy(0, rows, f(x[rows], *args[1:], **kwargs).to(y.dtype)) if rows.numel() else y

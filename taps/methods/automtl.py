@@ -9,7 +9,7 @@ since convolutions and matrix products are linear in their weights: the layer ru
 copies of W; here own weights are W + δ, which move with W while δ holds the task's difference from it. Pre-training, in which
 all choices have equal weight, is the limit τ → ∞.
 
-If whole residual blocks are skipped instead of single layers (``skip="blocks"``), the gate of a layer chooses between share and
+If whole residual blocks are skipped instead of individual layers (``skip="blocks"``), the gate of a layer chooses between share and
 own, and the gate of its block decides whether to run the block.
 """
 

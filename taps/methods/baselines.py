@@ -21,7 +21,7 @@ def always_base(unit: Unit) -> Gate:
 register(
     "finetune",
     Method(
-        summary="every weight is the task's own: the upper bound in size",
+        summary="full fine-tuning: every weight is task-specific (largest files)",
         source="full fine-tuning",
         gate=always_own,
         select=find_everything,
@@ -30,7 +30,7 @@ register(
 register(
     "norm_only",
     Method(
-        summary="only the norms and the head are the task's own",
+        summary="only the norms and the head are task-specific",
         source="K for the price of 1, ICLR 2019, arXiv 1810.10703",
         gate=always_base,
         norms=("task",),
@@ -39,7 +39,7 @@ register(
 register(
     "linear_probe",
     Method(
-        summary="only the head is the task's own: the lower bound in size",
+        summary="only the head is task-specific (smallest files)",
         source="linear classifier probe",
         gate=always_base,
         norms=("frozen",),

@@ -242,7 +242,9 @@ def read_policy(path: Path) -> Policy:
         decided = [value for name in ("run", "specific") for value in columns.get(name, ())]
         chances = [value for name in ("probability", "own") for value in columns.get(name, ())]
         if any(value not in (0.0, 1.0) for value in decided) or any(not 0 <= p <= 1 for p in chances):
-            raise UserError(f"{path}: task {task!r} has entries that are no 0 or 1, or probabilities outside of 0..1")
+            raise UserError(
+                f"{path}: task {task!r} has entries that are neither 0 nor 1, or probabilities outside of 0..1"
+            )
         if any(specific > run for run, specific in zip(run[task], specific.get(task, ()), strict=False)):
             raise UserError(f"{path}: task {task!r} has weights of its own in a unit that it does not run")
     return Policy(backbone, units, probability, run, own, specific, inside)

@@ -183,7 +183,7 @@ def fix_support(model: Network, task: str, density: float | None = None) -> int:
     gates per row, whole rows are ranked by their root mean square.
 
     Args:
-        model: a model of a method with gates on single weights.
+        model: a model of a method with gates on individual weights.
         task: its name.
         density: largest share of the base's parameters for deltas and the task's own norms together, 0..1; ``None``: the method's
             option, where 1 keeps all weights with open gates.
@@ -192,7 +192,7 @@ def fix_support(model: Network, task: str, density: float | None = None) -> int:
         Number of weights in the support.
 
     Raises:
-        UserError: if the task has no gates on single weights, or no weight fits in addition to its norms.
+        UserError: if the task has no gates on individual weights, or no weight fits in addition to its norms.
     """
     model.check_task(task)
     density = model.options.get("density", 1.0) if density is None else density
@@ -231,12 +231,12 @@ def max_weights(model: Network, task: str, density: float) -> float:
         model, task, density: as in :func:`fix_support`.
 
     Raises:
-        UserError: if the task has no gates on single weights, the density is not above 0 and at most 1, or the task's norms
+        UserError: if the task has no gates on individual weights, the density is not above 0 and at most 1, or the task's norms
             alone take all of it.
     """
     if not any(isinstance(unit.gates[task], HardConcreteGate) for unit in model.units):
         raise UserError(
-            f"task {task!r} has no gate on single weights: where={model.options.get('where')!r} matches no layer"
+            f"task {task!r} has no gate on individual weights: where={model.options.get('where')!r} matches no layer"
         )
     if not 0 < density <= 1:
         raise UserError(f"density must lie in 0..1, above 0 (0.02: 2 % of the weights), not {density!r}")
@@ -244,7 +244,7 @@ def max_weights(model: Network, task: str, density: float) -> float:
     allowed = density * model.base_parameters - norms
     if allowed < 1:
         raise UserError(
-            f"a density of {100 * density:g} % has no room for single weights: the task's own norms take "
+            f"a density of {100 * density:g} % has no room for individual weights: the task's own norms take "
             f"{100 * norms / model.base_parameters:.2g} % of the base; give a larger density, or norm frozen"
         )
     return allowed
@@ -277,7 +277,7 @@ def gates_then_support(model: Network, lengths: Lengths) -> tuple[Phase, ...]:
 register(
     "sparse_delta",
     Method(
-        summary="each task changes single weights of a base task's network",
+        summary="each task changes individual weights of a base task's network",
         source="Efficient Computation Sharing for Multi-Task Visual Scene Understanding, ICCV 2023",
         gate=hard_concrete_gate,
         select=find_everything,

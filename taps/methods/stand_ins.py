@@ -1,4 +1,4 @@
-"""Stand-ins for single layers that a task skips, and the depth of each layer in the network.
+"""Stand-ins for individual layers that a task skips, and the depth of each layer in the network.
 
 AutoMTL (arXiv 2110.13076, §3.1) skips by the identity if the layer keeps the shape, else by a 1×1 convolution with a norm. In
 networks made of 1×1 convolutions that costs more than the layer. Here the stand-in is average pooling if the layer has a stride,
@@ -80,8 +80,8 @@ def find_choices(net: nn.Module, skip: str = "layers") -> list[Found]:
 
     Args:
         net: the network.
-        skip: ``"layers"``, single layers, each with its stand-in or the reason why it has none; ``"blocks"``, only whole residual
-            blocks, which precede the layers in them; ``"auto"``, blocks if there are any, else layers.
+        skip: ``"layers"``, individual layers, each with its stand-in or the reason why it has none; ``"blocks"``, only whole
+            residual blocks, which precede the layers in them; ``"auto"``, blocks if there are any, else layers.
 
     Raises:
         UserError: for another ``skip``, or a network without blocks that can be skipped.

@@ -115,7 +115,7 @@ def mean_absolute_score(
         **options: not used.
 
     Raises:
-        UserError: for a divisor that is no number above 0.
+        UserError: for a divisor that is not a number above 0.
     """
     if penalty_divisor is not None and not (math.isfinite(penalty_divisor) and penalty_divisor > 0):
         raise UserError(f"penalty_divisor has to be above 0, not {penalty_divisor!r}")
@@ -137,7 +137,7 @@ def warmup_penalty_settle(model: Model, lengths: Lengths) -> tuple[Phase, ...]:
         UserError: if a budget is requested.
     """
     if lengths.budget is not None:
-        raise UserError(f"method {model.method.name!r} keeps no budget; use method 'taps_budget'")
+        raise UserError(f"method {model.method.name!r} does not support a size budget; use method 'taps_budget'")
     warmup = min(lengths.warmup_epochs, lengths.epochs)
     settle = min(lengths.settle_epochs, lengths.epochs - warmup)
     phases = (

@@ -64,21 +64,21 @@ def read_size(text: str) -> tuple[float, bool]:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b?)\s*", text.lower())
     if match is None or (match.group(2) != "%" and match.group(2) not in _UNITS):
-        raise UserError(f"--budget {text!r} is not a size; write a part of the base (5%) or bytes (600KB, 2MB)")
+        raise UserError(f"budget {text!r} is not a size; write a part of the base (5%) or bytes (600KB, 2MB)")
     value, unit = float(match.group(1)), match.group(2)
     if not unit and value <= 100:
         raise UserError(
-            f"--budget {text!r} is a size in bytes; write {value:g}% for that part of the base, or {value:g}B"
+            f"budget {text!r} means {value:g} bytes; write {value:g}% for that part of the base, or {value:g}B"
         )
     if unit != "%":
         return float(round(value * _UNITS[unit])), False
     if not 0 < value <= 100:
-        raise UserError(f"--budget {text!r}: a part of the base must be above 0 % and at most 100 %")
+        raise UserError(f"budget {text!r}: a part of the base must be above 0 % and at most 100 %")
     return value / 100, True
 
 
 def parse_budget(text: str | int, model: Network) -> int:
-    """Return the bytes of a task file for ``"5%"`` of the base's parameters, a size such as ``"600KB"``, or a number of bytes.
+    """Return the bytes of a task file for ``"5%"`` of the base's bytes, a size such as ``"600KB"``, or a number of bytes.
 
     Raises:
         UserError: as :func:`read_size`.
@@ -203,8 +203,8 @@ def _fixed_bytes(model: Network, unit: GatedUnit, task: str, step: float) -> int
 def _measure(
     unit: GatedUnit, task: str, hull: list[_Choice], index: int, fixed: int, known: set[int], kept: _Kept | None = None
 ) -> None:
-    """Replace a choice by one with its measured size, and correct those not yet measured as much; ``kept`` receives encodings, and
-    without it sizes may be a little too large."""
+    """Replace a choice by one with its measured size, and rescale estimates that are not yet measured by the same ratio; ``kept``
+    receives encodings, and without it sizes may be a little too large."""
     choice = hull[index]
     if choice.level is None:
         return
@@ -513,7 +513,7 @@ def _begin_rounding(model: Network, task: str, budget: int, beyond: float) -> It
 register(
     "taps_budget",
     Method(
-        summary="every layer learns, then the file's bytes go where they keep most of what was learned",
+        summary="every layer learns, then the file's bytes go to the layers where they preserve most of it",
         source="this library; bits by reverse water-filling",
         gate=threshold_gate,
         phases=open_choose_round,

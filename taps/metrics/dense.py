@@ -229,4 +229,6 @@ def make_metric(task: Task, published: bool = False) -> Metric | Meter:
         return EdgeMetrics(task)
     if task.kind in ("classes", "normals"):
         return {"classes": ClassMetrics, "normals": NormalMetrics}[task.kind](task, published)
-    return {"saliency": SaliencyMetrics, "map": MapMetrics}.get(task.kind, DepthMetrics)(published)
+    return {"saliency": SaliencyMetrics, "depth": DepthMetrics, "disparity": DepthMetrics}.get(task.kind, MapMetrics)(
+        published
+    )

@@ -26,12 +26,13 @@ def to_size(prediction: Tensor, size: tuple[int, int], mode: str = "bilinear") -
     return interpolate(prediction, size, mode=mode, **corners)
 
 
-def shrink(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize labels to the prediction's size by the first pixel of each cell, as in the published programs."""
+def shrink(target: Tensor, size: tuple[int, int], mode: str = "nearest-exact") -> Tensor:
+    """Resize labels to the prediction's size by one pixel of each cell: the middle one, or with ``"nearest"`` the first one, as in
+    the published programs, which moves maps by half a cell."""
     if target.shape[-2:] == torch.Size(size):
         return target
     flat = target[:, None].float() if target.dim() == 3 else target
-    small = interpolate(flat, size, mode="nearest")
+    small = interpolate(flat, size, mode=mode)
     return small[:, 0].to(target.dtype) if target.dim() == 3 else small
 
 
@@ -152,6 +153,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Task], Tensor]] = {
     "normals": normal_loss,
     "depth": absolute_loss,
     "disparity": absolute_loss,
+    "log_depth": absolute_loss,
     "map": absolute_loss,
     "saliency": saliency_loss,
     "edges": edge_loss,
@@ -163,20 +165,20 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Task], Tensor]] = {
 }
 
 
-def make_loss(task: Task, at_output: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(task: Task, labels: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of a task, as a function of predictions and labels.
 
     Args:
         task: selects the loss by its ``loss``, or else by its ``kind``.
-        at_output: compare maps at the predictions' size, with labels downsampled by nearest neighbour (published); otherwise at
-            the labels' size, with predictions upsampled bilinearly.
+        labels: how maps of labels get the predictions' size, as in :func:`shrink`; ``None``: predictions are upsampled bilinearly
+            to the labels' size instead.
     """
     function = LOSSES[task.loss or task.kind]
 
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
         prediction = prediction.float()
-        if task.kind in KINDS and at_output:
-            target = shrink(target, prediction.shape[-2:])
+        if task.kind in KINDS and labels is not None:
+            target = shrink(target, prediction.shape[-2:], labels)
         elif task.kind in KINDS:
             prediction = to_size(prediction, target.shape[-2:])
         labelled = target.isfinite() if target.is_floating_point() else target != IGNORE_INDEX

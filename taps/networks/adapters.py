@@ -49,7 +49,7 @@ def split_head(state: State, classifiers: Collection[str], path: Path) -> tuple[
         if head:
             break
     if head and (not set(head) <= {"weight", "bias"} or "weight" not in head or head["weight"].dim() != 2):
-        raise UserError(f"{path}: the classifier {prefix} is no single linear layer ({listed(head)})")
+        raise UserError(f"{path}: the classifier {prefix} is not a single linear layer ({listed(head)})")
     rest = {key: tensor for key, tensor in state.items() if not head or not key.startswith(f"{prefix}.")}
     return rest, head
 
@@ -118,7 +118,7 @@ def peft_changes(folder: Path, base: State, norms: Collection[str], classifiers:
     """
     config_path = folder / "adapter_config.json"
     if not config_path.is_file():
-        raise UserError(f"{folder} is no folder of a PEFT adapter: it has no adapter_config.json")
+        raise UserError(f"{folder} is not the folder of a PEFT adapter: it has no adapter_config.json")
     config = read_json(config_path)
     if config.get("peft_type") != "LORA":
         raise UserError(
@@ -158,7 +158,7 @@ def peft_changes(folder: Path, base: State, norms: Collection[str], classifiers:
     for name, down in downs.items():
         weight, rank = f"{name}.weight", len(down)
         if weight not in base:
-            raise UserError(f"{folder}: {name} is no layer of this network; its layers are e.g. {listed(base)}")
+            raise UserError(f"{folder}: {name} is not a layer of this network; its layers are e.g. {listed(base)}")
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         if ups[name].shape[1] != rank:
@@ -196,7 +196,7 @@ def taps_checkpoint(path: Path) -> tuple[dict[str, Tensor], Changes]:
     lacking = [f"{name}.{part}" for name in layers for part in ("weight", "residual") if f"{name}.{part}" not in state]
     if not layers or lacking:
         raise UserError(
-            f"{path} is no checkpoint of TAPS: it has {len(layers)} layers with an indicator and lacks {listed(lacking)}; "
+            f"{path} is not a checkpoint of TAPS: it has {len(layers)} layers with an indicator and lacks {listed(lacking)}; "
             f"its tensors are {listed(state)}"
         )
     rest, head = split_head(state, ("fc",), path)

@@ -86,13 +86,13 @@ class ConvNeXtHead(nn.Module):
         (B, in_channels, h, w) to (B, out_channels, 4h, 4w).
 
     Raises:
-        UserError: if ``width`` is no multiple of 16.
+        UserError: if ``width`` is not a multiple of 16.
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int = 3072, depth: int = 2) -> None:
         super().__init__()
         if width % 16:
-            raise UserError(f"--head_width {width} of a convnext head is no multiple of 16")
+            raise UserError(f"--head_width {width} of a convnext head is not a multiple of 16")
         self.taps_arguments = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "depth": depth}
         self.project = nn.Conv2d(in_channels, width, 1)
         self.unfold = nn.PixelShuffle(4)

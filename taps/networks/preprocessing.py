@@ -92,7 +92,7 @@ class AutoAugment:
             self.apply = kinds.get(policy.split("-")[0], auto_augment.auto_augment_transform)(policy, hints)
         except (AssertionError, ValueError, KeyError, NotImplementedError):
             raise UserError(
-                f"--auto_augment {policy!r} is no policy of timm; examples are rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a"
+                f"--auto_augment {policy!r} is not a policy of timm; examples are rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a"
             ) from None
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -151,7 +151,9 @@ class ToRGB:
         try:
             self.ground = (*ImageColor.getrgb(background)[:3], 255)
         except ValueError:
-            raise UserError(f"background {background!r} is no colour; examples are white, grey and #ff8000") from None
+            raise UserError(
+                f"background {background!r} is not a colour; examples are white, grey and #ff8000"
+            ) from None
         self.published = published
 
     def __call__(self, image: Image.Image) -> Image.Image:

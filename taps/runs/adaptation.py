@@ -252,7 +252,7 @@ class Experiment:
                 model.heads[task.name].load_state_dict(task_file.read_head(heads / task.name))
             size = min(self.options.batch_size, len(task.train))
             if size < self.options.batch_size:
-                self.accelerator.print(f"{task.name}: batches of {size} images, for there are no more")
+                self.accelerator.print(f"{task.name}: only {size} training images: batch size reduced to {size}")
             kind = {"batch_size": size, "seed": self.options.seed, "workers": self.options.workers}
             kind["processes"] = self.accelerator.num_processes
             loader, sampler = make_loader(task.train, self._training_transform(task), train=True, **kind)

@@ -390,7 +390,7 @@ class MultiTask:
             validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
             return {
                 "tasks": metrics, "executed": rates, "own": own_units(model), "own_weights": own_weights(model),
-                **cost.relative_cost(model, example), "validation_score": validated,
+                **cost.relative_cost(model, example, self.benchmark.on_one_image), "validation_score": validated,
             }  # fmt: skip
 
         tested = {stage: self._once(stage, measure) for stage in stages}

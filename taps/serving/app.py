@@ -62,7 +62,7 @@ async def _all(waiting: Sequence[Coroutine]) -> list:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Unavailable(Exception):  # noqa: N818 (no mistake of anyone's)
+class Unavailable(Exception):  # noqa: N818 (not an error)
     """No replica answered."""
 
 

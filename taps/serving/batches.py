@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from taps.serving.engine import Answer, Item
 
 
-class Busy(Exception):  # noqa: N818 (no mistake of anyone's)
+class Busy(Exception):  # noqa: N818 (not an error)
     """Too much is waiting; the message says so."""
 
 

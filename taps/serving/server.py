@@ -76,7 +76,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
     if settings.base is not None and not is_remote and settings.address is None and not Path(settings.base).is_file():
         raise UserError(f"--base {settings.base} does not exist")
     for reason in folder.refused.values():
-        warnings.warn(f"a task is left out: {reason}", stacklevel=2)
+        warnings.warn(f"skipping task: {reason}", stacklevel=2)
     listener = _listen(settings)
     with listener, _images_of_any_size():
         count = f"{settings.least} replica{'s' * (settings.least > 1)}"

@@ -125,7 +125,7 @@ def _decode_coded(stored: Tensor, shape: torch.Size) -> Tensor:
     count = math.prod(shape)
     largest = int(stored[4]) if len(stored) > 4 else 0
     if largest not in (1, 2, 3, 7, 127):
-        raise ValueError("the bytes are no numbers of steps")
+        raise ValueError("the bytes are not numbers of steps")
     base = 2 * largest + 1
     together = int(math.log(256, base))
     length = math.ceil(count / together)
@@ -133,7 +133,7 @@ def _decode_coded(stored: Tensor, shape: torch.Size) -> Tensor:
     try:
         found = reader.decompress(stored[5:].numpy().tobytes(), length + 2 * count + 1)
     except zlib.error as error:
-        raise ValueError(f"the bytes are no numbers of steps: {error}") from None
+        raise ValueError(f"the bytes are not numbers of steps: {error}") from None
     packed = np.frombuffer(found[:length], dtype=np.uint8).astype(np.int16)
     digits = packed[:, None] // base ** np.arange(together) % base
     code = digits.flatten()[:count].astype(np.int16) - largest
@@ -208,7 +208,7 @@ def _read_gaps(stored: np.ndarray, width: int) -> tuple[np.ndarray, int]:
         raise ValueError("too few bytes for positions with values")
     count, bits = int(stored[:4].view("<u4")[0]), int(stored[4])
     if bits > 31:
-        raise ValueError("the bytes are no positions with values")
+        raise ValueError("the bytes are not positions with values")
     middle, end = 5 + math.ceil(count * bits / 8), len(stored) - width * count
     if end < middle:  # before memory for them is asked for
         raise ValueError(f"the bytes are not {count} positions with values")

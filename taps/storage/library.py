@@ -65,7 +65,7 @@ class Library:
     def warn(self) -> None:
         """Warn of each folder that cannot be used."""
         for message in self.refused.values():
-            warnings.warn(f"a task is left out: {message}", stacklevel=3)
+            warnings.warn(f"skipping task: {message}", stacklevel=3)
 
     def check(self) -> None:
         """Check that all tasks can be used.

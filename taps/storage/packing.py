@@ -42,4 +42,4 @@ def unpack(packed: Tensor) -> dict[str, Tensor]:
             raise ValueError("the header of packed tensors is cut short or too long")
         return load(struct.pack("<Q", len(header)) + header + stored[4 + length :])
     except (zlib.error, SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
-        raise ValueError(f"the bytes are no packed tensors: {str(error)[:120]}") from None
+        raise ValueError(f"the bytes are not packed tensors: {str(error)[:120]}") from None

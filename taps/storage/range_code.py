@@ -61,10 +61,10 @@ def unpack(code: bytes, shape: tuple[int, int]) -> np.ndarray:
     """Return the matrix of this shape that :func:`pack` has coded, int32.
 
     Raises:
-        ValueError: if the bytes are no such code.
+        ValueError: if the bytes are not such a code.
     """
     if len(code) % 4 != 2 or code[1] > 1:
-        raise ValueError("the bytes are no range code")
+        raise ValueError("the bytes are not a range code")
     coder = queue.RangeDecoder(np.frombuffer(code[2:], dtype="<u4").astype(np.uint32))
 
     def take(values: np.ndarray, distribution: Any) -> np.ndarray:
@@ -74,9 +74,9 @@ def unpack(code: bytes, shape: tuple[int, int]) -> np.ndarray:
     try:
         _walk(take, sizes, np.zeros(shape[0], int) if code[1] else None, signs, code[0])
     except (AssertionError, OverflowError) as error:
-        raise ValueError(f"the bytes are no range code: {error}") from None
+        raise ValueError(f"the bytes are not a range code: {error}") from None
     if not coder.maybe_exhausted():
-        raise ValueError(f"the bytes are no range code of {shape[0]} × {shape[1]} numbers")
+        raise ValueError(f"the bytes are not a range code of {shape[0]} × {shape[1]} numbers")
     return np.where(signs, -sizes, sizes)
 
 

@@ -100,7 +100,7 @@ def _with_names(value: object) -> object:
     """The value, if all keys of dicts in it are text; JSON would turn others into text and lose some."""
     if isinstance(value, Mapping):
         if any(not isinstance(key, str) for key in value):
-            raise TypeError("keys are no text")
+            raise TypeError("keys must be strings")
         return {key: _with_names(inner) for key, inner in value.items()}
     return [_with_names(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
@@ -283,7 +283,7 @@ def read_description(folder: Path) -> dict:
     description = read_json(path)
     if description.get("format") not in FORMATS:
         raise UserError(
-            f"{path} has format version {description.get('format')!r}; this library reads versions 1 and 2: a newer one is needed"
+            f"{path} has format version {description.get('format')!r}; this version reads formats 1 and 2; upgrade taps-vision"
         )
     for key, kind in _ENTRIES.items():
         if key not in description:
@@ -407,7 +407,7 @@ def _check_sums(description: Mapping, path: Path) -> None:
         _VERIFIED.add(seen)
     if known and known["description"] != _checksum(description):
         raise UserError(
-            f"{path.parent / 'task.json'} is damaged, or an entry that decides outputs was edited; save the task again"
+            f"{path.parent / 'task.json'} is damaged, or an entry that affects outputs was edited; save the task again"
         )
     if known.get("metric", _checksum_of_metric(description)) != _checksum_of_metric(description):
         raise UserError(f"{path.parent / 'task.json'} is damaged, or its metric was edited; save the task again")

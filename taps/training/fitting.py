@@ -136,14 +136,16 @@ def fit(
             "taps.fit trains one task on a frozen base; adapt it with train_base=False, or use train_joint.py"
         )
     if budget is not None and model.method.budget is None:
-        raise UserError(f"budget= is not for method {model.method.name!r}: adapt the base with method='taps_budget'")
+        raise UserError(
+            f"method {model.method.name!r} does not support a size budget; adapt the base with method='taps_budget'"
+        )
     if budget is None:
         budget = model.method.budget
     unused = [name for name in ("warmup_epochs", "settle_epochs", "score_lr") if name in recipe and budget is not None]
     if unused:
         raise UserError(f"{unused[0]}= is not used with a budget: leave one of them out")
     if recipe.get("patience") is not None and val_loader is None:
-        raise UserError("patience= ends training by validation numbers: give val_loader=")
+        raise UserError("patience= needs val_loader=")
     if callable(optimizer):
         recipe["make_optimizer"], optimizer = optimizer, None
     if isinstance(preprocessing, Mapping):
@@ -151,7 +153,7 @@ def fit(
     plan = Recipe(epochs=epochs, lam=lam, budget=budget, optimizer=optimizer, **recipe)
     if plan.label_smoothing:
         if criterion is not nn.functional.cross_entropy:
-            raise UserError("label_smoothing= is for the default criterion, cross-entropy; put it into yours")
+            raise UserError("label_smoothing= applies only to the default criterion, cross-entropy")
         criterion = CrossEntropy(plan.label_smoothing)
     outputs = getattr(model.heads[task], "out_features", None)
     default = criterion is nn.functional.cross_entropy or isinstance(criterion, CrossEntropy)
@@ -334,7 +336,7 @@ class UserLoader:
         has_norms: bool = False,
     ) -> None:
         if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-            raise UserError(f"{name} is a data set; give a DataLoader over it, which makes batches")
+            raise UserError(f"{name} is a Dataset; wrap it in a DataLoader")
         try:
             with torch.random.fork_rng([]):  # a DataLoader draws a seed
                 once = iter(batches) is batches

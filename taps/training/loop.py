@@ -191,12 +191,10 @@ def check_whole_epochs(phases: Iterable[Phase], recipe: Recipe) -> None:
     """Raise a ``UserError`` for settings that need every epoch to have the values of the file, which a budget's have not."""
     if any(callable(phase.competes) for phase in phases):
         if recipe.patience is not None:
-            raise UserError(
-                "patience is not for a budget: only its last epochs have the values of the file; leave one of them out"
-            )
+            raise UserError("patience cannot be combined with a budget: weights are rounded only in the last epochs")
         if recipe.ema_decay is not None:
             raise UserError(
-                "ema_decay is not for a budget: averages do not survive the rounding of weights; leave one of them out"
+                "ema_decay cannot be combined with a budget: averages do not survive the rounding of weights"
             )
 
 

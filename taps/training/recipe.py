@@ -36,6 +36,7 @@ class Recipe(Optimization, Schedule):
         betas: β of adam and adamw.
         decay: how learning rates fall from epoch to epoch: ``"cosine"``; ``"poly"``, with power 0.9; ``"step"``,
             by the factor ``decay_rate`` every ``decay_epochs``; or ``"constant"``. ``None``: the method's default.
+        reductions: how often ``"step"`` reduces rates at most; ``None``: as often as there are epochs for it.
         compile: run training steps through ``torch.compile``; validation is short and not compiled.
         step_per_task: take an optimiser step after each task's loss, instead of one after the sum of all.
         mixed: run a batch of several tasks in one forward pass; otherwise task by task, which needs only the memory of one.
@@ -60,6 +61,7 @@ class Recipe(Optimization, Schedule):
     decay: str | None = setting(None, "", choices=DECAYS)
     decay_epochs: float = setting(1.0, "", float, low=0, above=True)
     decay_rate: float = setting(0.5, "", float, low=0, above=True)
+    reductions: int | None = setting(None, "", int, low=1)
     compile: bool = False
     step_per_task: bool = False
     mixed: bool = True
@@ -110,7 +112,8 @@ class Recipe(Optimization, Schedule):
         if decay == "poly":
             return (1.0 - epoch / epochs) ** 0.9
         if decay == "step":
-            return self.decay_rate ** math.floor(epoch / self.decay_epochs + 1e-9)
+            passed = math.floor(epoch / self.decay_epochs + 1e-9)
+            return self.decay_rate ** (passed if self.reductions is None else min(passed, self.reductions))
         return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
 
 

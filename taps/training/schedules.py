@@ -210,7 +210,7 @@ def _policy_recipe(options: MultiTaskSettings, cycle: int, alternating: dict) ->
     values = {**alternating, "optimizer": "adam", "lr": options.policy_lr, "gate_weight_decay": options.policy_wd}
     if options.policy_decay_iterations:
         cycles = max(options.policy_decay_iterations / cycle, 1)
-        values.update(decay="step", decay_epochs=cycles, decay_rate=0.1)
+        values.update(decay="step", decay_epochs=cycles, decay_rate=0.1, reductions=1)
     return Recipe(**values)
 
 
@@ -226,7 +226,7 @@ def base_plan(options: MultiTaskSettings, sizes: dict[str, int], seed: int) -> P
 
 
 def delta_plan(options: MultiTaskSettings, seed: int) -> Plan:
-    """Return the three training steps of a sub-task in efficient computation sharing: gates on single weights, then the
+    """Return the three training steps of a sub-task in efficient computation sharing: gates on individual weights, then the
     weights whose gates are open, then the same weights while activations are pulled towards the base's."""
     steps = min(options.eval_iterations, options.iterations)
 

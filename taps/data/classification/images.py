@@ -125,7 +125,7 @@ def decode_image(
     """An image as ``convert`` makes it, in one of Pillow's ``formats``, or in any.
 
     Raises:
-        UnreadableImageError: with the reason, if the data are no image, are damaged, or ``convert`` refuses them.
+        UnreadableImageError: with the reason, if the data are not an image, are damaged, or ``convert`` refuses them.
         LargeImageError: if there are more than ``max_pixels``; they are then not decoded.
     """
     is_loaded = False

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from taps.data.dense.dataset import DenseData
+from taps.data.dense.dataset import LOG_RANGE, DenseData
 from taps.data.multi_label import IGNORE_INDEX, Task
 from taps.errors import UserError, unknown
 
@@ -114,7 +114,7 @@ def _depth(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def _log_depth(path: Path, array: np.ndarray) -> np.ndarray:
-    return distance(path, np.log1p(array.astype(np.float64)) / np.log(2.0**16), array < 64500)
+    return distance(path, np.log1p(array.astype(np.float64)) / LOG_RANGE, array < 64500)
 
 
 def _normals(path: Path, array: np.ndarray) -> np.ndarray:
@@ -185,8 +185,8 @@ TASKONOMY = Layout(
     list_file="taskonomy.json",
     columns=("image", "semseg", "normals", "depth", "keypoints", "edges"),
     tasks=_tasks(
-        ("semseg", "classes", 17, None, ("cross_entropy",)), ("normals", "normals", 3, None, ("cosine",)), ("depth", "map", 1),
-        ("keypoints", "map", 1), ("edges", "map", 1),
+        ("semseg", "classes", 17, None, ("cross_entropy",)), ("normals", "normals", 3, None, ("cosine",)),
+        ("depth", "log_depth", 1), ("keypoints", "map", 1), ("edges", "map", 1),
     ),
     decode={
         "semseg": _classes(17, 0, shift=1), "normals": _normals, "depth": _log_depth, "keypoints": _scaled(0.005),

@@ -18,6 +18,7 @@ kind           array                                      missing label
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ from taps.data.multi_label import IGNORE_INDEX, Cache, SharedData, Task
 from taps.data.seeded import mix_seed
 from taps.settings.task_names import NEIGHBOUR
 
-KINDS = ("classes", "normals", "depth", "disparity", "map", "saliency", "edges")
+#: range of the logarithms of Taskonomy's depths
+LOG_RANGE = math.log(2.0**16)
+KINDS = ("classes", "normals", "depth", "disparity", "log_depth", "map", "saliency", "edges")
 #: kinds whose labels are class ids
 CLASS_KINDS = ("classes", "saliency")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -149,6 +152,8 @@ class DenseSet(Dataset):
                     zoomed = zoomed / zoom  # an enlarged object is nearer
                 elif kinds[name] == "disparity":
                     zoomed = zoomed * zoom
+                elif kinds[name] == "log_depth":  # log(1 + depth) / log 2¹⁶
+                    zoomed = (zoomed * LOG_RANGE).expm1().div(zoom).log1p() / LOG_RANGE
                 targets[name] = zoomed[0].to(target.dtype) if target.dim() == 2 else zoomed
         if random[1] < 0.5:
             image = image.flip(-1)

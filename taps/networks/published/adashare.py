@@ -42,7 +42,7 @@ def read_block_policies(
     state = {key.removeprefix("module."): tensor for key, tensor in read_state_dict(path).items()}
     first = state.get("backbone.conv1.weight")
     if first is None or not any(key.startswith("backbone.blocks.0.") for key in state):
-        raise UserError(f"{path} is no checkpoint of {program}: it has no backbone.blocks; it has {listed(state)}")
+        raise UserError(f"{path} is not a checkpoint of {program}: it has no backbone.blocks; it has {listed(state)}")
     if first.dim() == 5:
         raise UserError(f"{path} is of the fork for ABCD, which adds every residual twice; no network here does")
     if first.dim() == 3:
@@ -53,7 +53,7 @@ def read_block_policies(
         raise UserError(f"{path} has bottlenecks with the stride in their first layer; import takes ResNet-18 and -34")
     gated = "backbone.blocks.0.0.fc1.weight" in state
     if gated != (program == "dynashare"):
-        raise UserError(f"{path} has {'' if gated else 'no '}gates for single images; say --from {_other(program)}")
+        raise UserError(f"{path} has {'' if gated else 'no '}per-image gates; say --from {_other(program)}")
     tensors, left = _backbone(state)
     depths = [1 + max(int(key.split(".")[1]) for key in tensors if key.startswith(f"layer{s}.")) for s in (1, 2, 3, 4)]
     model = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}.get(tuple(depths))
@@ -70,7 +70,7 @@ def read_block_policies(
     names = _task_names(names, count, path)
     blocks = sum(depths)
     if gated and rates is None:
-        raise UserError(f"{path} does not say which blocks choose for single images: give its --target_rates")
+        raise UserError(f"{path} does not say which blocks have per-image gates: give its --target_rates")
     if rates is not None and len(rates) not in (1, blocks):
         raise UserError(f"--target_rates has {len(rates)} values for {blocks} blocks")
     runs = _policies(path, policy, left, count, blocks)
@@ -168,7 +168,7 @@ def read_policy_pickle(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # whatever a damaged file makes the unpickler raise
-        raise UserError(f"{path} is no policy of AdaShare ({type(error).__name__}: {str(error)[:80]})") from None
+        raise UserError(f"{path} is not a policy of AdaShare ({type(error).__name__}: {str(error)[:80]})") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} is no policy of AdaShare: it holds no tables by task")
+        raise UserError(f"{path} is not a policy of AdaShare: it holds no tables by task")
     return {str(key): value for key, value in loaded.items()}

@@ -32,7 +32,7 @@ def read_automtl(path: Path, names: Sequence[str] | None) -> Published:
     nodes = sorted({int(key.split(".")[1]) for key in state if re.match(r"net\.\d+\.basicOp\.weight", key)})
     if not nodes or not inside:
         raise UserError(
-            f"{path} is no checkpoint of AutoMTL: it has no net.N.basicOp and headsDict.TASK; it has {listed(state)}"
+            f"{path} is not a checkpoint of AutoMTL: it has no net.N.basicOp and headsDict.TASK; it has {listed(state)}"
         )
     check_known(state, r"headsDict\.|net\.\d+\.(basicOp|taskOp|dsOp|policy)\.", path)
     layers = [node for node in nodes if state[f"net.{node}.basicOp.weight"].dim() == 4]

@@ -76,12 +76,12 @@ def _efficient_file(path: Path) -> tuple[State, State]:
         str(key).removeprefix("module."): value.detach() for key, value in state.items() if isinstance(value, Tensor)
     }
     if not is_multimae(state):
-        raise UserError(f"{path} is no checkpoint of efficient computation sharing: it has {listed(state)}")
+        raise UserError(f"{path} is not a checkpoint of efficient computation sharing: it has {listed(state)}")
     check_known(state, r"encoder\.|(in|out)put_adapters\.|global_tokens$", path)
     before = {}
     for key, parts in (loaded.get("depth_params") or {}).items() if isinstance(loaded, Mapping) else ():
         if not isinstance(parts, (list, tuple)) or not parts or not isinstance(parts[0], Tensor):
-            raise UserError(f"{path}: depth_params of {key} are no tensors")
+            raise UserError(f"{path}: depth_params of {key} are not tensors")
         before[str(key).removeprefix("module.")] = parts[0].detach()
     return state, before
 
@@ -91,7 +91,7 @@ def _convnext(own: State, path: Path) -> ConvNeXtHead:
     kinds = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2"}
     if "proj_dec.weight" not in own or "final_layer.weight" not in own:
         raise UserError(
-            f"{path}: the head is no ConvNeXt head, the only kind that the program's scripts use; it has {listed(own)}"
+            f"{path}: the head is not a ConvNeXt head, the only kind that the program's scripts use; it has {listed(own)}"
         )
     width, features = own["proj_dec.weight"].shape
     depth = len({key.split(".")[1] for key in own if key.startswith("blocks.")})
