@@ -126,7 +126,7 @@ def test_what_a_policy_cannot_skip_is_named_before_anything_is_written(scenes, h
         (("--density", "much"), "'much' is not a share"),
         (("--structure", "column"), "'column' is not one of weight, row"),
         (("--where", "zzz"), "where='zzz' matches no layer"),
-        (("--density", "0.1%"), "has no room for single weights: the task's own norms take"),
+        (("--density", "0.1%"), "has no room for individual weights: the task's own norms take"),
         (("--single_task", "none", "--phases", "test"), "holds no run"),
     ],
 )

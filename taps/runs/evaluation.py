@@ -43,7 +43,7 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
     for name in given.tasks or ():
         if name not in descriptions:
             raise unknown("task", name, descriptions)
-    names = given.tasks or list(descriptions)
+    names = list(dict.fromkeys(given.tasks or descriptions))
     target = Path(given.export) if given.export else None
     if target is not None:
         _check_target(target, names, given.onnx)

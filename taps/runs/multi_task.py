@@ -507,9 +507,8 @@ def _free_settings(options: MultiTaskSettings, path: Path) -> set[str]:
     A policy may be followed by training of another length or at other rates, or under the gates of another method with the same
     kind of policy, as in the published program of DynaShare; what has been retrained may be tested with any.
     """
-    stages = [path / f"retrain_{number:03d}" for number in options.exp_ids or ()]
-    if "retrain" in options.phases and any(stage.is_dir() for stage in stages):
-        return set()  # they go on as they were begun
+    if "retrain" in options.phases and any(path.glob("retrain_*")):
+        return set()  # they go on as they were begun, and those of other policies are averaged with them
     groups = (Stages, BenchmarkTraining, Report)
     of_training = {*_OF_POLICIES, *(name for group in groups for name in declarations(group))} - {"seed"}
     stored = METHODS.get(str(read_json(path / "settings.json").get("method")))

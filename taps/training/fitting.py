@@ -252,7 +252,8 @@ def _open(path: Path, settings: dict, resume: bool, overwrite: bool) -> RunFolde
 def _plain(recipe: Recipe) -> dict:
     """Return the values of a recipe that a settings file can hold."""
     simple = (bool, int, float, str, type(None))
-    return {name: value for name, value in asdict(recipe).items() if isinstance(value, simple)}
+    values = {"betas": list(recipe.betas), "task_weights": dict(recipe.task_weights)}
+    return {**{name: value for name, value in asdict(recipe).items() if isinstance(value, simple)}, **values}
 
 
 def _description(model, task, given, train, outputs, classes, preprocessing, criterion) -> dict:

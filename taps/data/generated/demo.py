@@ -111,7 +111,7 @@ def make_demo(root: Path, development: bool = False) -> None:
         root: the folder.
         development: whether to make both splits from what the demo trains on, so that choices can be made on the second one.
     """
-    if all((root / domain / "test").is_dir() for domain in DOMAINS):
+    if _is_complete(root):
         return
     with temporary_folder(root) as building:
         for index, domain in enumerate(DOMAINS):
@@ -122,12 +122,18 @@ def make_demo(root: Path, development: bool = False) -> None:
                     folder = building / domain / split / label
                     folder.mkdir(parents=True, exist_ok=True)
                     image.save(folder / f"{number:04d}.png")
+        if _is_complete(root):  # another process has been faster, and reads it
+            return
         if root.exists():
             others = sorted(path.name for path in root.iterdir() if path.name not in DOMAINS)
             if others:
                 raise UserError(f"{root} holds {others[0]}, which is not part of the demo; move it away")
             shutil.rmtree(root)
         building.rename(root)
+
+
+def _is_complete(root: Path) -> bool:
+    return all((root / domain / "test").is_dir() for domain in DOMAINS)
 
 
 def read_demo(root: Path) -> list[TaskData]:
