@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from taps.benchmarks.base import SharedBenchmark
+from taps.benchmarks.base import Benchmark
 from taps.data.generated.brain_volumes import CATEGORIES, COLUMNS, NUMBERS, make_brains
 from taps.data.multi_label import IGNORE_INDEX
 from taps.data.records.volumes import VolumeData, open_volumes
@@ -32,7 +32,7 @@ _SHOWN = 300
 
 
 @dataclass(frozen=True)
-class VolumeBenchmark(SharedBenchmark):
+class VolumeBenchmark(Benchmark):
     """A benchmark of categories and numbers to predict from every subject's volume."""
 
     data: VolumeData
