@@ -38,8 +38,8 @@ from taps.stop_signals import StopSignals
 from taps.storage import certificate, run_folder, task_file
 from taps.storage.files import read_tensors, write_json, write_tensors
 from taps.task_model import TaskModel
+from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
-from taps.training.stage import Stage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -341,22 +341,24 @@ class Experiment:
 
         names = [task.name for task in tasks]
         fork = self.start_of(*names)
-        recipe, streams = recipe_of(self.options), {"train": (loader, sampler)}
         criteria = {task.name: self._criterion(task) for task in tasks}
-        Stage(
+        run_phases(
             model,
             names,
-            streams,
-            recipe,
-            criteria,
+            loader,
+            sampler,
+            recipe_of(self.options),
+            self.accelerator,
+            criterion=criteria,
             validate=validate,
-            report=report,
+            on_epoch=report,
             keep=keep,
             folder=self.folder,
             fork=fork,
+            stop=self.stop,
             done=done,
             best=self._stored_score(names) if done else None,
-        ).train(self.accelerator, self.stop)
+        )
 
     def _stored_score(self, tasks: Sequence[str]) -> float | None:
         """Return the validation accuracy with which the tasks were stored, their mean; ``None`` if it is not known."""

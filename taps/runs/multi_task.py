@@ -41,8 +41,8 @@ from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint, run_folder
 from taps.storage.files import read_json, read_tensors, write_json, write_tensors
 from taps.task_model import TaskModel, adapt
+from taps.training.loop import run_phases
 from taps.training.schedules import Plan, learns_policy, policy_plan, resolve_passes, weights_plan
-from taps.training.stage import Stage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -238,7 +238,7 @@ class MultiTask:
             if self._is_trained(stage):
                 continue
             path = self.folder.path / stage
-            if checkpoint.read_record(run_folder.RunFolder(path).state_path) is not None:
+            if checkpoint.read(run_folder.RunFolder(path).state_path) is not None:
                 policy = read_policy(path / "policy.json")  # the policy with which the stage began
             elif options.sample:
                 policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
@@ -290,11 +290,11 @@ class MultiTask:
         folder = run_folder.RunFolder(self.folder.path / stage)
         folder.rows = folder.read_metrics()
         processes = self.accelerator.num_processes
-        streams = {
-            split: self.benchmark.stream(split, steps, plan.recipe.seed, processes, tasks)
-            for split, steps in plan.batches.items()
-            if plan.phases is None or any(phase.data == split for phase in plan.phases)
-        }
+        loaders, samplers = {}, {}
+        for split, steps in plan.batches.items():
+            if plan.phases is None or any(phase.data == split for phase in plan.phases):
+                stream = self.benchmark.stream(split, steps, plan.recipe.seed, processes, tasks)
+                loaders[split], samplers[split] = stream
         learns_policy = model.method.learns_policy and not model.policies
 
         def report(rows: list[dict], is_best: bool) -> None:
@@ -315,9 +315,10 @@ class MultiTask:
             value = score(metrics)
             return {task: {"metrics": own, "score": value} for task, own in metrics.items()}, value
 
-        progress = Stage(
-            model, tasks, streams, plan.recipe, self.benchmark.criteria(), validate, report, keep, folder
-        ).train(self.accelerator, self.stop)
+        progress = run_phases(
+            model, tasks, loaders, samplers, plan.recipe, self.accelerator, criterion=self.benchmark.criteria(),
+            validate=validate, on_epoch=report, keep=keep, folder=folder, stop=self.stop,
+        )  # fmt: skip
         if self.accelerator.is_main_process:
             seconds = round(sum(row["seconds"] for row in folder.rows), 1)
             write_json(folder.path / "trained.json", {"seconds": seconds, "validation_score": progress.best})

@@ -68,8 +68,8 @@ class Job:
     def prepare(self) -> None:
         """Hand over what the run has of the task: one that is to be trained for longer, or was begun without ``--parallel``."""
         folder, own = self.experiment.folder, RunFolder(self.path)
-        record = checkpoint.read_record(folder.state_path)
-        was_begun = record is not None and record["tasks"] == [self.task]
+        stored = checkpoint.read(folder.state_path)
+        was_begun = stored is not None and stored.record["tasks"] == [self.task]
         record_path = self.path / "settings.json"  # written last: until then nothing is handed over
         if (was_begun or folder.finished_epochs(self.task)) and not record_path.is_file():
             shutil.rmtree(self.path, ignore_errors=True)

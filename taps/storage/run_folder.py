@@ -41,12 +41,12 @@ FREE_ON_RESUME = (
 
 def _is_finished(state: Path, epochs: int) -> bool:
     """Return whether the tasks of a checkpoint, if there is one, were trained and tested, perhaps ended early by ``--patience``."""
-    record = checkpoint.read_record(state)
-    if record is None:
+    stored = checkpoint.read(state)
+    if stored is None:
         return True
     folder = RunFolder(state.parents[1])
     folder.rows = folder.read_metrics()
-    return all(folder.finished_epochs(task) >= epochs for task in record["tasks"])
+    return all(folder.finished_epochs(task) >= epochs for task in stored.record["tasks"])
 
 
 def versions() -> dict[str, str]:

@@ -26,9 +26,8 @@ from taps.storage.files import read_json
 from taps.storage.run_folder import RunFolder
 from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel
-from taps.training.loop import Criterion, check_whole_epochs, is_classification, mixing
+from taps.training.loop import Criterion, check_whole_epochs, is_classification, mixing, run_phases
 from taps.training.recipe import Recipe
-from taps.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -196,21 +195,22 @@ def fit(
             if report is not None:
                 report(new[0], is_best)
 
-        stage = Stage(
-            model,
-            [task],
-            {"train": (train, train)},
-            plan,
-            criterion=criterion,
-            validate=None if validation is None else validate,
-            report=on_epoch,
-            keep=keep,
-            folder=run,
-        )
         head = copy.deepcopy(model.heads[task])
         with _restored_if_interrupted(model, task):
             try:
-                stage.train(accelerator)
+                run_phases(
+                    model,
+                    task,
+                    train,
+                    train,
+                    plan,
+                    accelerator,
+                    criterion=criterion,
+                    validate=None if validation is None else validate,
+                    on_epoch=on_epoch,
+                    keep=keep,
+                    folder=run,
+                )
             finally:  # half precision is for training alone
                 accelerator.unwrap_model(model, keep_fp32_wrapper=False)
                 model.__dict__.pop("_is_accelerate_prepared", None)

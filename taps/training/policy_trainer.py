@@ -22,9 +22,9 @@ from taps.settings.declare import build, declarations
 from taps.settings.multi_task import MultiTaskSettings, PolicyTraining
 from taps.settings.presets import published
 from taps.task_model import TaskModel, adapt
+from taps.training.loop import run_phases
 from taps.training.schedules import STEPS, cycle_steps, learns_policy, policy_plan, pretrain_plan, weights_plan
 from taps.training.separate import Masked, Samplers, SeparateLoaders, inputs_and_labels, with_mask
-from taps.training.stage import Stage
 
 #: maps a batch of outputs and labels to a number
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -278,7 +278,8 @@ class PolicyTrainer:
         return self._fit("post-train", model, weights_plan(self.options, self._sizes, self.options.seed)).eval()
 
     def _fit(self, stage: str, model: TaskModel, plan) -> TaskModel:
-        options, streams = self.options, {}
+        options = self.options
+        loaders, samplers = {}, {}
         accelerator = Accelerator()
         for name, steps in plan.batches.items():
             made = {}
@@ -287,10 +288,10 @@ class PolicyTrainer:
                 loader = DataLoader(_Planned(samples), batch_sampler=sampler, collate_fn=self.collate[task])
                 made[task] = (loader, sampler)
             if self.separate:
-                own = SeparateLoaders({task: loader for task, (loader, _) in made.items()}, accelerator.device)
-                streams[name] = (own, Samplers([sampler for _, sampler in made.values()]))
+                loaders[name] = SeparateLoaders({task: own for task, (own, _) in made.items()}, accelerator.device)
+                samplers[name] = Samplers([own for _, own in made.values()])
             else:
-                streams[name] = made[""]
+                loaders[name], samplers[name] = made[""]
 
         def validate() -> tuple[dict[str, dict], float]:
             relies = not model.policies and not self._has_single_samples
@@ -301,7 +302,10 @@ class PolicyTrainer:
         def report(rows: list[dict], is_best: bool) -> None:
             self.history += [{"stage": stage, **row} for row in rows]
 
-        Stage(model, self.tasks, streams, plan.recipe, self.losses, validate, report).train(accelerator)
+        run_phases(
+            model, self.tasks, loaders, samplers, plan.recipe, accelerator, criterion=self.losses, validate=validate,
+            on_epoch=report,
+        )  # fmt: skip
         return model
 
     def validate(self, hard: bool = True) -> dict[str, dict]:
