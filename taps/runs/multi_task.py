@@ -15,9 +15,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +32,7 @@ from taps.methods.registry import METHODS
 from taps.metrics import cost
 from taps.metrics.relative_gain import Metrics, mean_metrics, score
 from taps.plots import style
-from taps.runs import tensorboard
+from taps.runs.log import Log, open_log
 from taps.runs.multi_task_summary import policy_pictures, read_reference, summarise, table
 from taps.settings.declare import as_dict, as_yaml, declarations
 from taps.settings.multi_task import BenchmarkTraining, MultiTaskSettings, Report, Stages
@@ -43,9 +42,6 @@ from taps.storage.files import read_json, read_tensors, write_json, write_tensor
 from taps.task_model import TaskModel, adapt
 from taps.training.loop import run_phases
 from taps.training.schedules import Plan, learns_policy, policy_plan, resolve_passes, weights_plan
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass
@@ -58,7 +54,7 @@ class MultiTask:
         accelerator: devices and processes.
         folder: the results folder.
         stop: signals that end the run.
-        writer: TensorBoard writer, in the first process.
+        log: what goes to TensorBoard and to trackers.
     """
 
     options: MultiTaskSettings
@@ -66,8 +62,7 @@ class MultiTask:
     accelerator: Accelerator
     folder: run_folder.RunFolder
     stop: StopSignals
-    writer: SummaryWriter | None = None
-    _logged: int = 0  # steps sent to the trackers
+    log: Log = field(default_factory=Log)
 
     @classmethod
     @contextmanager
@@ -98,16 +93,9 @@ class MultiTask:
             for name, (before, now) in run.folder.changed.items():
                 accelerator.print(f"--{name} is {now}, unlike in the run's earlier phases ({before})")
         accelerator.wait_for_everyone()
-        if options.track:
-            simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
-            accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
-        try:
-            with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
-                yield run
-        finally:
-            for tracker in accelerator.trackers if options.track else ():
-                tracker.finish()
-            run.folder.release()
+        name = options.experiment_name if options.track else None
+        with run.folder, open_log(path, accelerator, name, settings) as run.log:
+            yield run
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -363,13 +351,8 @@ class MultiTask:
                 f"{stage}/{row['task']}/{name}": value
                 for name, value in {**row["metrics"], "loss": row["train_loss"]}.items()
             }
-            for name, value in values.items() if self.writer is not None else ():
-                self.writer.add_scalar(name, value, row["epoch"])
-            if self.options.track:
-                self._logged += 1  # trackers want steps that only rise
-                self.accelerator.log(values, step=self._logged)
-        if self.writer is not None:
-            self.writer.flush()
+            self.log.scalars(values, row["epoch"])
+            self.log.track(values)
 
     # -- testing -------------------------------------------------------------------------------------------------
 
@@ -474,8 +457,7 @@ class MultiTask:
         for name, figure in figures.items():
             pictures.append(str(self.folder.path / f"{name}.png"))
             style.save(figure, Path(pictures[-1]))
-            if self.writer is not None:
-                self.writer.add_figure(name, figure)
+            self.log.figure(name, figure)
         self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
 
 
