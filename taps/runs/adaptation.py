@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from os.path import isfile
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from taps.storage import certificate, run_folder, task_file
 from taps.storage.files import read_tensors, write_json, write_tensors
 from taps.task_model import TaskModel
 from taps.training.loop import run_phases
-from taps.training.recipe import Recipe
+from taps.training.recipe import Recipe, recipe_from
 
 #: file names in a run or an export that cannot be task names
 RESERVED = ("checkpoint", "shared", "together", "parallel", "opened")
@@ -114,9 +114,7 @@ def _digests(tasks: Sequence[TaskData]) -> dict[str, str]:
 
 def recipe_of(options: AdaptationSettings) -> Recipe:
     """Return the training recipe of the settings."""
-    known = {declared.name for declared in fields(Recipe)}
-    values = {name: value for name, value in as_dict(options).items() if name in known}
-    return Recipe(**values, mixed=getattr(options, "variant", "joint") != "lite")
+    return recipe_from(options, mixed=getattr(options, "variant", "joint") != "lite")
 
 
 @dataclass
