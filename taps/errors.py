@@ -21,6 +21,12 @@ class Inseparable(Exception):  # noqa: N818 (no mistake of anyone's)
     """This network cannot run several tasks in one pass; the message says why. Callers run them one by one."""
 
 
+def first_line(error: object, limit: int | None = None) -> str:
+    """Return the first line of an error's message with text, at most ``limit`` characters; without one the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:limit]
+
+
 def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> UserError:
     """The error for a name that is not one of ``allowed``; offers the nearest ones.
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.backbones import create_backbone, structure_of
 from taps.networks.dense_backbones import create_dense_backbone
 from taps.networks.resnet_nd import create_volume_backbone
@@ -116,7 +116,7 @@ def _made(origin: Mapping, name: str, pretrained: bool, path: str | Path | None,
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
+        reason = first_line(error, 120)
         raise UserError(
             f"the task's description of its network is damaged ({type(error).__name__}: {reason})"
         ) from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taps.core.find import find_layers, is_norm
 from taps.core.network import fingerprint
 from taps.data.classification.folders import task_name
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.networks.backbones import create_backbone, needs_image_size
 from taps.networks.preprocessing import Preprocessing
@@ -129,7 +129,7 @@ def _import_published(settings: ImportSettings, paths: list[Path], out: Path, sa
     except UserError:
         raise
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:  # of a damaged file
-        reason = (str(error).splitlines() or [""])[0][:120]
+        reason = first_line(error, 120)
         raise UserError(f"{paths[0]} is damaged or of another program ({type(error).__name__}: {reason})") from None
     base_file = out / "base.safetensors"
     _check_base(model, base_file, list(found.tasks) if settings.overwrite else [])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from taps.data.classification.images import TaskData
 from taps.data.opening import make_base, make_preprocessing
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.runs import cluster
 from taps.runs.adaptation import Experiment, epoch_line
 from taps.runs.setup import adapted, make_accelerator
@@ -186,7 +186,7 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause if isinstance(cause, UserError) else error from None
         except ray.exceptions.RayError as error:
-            raise UserError(f"a task's process was lost {_RETRIES} times: {str(error).splitlines()[0]}") from None
+            raise UserError(f"a task's process was lost {_RETRIES} times: {first_line(error)}") from None
         finally:
             for bar in bars:
                 bar.close()

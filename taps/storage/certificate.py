@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from taps.core.modules import evaluating
 from taps.core.network import Network, fingerprint
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 
 #: largest difference of outputs, relative to the largest of them, that counts as rounding
 _ROUNDING = 1e-5
@@ -92,7 +92,7 @@ def check_task(model: Network, task: str, stored: Mapping) -> tuple[bool, str]:
         if len(before) != len(now["values"]) or not before:
             raise ValueError(f"{len(before)} values instead of {len(now['values'])}")
     except (KeyError, TypeError, ValueError, struct.error, RuntimeError) as error:
-        raise UserError(f"task {task}: its certificate is damaged ({(str(error).splitlines() or [''])[0]})") from None
+        raise UserError(f"task {task}: its certificate is damaged ({first_line(error)})") from None
     if same:
         return True, "answers bit for bit as after its training"
     if not same_input:

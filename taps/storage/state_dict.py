@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.storage.files import read_tensors
 
 #: entries of a checkpoint that hold weights, in the order of preference: averages of the weights come first, as in timm
@@ -63,7 +63,7 @@ def read_plain(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the unpickler raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{path} is not a file of plain tensors, and nothing else is unpickled ({reason[:120]}); "
             "save it again with torch.save(model.state_dict(), …) or as .safetensors"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from taps.data.multi_label import IGNORE_INDEX, SPLITS, Cache, SharedData, Task
 from taps.data.records.subjects import LeftOut, Table, join_groups, list_path, listed, read_lists, read_table
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.settings.task_names import file_names
 
 _CACHE_BYTES = 1 << 30
@@ -95,7 +95,7 @@ def _open(path: Path):
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    return UserError(f"{path} cannot be read: {first_line(error)}")
 
 
 @dataclass(frozen=True)
