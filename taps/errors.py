@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -19,6 +19,19 @@ class DivergedError(UserError):
 
 class Inseparable(Exception):  # noqa: N818 (no mistake of anyone's)
     """This network cannot run several tasks in one pass; the message says why. Callers run them one by one."""
+
+
+def check_known(kind: str, names: Iterable[object], allowed: Collection, hint: str = "") -> None:
+    """Raise the error of :func:`unknown` for the first of ``names`` that is not one of ``allowed``."""
+    for name in names:
+        if name not in allowed:
+            raise unknown(kind, name, allowed, hint)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise a ``UserError`` if the argument ``name`` is not one of a few choices."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def first_line(error: object, limit: int | None = None) -> str:

@@ -14,7 +14,7 @@ from taps.benchmarks.base import Benchmark
 from taps.data import opening
 from taps.data.classification.images import ImageSet, TaskData, split_validation
 from taps.data.classification.mixed_batches import make_task_loader
-from taps.errors import UserError
+from taps.errors import UserError, check_known
 from taps.metrics.accuracy import accuracy_by_class
 from taps.metrics.relative_gain import Metrics
 from taps.settings.multi_task import MultiTaskSettings
@@ -106,10 +106,7 @@ def open_classes(options: MultiTaskSettings, accelerator: Accelerator) -> ClassB
     if several:
         raise UserError(f"task {several[0]}: images with several labels are for train_sequential.py")
     if options.tasks:
-        known = [task.name for task in tasks]
-        wrong = [name for name in options.tasks if name not in known]
-        if wrong:
-            raise UserError(f"benchmark domainnet has no task {wrong[0]!r}; it has {', '.join(known)}")
+        check_known("task of benchmark domainnet", options.tasks, [task.name for task in tasks])
         tasks = [task for task in tasks if task.name in options.tasks]
     whole = {task.name: split_validation(task, options.val_fraction, options.seed) for task in tasks}
     parts = {

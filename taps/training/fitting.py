@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from taps.core.modules import evaluating
 from taps.data.seeded import mix_seed
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, unknown
 from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.losses import CrossEntropy
 from taps.networks.preprocessing import Preprocessing, stored_transform
@@ -127,9 +127,7 @@ def fit(
         raise UserError(
             f"task {task!r} is frozen: load it with load_task(…, trainable=True), or remove it and add it again to train anew"
         )
-    for name in recipe:
-        if name not in {field.name for field in fields(Recipe)}:
-            raise unknown("option of taps.fit", name, [field.name for field in fields(Recipe)])
+    check_known("option of taps.fit", recipe, [field.name for field in fields(Recipe)])
     if model.train_base:
         raise UserError(
             "taps.fit trains one task on a frozen base; adapt it with train_base=False, or use train_joint.py"

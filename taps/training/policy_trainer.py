@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from taps.core.modules import evaluating
 from taps.core.norm import batch_statistics
 from taps.data.multi_label import StreamSampler
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, unknown
 from taps.methods.policy import Policy
 from taps.methods.registry import METHODS
 from taps.settings.declare import build, declarations
@@ -118,9 +118,7 @@ class PolicyTrainer:
         for name, loader in ((split, one) for split, own in by_split.items() for one in own.values()):
             if loader.batch_size is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
                 raise UserError(f"the loader {name!r} needs a data set with a length and a batch_size")
-        for task in options.get("task_weights", {}):
-            if task not in self.tasks:
-                raise unknown("task in task_weights", task, self.tasks)
+        check_known("task in task_weights", options.get("task_weights", {}), self.tasks)
         loader = next(iter(by_split["train"].values()))
         given = {"batch_size": loader.batch_size, "task_weights": {}, **options, "method": method, "seed": seed}
         self.options = build(MultiTaskSettings, published("scenes", None, method), given)

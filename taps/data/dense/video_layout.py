@@ -15,7 +15,7 @@ import numpy as np
 from taps.data.dense.astmt_layout import PROTOCOLS, read_image
 from taps.data.dense.dataset import FRAMES, DenseData
 from taps.data.multi_label import Task
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known
 
 _FOLDERS = {"image": "rgb", "semseg": "semseg", "depth": "depth", "normals": "normals", "edges": "edge"}
 _AROUND = ("rgb_18", "rgb_19", "rgb_21", "rgb_22")
@@ -57,9 +57,7 @@ def open_video(root: Path, tasks: Sequence[str] | None = None, with_frames: bool
         UserError: for an unknown task or a missing file.
     """
     protocol = PROTOCOLS["nyud"]
-    for task in tasks or ():
-        if task not in protocol.tasks:
-            raise unknown("task of benchmark nyud", task, protocol.tasks)
+    check_known("task of benchmark nyud", tasks or (), protocol.tasks)
     chosen = list(tasks or protocol.tasks)
     columns = {column: _FOLDERS[column] for column in ("image", *chosen)}
     splits = {
