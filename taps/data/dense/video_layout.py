@@ -15,6 +15,7 @@ import numpy as np
 from taps.data.dense.astmt_layout import PROTOCOLS, read_image
 from taps.data.dense.dataset import FRAMES, DenseData
 from taps.data.multi_label import Task
+from taps.data.reading import mistakes_of
 from taps.errors import UserError, check_known
 
 _FOLDERS = {"image": "rgb", "semseg": "semseg", "depth": "depth", "normals": "normals", "edges": "edge"}
@@ -37,11 +38,8 @@ def check_video(root: Path) -> tuple[list[str], int]:
     data = open_video(root, tasks, frames)
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in data.splits.items())
     lines = [f"{root}: {counts}; {', '.join(tasks)}{'; frames around training images' if frames else ''}"]
-    for sample in [sample for samples in data.splits.values() for sample in samples]:
-        try:
-            data.read(sample, list(data.tasks.values()))
-        except UserError as error:
-            lines.append(f"  {error}")
+    for split, samples in data.splits.items():
+        lines += mistakes_of(lambda sample: data.read(sample, list(data.tasks.values())), samples, f"reading {split}")
     return lines, len(lines) - 1
 
 

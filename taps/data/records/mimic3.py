@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from taps.data.multi_label import SPLITS, Cache, SharedData
+from taps.data.reading import mistakes_of
 from taps.data.records import mimic3_lists
 from taps.data.records.mimic3_discretizer import Discretizer, read_normalizer
 from taps.data.records.mimic3_lists import TASKS, Lists, Stay, find_root, folder_of, read_labels, read_list
@@ -179,12 +180,7 @@ def check_stays(root: Path) -> tuple[list[str], int]:
             mistakes.append(f"  {error}")
     data = StayData("mimic3", TASKS, splits, root, discretizer, no_scale)
     for split, stays in splits.items():
-        for stay in tqdm(stays, desc=f"reading {split}", disable=None, leave=False):
-            try:
-                data.bins(stay)
-                data.labels(stay)
-            except UserError as error:
-                mistakes.append(f"  {error}")
+        mistakes += mistakes_of(lambda stay: (data.bins(stay), data.labels(stay)), stays, f"reading {split}")
     try:
         mimic3_lists.check_disjoint(splits)
         open_mimic3(root)
