@@ -338,7 +338,8 @@ class MultiTask:
     def _report(self, stage: str, rows: list[dict], epochs: int, is_best: bool) -> None:
         """Report an epoch in one line and in TensorBoard."""
         first = rows[0]
-        values = "  ".join(f"{row['task']} {_first(row['metrics'])}" for row in rows)
+        firsts = ((row["task"], *next(iter(row["metrics"].items()))) for row in rows)
+        values = "  ".join(f"{task} {name} {value:.3g}" for task, name, value in firsts)
         executed = sum(row["executed"] for row in rows) / len(rows)
         loss = sum(row["train_loss"] for row in rows)
         self.accelerator.print(
@@ -372,8 +373,12 @@ class MultiTask:
             metrics, rates = measure_executed(self.benchmark, model, "test", self.accelerator, options.limit_batches)
             example = self.benchmark.example().to(self.accelerator.device)
             validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
+            # by task, 1.0 for each unit that runs with the task's own weights, and how many weights it has ÷ the base's
+            own = {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
+            sizes = {task: accounting.accounting(model, task)["parameters"] for task in model.tasks}
+            own_weights = {task: size / model.base_parameters for task, size in sizes.items()}
             return {
-                "tasks": metrics, "executed": rates, "own": own_units(model), "own_weights": own_weights(model),
+                "tasks": metrics, "executed": rates, "own": own, "own_weights": own_weights,
                 **cost.relative_cost(model, example), "validation_score": validated,
             }  # fmt: skip
 
@@ -459,22 +464,6 @@ class MultiTask:
             style.save(figure, Path(pictures[-1]))
             self.log.figure(name, figure)
         self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
-
-
-def own_units(model: TaskModel) -> dict[str, list[float]]:
-    """Return for each task and unit 1.0 if the unit runs with the task's own weights, else 0.0."""
-    return {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
-
-
-def own_weights(model: TaskModel) -> dict[str, float]:
-    """Return for each task the number of its own weights, norms included, ÷ the number of the base's."""
-    return {task: accounting.accounting(model, task)["parameters"] / model.base_parameters for task in model.tasks}
-
-
-def _first(metrics: Mapping[str, float]) -> str:
-    """Return a task's first metric as a short text."""
-    name, value = next(iter(metrics.items()))
-    return f"{name} {value:.3g}"
 
 
 #: settings of methods that policy learning, or training under a policy, uses
