@@ -25,7 +25,7 @@ from taps.networks.published.result import Published, PublishedTask, load
 from taps.networks.weights import check_finite
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.storage.files import read_json, read_tensors, write_tensors
-from taps.storage.state_dict import listed
+from taps.storage.state_dict import listed, without_counters
 from taps.task_model import TaskModel, adapt
 
 #: names of classifiers besides the one that a timm model declares
@@ -200,7 +200,7 @@ def _fill(model: TaskModel, task: str, deltas: Mapping[str, Tensor], norms: Mapp
                 value = left.pop(f"{norm.name}.{name}", None)
                 if value is not None:
                     tensor.copy_(value)
-    left = {key: tensor for key, tensor in left.items() if not key.endswith("num_batches_tracked")}
+    left = without_counters(left)
     if left:
         model.remove_task(task)
         raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {min(left)}")
@@ -228,9 +228,7 @@ def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> 
             load(net, base, paths[0])
         held = net.state_dict()
         for (own, _), path in zip(read, paths, strict=True):
-            shapes = [
-                {k: t.shape for k, t in part.items() if not k.endswith("num_batches_tracked")} for part in (held, own)
-            ]
+            shapes = [{k: t.shape for k, t in without_counters(part).items()} for part in (held, own)]
             if shapes[0] != shapes[1]:
                 wrong = sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
                 raise UserError(

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from taps.errors import UserError, first_line
 from taps.storage.files import read_tensors
 
+T = TypeVar("T")
 #: entries of a checkpoint that hold weights, in the order of preference: averages of the weights come first, as in timm
 _WRAPPERS = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model_state",
@@ -22,6 +23,11 @@ _WRAPPERS = (
 )  # fmt: skip
 #: messages are at most this long
 _LIMIT = 300
+
+
+def without_counters(state: Mapping[str, T]) -> dict[str, T]:
+    """Return a state dict without the batch counters of batch norms, on which no output depends."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
