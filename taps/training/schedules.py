@@ -49,10 +49,9 @@ def _segments(iterations: int, wanted: int) -> tuple[int, int]:
 
 def _recipe(options: MultiTaskSettings, steps: int, seed: int, **changes) -> Recipe:
     """Return the recipe of warm-up and retraining; its learning rate falls every ``decay_iterations`` steps."""
+    weighs_itself = learns_policy(options.method)  # its penalties
     values = {
-        "lam": 1.0
-        if learns_policy(options.method)
-        else options.lam,  # policy methods weight their penalties themselves
+        "lam": 1.0 if weighs_itself else options.lam,
         "norm_lr": options.base_lr,
         "delta_lr": None,
         "betas": tuple(options.betas),
