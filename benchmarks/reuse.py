@@ -5,7 +5,7 @@ python benchmarks/reuse.py results/scenes_sparse_delta
 
 Thresholds are calibrated on validation images. Quality is measured on the test split, multiplications and times on its first
 images, each relative to the merged networks of the sub-tasks, run in turn. Video: frames of a room from a moving camera
-(:func:`taps.data.generated.scenes.clip`), relative to all tasks computed in full for every frame; the difference is
+(:func:`clip`), relative to all tasks computed in full for every frame; the difference is
 ‖y − y_whole‖ / ‖y_whole‖.
 """
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options import parse_mtl
 from taps.benchmarks.opening import open_benchmark
 from taps.cli.program import run
-from taps.data.generated.scenes import clip
+from taps.data.generated.scenes import render
 from taps.metrics.relative_gain import relative_gain
 from taps.reuse.from_base import Reuse
 from taps.reuse.video import VideoReuse
@@ -53,6 +55,24 @@ def measure_tasks(work: SubTasks, reuse: Reuse, errors: list[float], images: int
                 f"({dense} of {len(reuse.settings[task])} products dense)",
                 flush=True,
             )
+
+
+def clip(
+    seed: int, frames: int, size: tuple[int, int] = (64, 64), difficulty: float = 0.5, speed: float = 0.02
+) -> Iterator[dict[str, np.ndarray]]:
+    """The frames of a video of one scene, with a camera that moves at a constant velocity in a random direction.
+
+    Args:
+        seed: seed of the scene, the direction and the sensor noise.
+        frames: number of frames.
+        size, difficulty: as in :func:`taps.data.generated.scenes.render`.
+        speed: metres per frame.
+    """
+    random = np.random.default_rng((seed, 1))
+    direction = random.uniform(-1, 1, 3) * (1.0, 0.3, 1.0)
+    direction *= speed / np.linalg.norm(direction)
+    for frame in range(frames):
+        yield render(np.random.default_rng(seed), size, difficulty, direction * frame, random)
 
 
 def measure_video(reuse: Reuse, size: tuple[int, int], thresholds: list[float], frames: int, speed: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -23,6 +23,25 @@ class Inseparable(Exception):  # noqa: N818 (not an error)
 
 #: what other libraries call an option
 _ALIASES: dict[object, str] = {"learning_rate": "lr", "weight_decay": "wd"}
+
+
+def check_known(kind: str, names: Iterable[object], allowed: Collection, hint: str = "") -> None:
+    """Raise the error of :func:`unknown` for the first of ``names`` that is not one of ``allowed``."""
+    for name in names:
+        if name not in allowed:
+            raise unknown(kind, name, allowed, hint)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise a ``UserError`` if the argument ``name`` is not one of a few choices."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def first_line(error: object, limit: int | None = None) -> str:
+    """Return the first line of an error's message with text, at most ``limit`` characters; without one the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:limit]
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str], hint: str = "") -> UserError:

@@ -16,7 +16,7 @@ from taps.core.execution import Execution
 from taps.core.find import choose, find_everything
 from taps.core.modules import computed_tensors, evaluating, first_input
 from taps.core.network import Network, inner_first
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, unknown
 from taps.methods.registry import METHODS
 from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
@@ -68,9 +68,7 @@ def adapt(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     row = METHODS[method]
-    for name in options:
-        if name not in row.options:
-            raise unknown(f"option of method {method}:", name, row.options)
+    check_known(f"option of method {method}:", options, row.options)
     norm = row.norms[0] if norm is None else norm
     if norm not in ("task", "follow", "frozen"):
         raise unknown("norm policy", norm, ("task", "follow", "frozen"))

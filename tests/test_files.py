@@ -110,15 +110,15 @@ def test_a_damaged_checkpoint_is_refused_or_restores_the_same_state(stopped, tmp
     damaged = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     damaged.write_bytes(mutated(data, path.read_bytes()))
     try:
-        record = checkpoint.read_record(damaged)
+        state = checkpoint.read(damaged)
     except taps.UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
     other = trained(seed=2).train()
-    checkpoint.restore_structure(damaged, other, ["sketch"])
+    state.restore_structure(other, ["sketch"])
     again = torch.optim.SGD(other.parameters_of("sketch"), lr=0.1, momentum=0.9)
-    counters, _ = checkpoint.restore(damaged, other, ["sketch"], {"main": again}, accelerator)
-    assert counters == record["progress"] == {"epoch": 1, "batch": 2}
+    state.restore(other, ["sketch"], {"main": again}, accelerator)
+    assert state.record["progress"] == {"epoch": 1, "batch": 2}
     for name, tensor in model.task_state("sketch").items():
         assert torch.equal(other.task_state("sketch")[name], tensor), name
     for one, two in zip(optimizer.state.values(), again.state.values(), strict=True):

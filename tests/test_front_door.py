@@ -13,13 +13,14 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
+from cases import origin_of
 from conftest import ROOT
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import taps
 from taps.networks import backbones
-from taps.networks.origin import origin_of, rebuild
+from taps.networks.origin import rebuild
 from taps.runs.setup import load_run
 
 OLD = ROOT / "tests" / "files" / "0.9.0" / "run"

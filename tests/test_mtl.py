@@ -417,7 +417,9 @@ def test_a_policy_may_be_retrained_under_other_settings(complete, scenes, here, 
     line = ("train_mtl.py", "--dataset", scenes, *SMALL, *more, "--phases", "retrain")
     for number in (0, 7):
         done = here(*line, "--exp_ids", number, check=2)
-        assert "cannot be resumed with other settings" in done.stderr, "what was retrained goes on, or is averaged with it"
+        assert "cannot be resumed with other settings" in done.stderr, (
+            "what was retrained goes on, or is averaged with it"
+        )
     for stage in (tmp_path / "results/run").glob("retrain_*"):
         shutil.rmtree(stage)
     here(*line, "--exp_ids", 7)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from cases import NETWORKS
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
 import taps
 from taps.core.accounting import accounting, task_parameters
-from taps.data.generated.scenes import clip, render
+from taps.data.generated.scenes import render
 from taps.methods.activation_gap import distance_to_base
 from taps.methods.sparse_delta import HIGH, LOW, chance_open, fix_support, hard_concrete
 from taps.reuse.from_base import Reuse
@@ -429,8 +430,16 @@ def test_mistakes_of_reuse_are_named(work, message):
         work(Reuse(model, "base"), model)
 
 
+@pytest.fixture
+def clip(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from reuse import clip
+
+    return clip
+
+
 @pytest.mark.parametrize("split", [None, 0, 4])
-def test_video_without_a_threshold_is_frame_by_frame(split):
+def test_video_without_a_threshold_is_frame_by_frame(clip, split):
     model = draws("vit", 0.05, "row")
     reuse = Reuse(model, "base")
     video = VideoReuse(reuse, key_every=3, split=split)
@@ -475,7 +484,7 @@ def test_small_changes_add_up_until_they_count():
     assert any(moved)
 
 
-def test_a_moving_camera_sees_the_same_room():
+def test_a_moving_camera_sees_the_same_room(clip):
     still = render(np.random.default_rng(3), (32, 32), 0.5)
     frames = list(clip(3, 4, (32, 32), speed=0.05))
     assert np.array_equal(frames[0]["depth"], still["depth"])

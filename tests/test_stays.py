@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch.nn.functional import pad
 import taps
 from options import parse_mtl
 from taps.data.checks import check
-from taps.data.generated.hospital_stays import SHARED, StayRecipe, make_stays
+from taps.data.generated.brain_volumes import CATEGORIES, NUMBERS
+from taps.data.generated.hospital_stays import StayRecipe, make_stays
 from taps.data.multi_label import make_stream, split_train
 from taps.data.records.mimic3 import fit_normalizer, open_mimic3
 from taps.data.records.mimic3_discretizer import Discretizer, read_normalizer
-from taps.data.records.mimic3_lists import PHENOTYPES, find_root, read_labels, rows_of
+from taps.data.records.mimic3_lists import PHENOTYPES, TASKS, find_root, read_labels, rows_of
 from taps.networks.dynamic_convolution import DynamicConv1d
 from taps.networks.heads import HourHead
 from taps.networks.series import create_series_backbone
@@ -580,7 +582,10 @@ def test_steps_can_be_passes_over_the_training_stays(made, here, tmp_path):
     assert settings["retrain_iterations"] == TINY.train / 2 / 4
 
 
-def test_the_known_structure_names_every_pair():
-    assert len(SHARED) == 6
-    assert {task for pair in SHARED for task in pair} == {"ihm", "decomp", "los", "pheno"}
+def test_the_known_structure_names_every_pair(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from sharing import SHARED
+
+    for benchmark, tasks in (("mimic3", TASKS), ("volumes", (*CATEGORIES, *NUMBERS))):
+        assert set(map(frozenset, SHARED[benchmark])) == set(map(frozenset, combinations(tasks, 2)))
     assert PHENOTYPES == 25

@@ -157,7 +157,7 @@ def test_multi_task_runs_over_seeds_and_policies(here, tmp_path):
     found = (tmp_path / "results/policies" / run / "single_task" for run in ("policy1", "policy2"))
     assert [path.is_dir() for path in found] == [True, False], "the second run has the first one's reference"
     assert "--seed and --seeds exclude" in here(*line, "--seeds", 0, "--seed", 1, check=2).stderr
-    assert "--seeds names 1 twice" in here(*line, "--seeds", 1, 1, check=2).stderr
+    assert "--seeds names one value twice" in here(*line, "--seeds", 1, 1, check=2).stderr
 
 
 @pytest.mark.slow

@@ -23,8 +23,9 @@ from taps.methods.baselines import always_own
 from taps.methods.registry import METHODS
 from taps.methods.taps_budget import allocate, check_size, keep_within, min_bytes, parse_budget, round_within, store
 from taps.stop_signals import Interrupted, StopSignals
-from taps.storage import task_file
+from taps.storage import checkpoint, task_file
 from taps.storage.encoding import encode_as, error_of, rounding_of
+from taps.storage.run_folder import RunFolder
 from taps.training import loop
 from taps.training.loop import run_phases
 from taps.training.recipe import Recipe
@@ -73,7 +74,7 @@ def run(accelerator, recipe: Recipe, model=None, batch_size: int = 4, **options)
     run_phases(
         model, "a", batches, sampler, recipe, accelerator, on_epoch=lambda new, best: rows.extend(new), **options
     )
-    return model, rows
+    return model, [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def same(a, b, **tolerance) -> bool:
@@ -150,8 +151,8 @@ def test_the_average_continues_where_it_stopped(accelerator, tmp_path):
         return {"a": {}}, 0.0
 
     with pytest.raises(KeyboardInterrupt):
-        run(accelerator, recipe, perceptron(), validate=stop, state_path=tmp_path / "other.safetensors")
-    run(accelerator, recipe, again, validate=remember(again), state_path=tmp_path / "other.safetensors", resume=True)
+        run(accelerator, recipe, perceptron(), validate=stop, folder=RunFolder(tmp_path))
+    run(accelerator, recipe, again, validate=remember(again), folder=RunFolder(tmp_path))
     assert all(torch.equal(one, two) for one, two in zip(found[-1], expected, strict=True))
     model = perceptron("taps_budget", norm="task")
     with pytest.raises(taps.UserError, match="ema_decay cannot be combined"):
@@ -187,7 +188,7 @@ def test_losses_that_are_read_late_change_nothing(accelerator, tmp_path, monkeyp
     late, late_rows = run(accelerator, recipe)
     assert same(model, late, atol=0, rtol=0)
     assert rows == late_rows
-    state, seen = tmp_path / "state.safetensors", []
+    folder, seen = RunFolder(tmp_path), []
 
     def criterion(output, labels):
         seen.append(1)
@@ -195,8 +196,8 @@ def test_losses_that_are_read_late_change_nothing(accelerator, tmp_path, monkeyp
         return loss * float("nan") if len(seen) == 9 else loss
 
     with pytest.raises(DivergedError, match=r"the loss is nan at epoch 2, batch 6 of 6; .*kept"):
-        run(accelerator, Recipe(epochs=3), criterion=criterion, state_path=state)
-    assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
+        run(accelerator, Recipe(epochs=3), criterion=criterion, folder=folder)
+    assert checkpoint.read(folder.state_path).record["progress"]["epoch"] == 1
 
 
 def test_gates_read_together_decide_as_alone():
@@ -231,28 +232,28 @@ def test_stopped_and_resumed_is_never_stopped(accelerator, tmp_path, stop_after,
             stop.received = signal.SIGTERM
         return nn.functional.cross_entropy(output, labels)
 
-    state = tmp_path / "checkpoint" / "state.safetensors"
+    folder = RunFolder(tmp_path)
     with pytest.raises(Interrupted) as stopped:
-        run(accelerator, recipe, model, criterion=criterion, state_path=state, stop=stop)
+        run(accelerator, recipe, model, criterion=criterion, folder=folder, stop=stop)
     assert stopped.value.status == 143
     assert len(steps) == stop_after
     torch.rand(3)
-    resumed, later = run(accelerator, recipe, perceptron(dropout=0.4), state_path=state, resume=True)
+    resumed, later = run(accelerator, recipe, perceptron(dropout=0.4), folder=folder)
     assert same(whole, resumed, atol=0, rtol=0)
     for row, expected in zip(later, rows[-len(later) :], strict=True):
         assert row == expected
 
 
 def test_a_checkpoint_of_another_run_is_refused(accelerator, tmp_path):
-    state = tmp_path / "state.safetensors"
-    run(accelerator, Recipe(epochs=1), state_path=state)
+    folder = RunFolder(tmp_path)
+    run(accelerator, Recipe(epochs=1), folder=folder)
     other = taps.adapt(nn.Sequential(nn.Linear(5, 9)))
     other.add_task("a", num_classes=2)
     with pytest.raises(ValueError, match="belongs to another base"):
-        run(accelerator, Recipe(epochs=1), other, state_path=state, resume=True)
-    state.write_bytes(state.read_bytes()[:50])
+        run(accelerator, Recipe(epochs=1), other, folder=folder)
+    folder.state_path.write_bytes(folder.state_path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"checkpoint .* is damaged"):
-        run(accelerator, Recipe(epochs=1), state_path=state, resume=True)
+        run(accelerator, Recipe(epochs=1), folder=folder)
 
 
 def test_a_run_always_ends_with_a_task(accelerator):
@@ -280,7 +281,7 @@ def test_a_run_always_ends_with_a_task(accelerator):
 
 
 def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(accelerator, tmp_path):
-    state, model = tmp_path / "state.safetensors", perceptron()
+    folder, model = RunFolder(tmp_path), perceptron()
 
     def lose(rows, best):
         if rows[0]["epoch"] == 2:
@@ -288,12 +289,12 @@ def test_weights_that_are_lost_in_the_last_step_do_not_replace_the_checkpoint(ac
 
     batches, sampler = loader()
     with pytest.raises(DivergedError, match="no longer finite in epoch 2; the last good state is kept"):
-        run_phases(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, state_path=state)
-    assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
+        run_phases(model, "a", batches, sampler, Recipe(epochs=3), accelerator, on_epoch=lose, folder=folder)
+    assert checkpoint.read(folder.state_path).record["progress"]["epoch"] == 1
 
 
 def test_a_lost_loss_stops_and_keeps_the_last_checkpoint(accelerator, tmp_path):
-    state, seen = tmp_path / "state.safetensors", []
+    folder, seen = RunFolder(tmp_path), []
 
     def criterion(output, labels):
         seen.append(1)
@@ -302,13 +303,13 @@ def test_a_lost_loss_stops_and_keeps_the_last_checkpoint(accelerator, tmp_path):
 
     model = perceptron()
     with pytest.raises(DivergedError, match=r"task a: the loss is nan at epoch 2, batch 2 of 6; .*kept.*lower --lr"):
-        run(accelerator, Recipe(epochs=3), model, criterion=criterion, state_path=state)
-    before = state.read_bytes()
+        run(accelerator, Recipe(epochs=3), model, criterion=criterion, folder=folder)
+    before = folder.state_path.read_bytes()
     reference = perceptron()
     run(accelerator, Recipe(epochs=1, warmup_epochs=2, lr=0.01), reference)
-    assert taps.storage.checkpoint.read_record(state)["progress"]["epoch"] == 1
+    assert checkpoint.read(folder.state_path).record["progress"]["epoch"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in model.task_state("a").values())
-    assert state.read_bytes() == before
+    assert folder.state_path.read_bytes() == before
 
 
 def test_phases_are_data(accelerator, monkeypatch):
@@ -510,10 +511,10 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
             stop.received = signal.SIGINT if len(steps) == steps_before else None
             return nn.functional.cross_entropy(output, labels)
 
-        state = tmp_path / f"{steps_before}.safetensors"
+        folder = RunFolder(tmp_path / str(steps_before))
         with pytest.raises(Interrupted):
-            run(accelerator, recipe, model, criterion=criterion, state_path=state, stop=stop)
-        resumed, _ = run(accelerator, recipe, perceptron("taps_budget", norm="task"), state_path=state, resume=True)
+            run(accelerator, recipe, model, criterion=criterion, folder=folder, stop=stop)
+        resumed, _ = run(accelerator, recipe, perceptron("taps_budget", norm="task"), folder=folder)
         assert same(whole, resumed, atol=0, rtol=0)
         whole.save_task("a", tmp_path / "whole", compact=True)
         resumed.save_task("a", tmp_path / "resumed", compact=True)
@@ -550,15 +551,14 @@ def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator
 
 
 def test_a_checkpoint_of_another_schedule_is_refused(accelerator, tmp_path):
-    state = tmp_path / "state.safetensors"
-    run(accelerator, Recipe(epochs=1, warmup_epochs=0.5), state_path=state)
+    folder = RunFolder(tmp_path)
+    run(accelerator, Recipe(epochs=1, warmup_epochs=0.5), folder=folder)
     with pytest.raises(ValueError, match=r"another schedule of phases; start again with --overwrite"):
         run(
             accelerator,
             Recipe(epochs=1, budget=with_room(perceptron("taps_budget", norm="task"), 600)),
             perceptron("taps_budget", norm="task"),
-            state_path=state,
-            resume=True,
+            folder=folder,
         )
 
 
@@ -581,7 +581,7 @@ def test_units_inside_a_unit_resume(accelerator, tmp_path):
         model.add_task("a", num_classes=2)
         return model
 
-    recipe, state = Recipe(epochs=3, lr=0.1), tmp_path / "state.safetensors"
+    recipe, folder = Recipe(epochs=3, lr=0.1), RunFolder(tmp_path)
     whole, _ = run(accelerator, recipe, network())
     stop, steps = StopSignals(), []
 
@@ -591,8 +591,8 @@ def test_units_inside_a_unit_resume(accelerator, tmp_path):
         return nn.functional.cross_entropy(output, labels)
 
     with pytest.raises(Interrupted):
-        run(accelerator, recipe, network(), criterion=criterion, state_path=state, stop=stop)
-    resumed, _ = run(accelerator, recipe, network(), state_path=state, resume=True)
+        run(accelerator, recipe, network(), criterion=criterion, folder=folder, stop=stop)
+    resumed, _ = run(accelerator, recipe, network(), folder=folder)
     assert len(whole.task_state("a")) == len(resumed.task_state("a")) == 5
     assert same(whole, resumed, atol=0, rtol=0)
 

@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from cases import origin_of
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from safetensors.torch import save, save_file
 
 import taps
 from taps.networks.classifier import drop_last_layer
-from taps.networks.origin import origin_of, rebuild
+from taps.networks.origin import rebuild
 from taps.networks.weights import load_weights
 from taps.storage.state_dict import read_state_dict
 

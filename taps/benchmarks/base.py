@@ -1,7 +1,6 @@
 """Multi-task benchmarks: data, network, heads, losses, metrics and pictures of all tasks behind one interface.
 
-:class:`Benchmark` is the interface. :class:`SharedBenchmark` is the base of all benchmarks whose samples are labelled for all
-tasks; each kind of data (maps, series, volumes) adds its network, heads and pictures.
+Each kind of data (maps, series, volumes, images of several domains) adds its network, heads and pictures to :class:`Benchmark`.
 """
 
 from __future__ import annotations
@@ -9,132 +8,81 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from taps.data.multi_label import SharedData, first_inputs, make_evaluation, make_stream
+from taps.data.multi_label import SPLITS, SharedData, first_inputs, make_evaluation, make_stream
 from taps.metrics.losses import make_loss
 from taps.metrics.relative_gain import Metrics
 from taps.settings.multi_task import MultiTaskSettings
 from taps.task_model import TaskModel
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
 _CHECKED = 1000  # samples per split
 
 
+@dataclass(frozen=True)
 class Benchmark:
-    """The interface of the data of a multi-task run.
+    """A benchmark whose samples are labelled for all tasks, unless a kind of benchmark says otherwise.
+
+    Each kind has to add ``backbone()``, the network with random weights from the seed or with pretrained weights;
+    ``head(task, features)``, a new head; and ``picture(shown)`` if it has :meth:`shown`.
 
     Attributes:
+        data: the chosen tasks and all splits.
+        options: settings of the command.
         on_one_image: whether each sample is for all tasks, so that they can share a pass over it.
     """
 
+    data: SharedData
     options: MultiTaskSettings
     on_one_image = True
 
     @property
     def tasks(self) -> list[str]:
         """Names of the chosen tasks."""
-        raise NotImplementedError
+        return list(self.data.tasks)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the data for the user, one line each."""
-        return ()
+        return self.data.notes
 
     def size(self, split: str) -> int:
         """Return the number of samples of ``train``, ``val``, ``test``, or of the parts ``weights`` and ``policy`` of train."""
-        raise NotImplementedError
+        return len(self.data.splits[split])
 
     def without_frames(self) -> Benchmark:
         """Return the benchmark without the frames around its images."""
         return self
 
     def check(self) -> None:
-        """Raise a ``UserError`` for mistakes in the data that can be found before training."""
-
-    def backbone(self) -> nn.Module:
-        """Return the network, with random weights from the seed or with pretrained weights."""
-        raise NotImplementedError
-
-    def head(self, task: str, features: int) -> nn.Module:
-        """Return a new head."""
-        raise NotImplementedError
-
-    def criteria(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Return the losses by task."""
-        raise NotImplementedError
-
-    def stream(self, split: str, batches: int, seed: int, processes: int, tasks: Sequence[str]):
-        """Return a training loader and its sampler."""
-        raise NotImplementedError
-
-    def evaluate(self, model: TaskModel, split: str, accelerator: Accelerator, limit: int | None = None) -> Metrics:
-        """Return the metrics of every task of the model on a split, in the model's current mode."""
-        raise NotImplementedError
-
-    def example(self, split: str = "test", count: int | None = None) -> Tensor:
-        """Return a batch of inputs from a split."""
-        raise NotImplementedError
-
-    def shown(self, model: TaskModel) -> list[dict]:
-        """Return some test samples with their labels and, by task, the ``predicted`` values."""
-        return []
-
-    def picture(self, shown: list[dict]) -> Figure:
-        """Return a picture of the samples from :meth:`shown`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class SharedBenchmark(Benchmark):
-    """A benchmark whose samples are labelled for all tasks.
-
-    Attributes:
-        data: the chosen tasks and all splits.
-        options: settings of the command.
-    """
-
-    data: SharedData
-    options: MultiTaskSettings
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.data.tasks)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.data.notes
-
-    def size(self, split: str) -> int:
-        return len(self.data.splits[split])
-
-    def check(self) -> None:
         """Read samples of every split; small splits are read in full.
 
         Raises:
-            UserError: if a file has invalid contents.
+            UserError: for mistakes in the data that can be found before training.
         """
-        for split in ("train", "val", "test"):
-            samples = self.data.samples(split, False)
+        for split in SPLITS:
+            samples = self.data.samples(split, split == "train")
             step = max(len(samples) // _CHECKED, 1)
             for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
-                samples[index]
+                self.check_sample(samples, index, split)
+
+    def check_sample(self, samples: Dataset, index: int, split: str) -> None:
+        """Read a sample of a split; raise a ``UserError`` for a mistake in it."""
+        samples[index]
 
     def criteria(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """Return the losses by task."""
         labels = "nearest" if self.options.metrics == "published" else "nearest-exact"
         at_output = self.options.loss_at == "output"
         return {name: make_loss(task, labels if at_output else None) for name, task in self.data.tasks.items()}
 
     def stream(self, split: str, batches: int, seed: int, processes: int, tasks: Sequence[str]):
+        """Return a training loader and its sampler."""
         data, size, workers = self.data.choose(tasks), self.options.batch_size, self.options.workers
         return make_stream(data, split, size, batches, seed=seed, workers=workers, processes=processes)
 
@@ -143,6 +91,7 @@ class SharedBenchmark(Benchmark):
         return output
 
     def evaluate(self, model: TaskModel, split: str, accelerator: Accelerator, limit: int | None = None) -> Metrics:
+        """Return the metrics of every task of the model on a split, in the model's current mode."""
         from taps.metrics.dense import make_metric  # torchmetrics takes a second to import; --help need not wait
 
         tasks = model.tasks
@@ -160,7 +109,12 @@ class SharedBenchmark(Benchmark):
         return {task: self.data.tasks[task].reported(meter.compute()) for task, meter in meters.items()}
 
     def example(self, split: str = "test", count: int | None = None) -> Tensor:
+        """Return a batch of inputs from a split."""
         return first_inputs(self.data, split, count or self.options.batch_size)
+
+    def shown(self, model: TaskModel) -> list[dict]:
+        """Return some test samples with their labels and, by task, the ``predicted`` values."""
+        return []
 
     def answers(self, model: TaskModel, x: Tensor) -> dict[str, Tensor]:
         """Return every task's output for one input, on the CPU."""

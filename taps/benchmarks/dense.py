@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from taps.benchmarks.base import _CHECKED, SharedBenchmark
+from taps.benchmarks.base import Benchmark
 from taps.data.dense.adashare_layout import layout_of, open_formatted
 from taps.data.dense.astmt_layout import PROTOCOLS, open_protocol
 from taps.data.dense.dataset import DenseData, DenseSet
@@ -43,7 +42,7 @@ FOLDERS = {
 
 
 @dataclass(frozen=True)
-class DenseBenchmark(SharedBenchmark):
+class DenseBenchmark(Benchmark):
     """A benchmark of dense prediction: several maps of the same images."""
 
     data: DenseData
@@ -55,24 +54,17 @@ class DenseBenchmark(SharedBenchmark):
         }
         return replace(self, data=replace(self.data, splits=splits, frames=())) if self.data.frames else self
 
-    def check(self) -> None:
-        """Read samples of every split; small splits are read in full.
-
-        Raises:
-            UserError: if a file has invalid contents, or the images of val or test differ in size.
-        """
-        for split in ("train", "val", "test"):
-            samples = DenseSet(self.data, split, split == "train")
-            step = max(len(samples) // _CHECKED, 1)
-            sizes = set()
-            for index in tqdm(range(0, len(samples), step), desc=f"checking {split}", disable=None, leave=False):
-                sizes.add(self.data.size_of(samples.read(index)["image"]))
-            if split != "train" and len(sizes) > 1 and os.environ.get("WORLD_SIZE", "1") != "1":
-                raise UserError(
-                    f"{self.data.name}: the images of {split} differ in size, and processes cannot gather such maps: use one"
-                )
-            if split != "train" and len(sizes) > 1 and self.options.batch_size > 1:
-                raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
+    def check_sample(self, samples: DenseSet, index: int, split: str) -> None:
+        """Read a sample's files; the images of val and of test have to be of one size if batches or processes join them."""
+        size, first = (self.data.size_of(samples.read(own)["image"]) for own in (index, 0))
+        if split == "train" or size == first:
+            return
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"{self.data.name}: the images of {split} differ in size, and processes cannot gather such maps: use one"
+            )
+        if self.options.batch_size > 1:
+            raise UserError(f"{self.data.name}: the images of {split} differ in size: use --batch_size 1")
 
     def backbone(self) -> nn.Module:
         options = self.options
@@ -115,7 +107,6 @@ class DenseBenchmark(SharedBenchmark):
         return rows
 
     def picture(self, shown: list[dict]) -> Figure:
-
         from taps.plots import predictions
 
         return predictions.maps(shown, {name: task.kind for name, task in self.data.tasks.items()})

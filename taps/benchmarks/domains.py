@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from taps.benchmarks.base import Benchmark
 from taps.data import opening
 from taps.data.classification.images import ImageSet, TaskData, split_validation
 from taps.data.classification.mixed_batches import make_task_loader
-from taps.errors import UserError
+from taps.errors import UserError, check_known
 from taps.metrics.accuracy import accuracy_by_class
 from taps.metrics.relative_gain import Metrics
 from taps.settings.multi_task import MultiTaskSettings
@@ -26,24 +26,23 @@ class ClassBenchmark(Benchmark):
     """A benchmark of classification tasks, each with its own images (DomainNet and any image folders).
 
     Attributes:
-        data: the tasks, with validation images.
-        policies: for each task, the part of its training images that is used to learn policies.
+        data: the tasks by name, with validation images.
         options: settings of the command.
+        parts: the same tasks, with the images on which policies are learned instead of validation images.
     """
 
-    data: tuple[TaskData, ...]
-    policies: tuple[TaskData, ...]
-    options: MultiTaskSettings
+    data: Mapping[str, TaskData]
+    parts: Mapping[str, TaskData]
+    notes = ()
 
     on_one_image = False
 
     @property
     def tasks(self) -> list[str]:
-        return [task.name for task in self.data]
+        return list(self.data)
 
     def _samples(self, task: str, split: str):
-        whole = next(one for one in self.data if one.name == task)
-        parts = next(one for one in self.policies if one.name == task)
+        whole, parts = self.data[task], self.parts[task]
         validation = whole.val if whole.val is not None else whole.test
         by_split = {"train": whole.train, "val": validation, "test": whole.test}
         return {**by_split, "weights": parts.train, "policy": parts.val}[split]
@@ -59,7 +58,7 @@ class ClassBenchmark(Benchmark):
         return opening.make_base(self.options)
 
     def head(self, task: str, features: int) -> nn.Module:
-        return nn.Linear(features, len(next(one for one in self.data if one.name == task).classes))
+        return nn.Linear(features, len(self.data[task].classes))
 
     def criteria(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         return dict.fromkeys(self.tasks, nn.functional.cross_entropy)
@@ -72,10 +71,9 @@ class ClassBenchmark(Benchmark):
 
     def stream(self, split: str, batches: int, seed: int, processes: int, tasks: Sequence[str]):
         prepare = self._prepare()
-        whole = {one.name: one for one in self.data}
         return make_task_loader(
             {task: self._samples(task, split) for task in tasks},
-            {task: prepare.transform(True, whole[task].stretch, whole[task].flip) for task in tasks},
+            {task: prepare.transform(True, self.data[task].stretch, self.data[task].flip) for task in tasks},
             self.options.batch_size,
             seed=seed,
             workers=self.options.workers,
@@ -86,8 +84,7 @@ class ClassBenchmark(Benchmark):
     def evaluate(self, model: TaskModel, split: str, accelerator: Accelerator, limit: int | None = None) -> Metrics:
         prepare, found = self._prepare(), {}
         for task in model.tasks:
-            whole = next(one for one in self.data if one.name == task)
-            own = self._samples(task, split)
+            whole, own = self.data[task], self._samples(task, split)
             # Mixed, for files come by class, and statistics of a batch of one class would not be those of training.
             order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).tolist()
             samples = ImageSet([own[index] for index in order], prepare.transform(False, whole.stretch))
@@ -100,8 +97,8 @@ class ClassBenchmark(Benchmark):
         return found
 
     def example(self, split: str = "test", count: int | None = None) -> Tensor:
-        whole = self.data[0]
-        samples = ImageSet(self._samples(whole.name, split), self._prepare().transform(False, whole.stretch))
+        task, whole = next(iter(self.data.items()))
+        samples = ImageSet(self._samples(task, split), self._prepare().transform(False, whole.stretch))
         count = min(count or self.options.batch_size, len(samples))
         return torch.stack([samples[index][0] for index in range(count)])
 
@@ -113,11 +110,11 @@ def open_classes(options: MultiTaskSettings, accelerator: Accelerator) -> ClassB
     if several:
         raise UserError(f"task {several[0]}: images with several labels are for train_sequential.py")
     if options.tasks:
-        known = [task.name for task in tasks]
-        wrong = [name for name in options.tasks if name not in known]
-        if wrong:
-            raise UserError(f"benchmark domainnet has no task {wrong[0]!r}; it has {', '.join(known)}")
+        check_known("task of benchmark domainnet", options.tasks, [task.name for task in tasks])
         tasks = [task for task in tasks if task.name in options.tasks]
-    whole = [split_validation(task, options.val_fraction, options.seed) for task in tasks]
-    parts = [split_validation(replace(task, val=None), options.policy_fraction, options.seed + 1) for task in whole]
-    return ClassBenchmark(tuple(whole), tuple(parts), options)
+    whole = {task.name: split_validation(task, options.val_fraction, options.seed) for task in tasks}
+    parts = {
+        name: split_validation(replace(task, val=None), options.policy_fraction, options.seed + 1)
+        for name, task in whole.items()
+    }
+    return ClassBenchmark(whole, options, parts)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from taps.benchmarks.base import SharedBenchmark
+from taps.benchmarks.base import Benchmark
 from taps.data.generated.hospital_stays import make_stays
 from taps.data.records.mimic3 import StayData, open_mimic3
 from taps.data.records.mimic3_lists import TASKS
@@ -31,7 +31,7 @@ GENERATED = Path("datasets") / "mimic3_generated"
 
 
 @dataclass(frozen=True)
-class StayBenchmark(SharedBenchmark):
+class StayBenchmark(Benchmark):
     """A benchmark of in-hospital mortality, decompensation, remaining length of stay and phenotypes."""
 
     data: StayData

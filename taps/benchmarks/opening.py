@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 
 from accelerate import Accelerator
@@ -13,7 +12,7 @@ from taps.benchmarks.domains import open_classes
 from taps.benchmarks.hospital_stays import open_stays
 from taps.benchmarks.volumes import open_subjects
 from taps.data.multi_label import split_train
-from taps.errors import unknown
+from taps.errors import check_known
 from taps.settings.multi_task import MultiTaskSettings
 
 
@@ -25,16 +24,10 @@ def open_benchmark(options: MultiTaskSettings, accelerator: Accelerator) -> Benc
     """
     if options.benchmark == "domainnet":
         benchmark = open_classes(options, accelerator)
-        _check_weights(options, benchmark.tasks, "domainnet")
+        check_known("task of benchmark domainnet in --task_weights", options.task_weights or (), benchmark.tasks)
         return benchmark
     opener = {"mimic3": open_stays, "volumes": open_subjects}.get(options.benchmark, open_dense)
     benchmark = opener(options, accelerator)
     data = split_train(benchmark.data, options.val_fraction, options.policy_fraction, options.seed)
-    _check_weights(options, data.tasks, data.name)
+    check_known(f"task of benchmark {data.name} in --task_weights", options.task_weights or (), data.tasks)
     return replace(benchmark, data=data)
-
-
-def _check_weights(options: MultiTaskSettings, tasks: Collection[str], benchmark: str) -> None:
-    for name in options.task_weights or ():
-        if name not in tasks:
-            raise unknown(f"task of benchmark {benchmark} in --task_weights", name, tasks)

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from taps.benchmarks.base import SharedBenchmark
+from taps.benchmarks.base import Benchmark
 from taps.data.generated.brain_volumes import CATEGORIES, COLUMNS, NUMBERS, make_brains
 from taps.data.multi_label import IGNORE_INDEX
 from taps.data.records.volumes import VolumeData, open_volumes
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known
 from taps.networks.resnet_nd import create_volume_backbone
 from taps.networks.weights import load_weights
 from taps.settings.multi_task import MultiTaskSettings
@@ -32,7 +32,7 @@ _SHOWN = 300
 
 
 @dataclass(frozen=True)
-class VolumeBenchmark(SharedBenchmark):
+class VolumeBenchmark(Benchmark):
     """A benchmark of categories and numbers to predict from every subject's volume."""
 
     data: VolumeData
@@ -85,9 +85,7 @@ def open_subjects(options: MultiTaskSettings, accelerator: Accelerator) -> Volum
         raise UserError("benchmark volumes takes --images and --labels instead of --dataset")
     cat, num = options.cat_target or (), options.num_target or ()
     if not any(given):
-        for name in (*cat, *num):
-            if name not in COLUMNS:
-                raise unknown("column of the generated table", name, COLUMNS)
+        check_known("column of the generated table", (*cat, *num), COLUMNS)
         with accelerator.local_main_process_first():
             make_brains(GENERATED)
         given = [GENERATED / "images", GENERATED / "labels.csv"]

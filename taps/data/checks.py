@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from taps.data.classification import domainnet
 from taps.data.classification.folders import find_tasks, is_divided, read_folder
 from taps.data.classification.images import TaskData
 from taps.data.dense import astmt_layout
-from taps.data.dense.adashare_layout import layout_of, read_lists, read_sample
+from taps.data.dense.adashare_layout import Layout, layout_of, read_lists, read_sample
 from taps.data.dense.video_layout import check_video, is_video
 from taps.data.multi_label import SPLITS
+from taps.data.reading import mistakes_of
 from taps.data.records.mimic3 import check_stays
 from taps.data.records.subjects import list_path
 from taps.data.records.volumes import check_volumes
-from taps.errors import UserError
 
 
 class Counts(NamedTuple):
@@ -180,17 +179,21 @@ def _check_protocol(name: str, root: Path) -> tuple[list[str], int]:
     covered = astmt_layout.covered_classes(root)
     if "context" in protocol.files and covered is None:
         lines.append(f"  no db_info/{' and '.join(astmt_layout.CLASS_FILES)}: normals are used on every class")
-    for sample in tqdm(samples, desc=f"reading {root.name}", disable=None, leave=False):
-        mistakes: dict[str, None] = {}  # one line per file, although several tasks may be read from it
-        for task in protocol.tasks.values():
-            if all(sample[column].is_file() for column in protocol.needed([task.name])):
-                try:
-                    astmt_layout.read_image(protocol, sample, [task], covered)
-                except UserError as error:
-                    mistakes[f"  {error}"] = None
-        wrong += len(mistakes)
-        lines += mistakes
-    return lines, wrong
+    parts = [
+        (sample, task)
+        for sample in samples
+        for task in protocol.tasks.values()
+        if all(sample[column].is_file() for column in protocol.needed([task.name]))
+    ]
+    mistakes = mistakes_of(
+        lambda part: astmt_layout.read_image(protocol, part[0], [part[1]], covered), parts, f"reading {root.name}"
+    )
+    found = dict.fromkeys(mistakes)  # one line per file, although several tasks may be read from it
+    return [*lines, *found], wrong + len(found)
+
+
+def _read_dense(layout: Layout, sample: Mapping[str, Path]) -> None:
+    read_sample(layout, dict(zip(layout.columns, sample.values(), strict=True)), list(layout.tasks.values()))
 
 
 def _check_dense(name: str, root: Path) -> tuple[list[str], int]:
@@ -200,10 +203,5 @@ def _check_dense(name: str, root: Path) -> tuple[list[str], int]:
     samples = {sample["image"]: sample for split in splits.values() for sample in split}
     layouts = [layout_of(name, classes) for classes in (2, 7, 19)] if name == "cityscapes" else [layout_of(name)]
     for layout in layouts:
-        for sample in tqdm(samples.values(), desc=f"reading {root.name}", disable=None, leave=False):
-            paths = dict(zip(layout.columns, sample.values(), strict=True))
-            try:
-                read_sample(layout, paths, list(layout.tasks.values()))
-            except UserError as error:
-                lines.append(f"  {error}")
+        lines += mistakes_of(partial(_read_dense, layout), samples.values(), f"reading {root.name}")
     return lines, len(lines) - 1

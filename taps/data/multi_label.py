@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from taps.data.seeded import endless, leave_signals_to_the_main_process, mix_seed, planned_loader
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known
 
 #: class id of samples, pixels or hours without a label
 IGNORE_INDEX = 255
@@ -111,9 +111,7 @@ class SharedData:
         Raises:
             UserError: for an unknown task.
         """
-        for name in names:
-            if name not in self.tasks:
-                raise unknown(f"task of benchmark {self.name}", name, self.tasks)
+        check_known(f"task of benchmark {self.name}", names, self.tasks)
         return replace(self, tasks={name: self.tasks[name] for name in names})
 
     def group(self, sample) -> Hashable:

@@ -20,7 +20,7 @@ from taps.core.execution import State
 from taps.core.find import Unit
 from taps.core.gate import Decision, Gate
 from taps.core.method import Method, fixed_gate
-from taps.errors import UserError
+from taps.errors import check_choice
 from taps.methods.blocks import find_blocks
 from taps.methods.gumbel import gumbel
 from taps.methods.registry import register
@@ -42,8 +42,7 @@ class SelectGate(Gate):
 
     def __init__(self, sampling: str = "soft", init: tuple[float, float] = (0.5, 0.5)) -> None:
         super().__init__()
-        if sampling not in GATE_SAMPLINGS:
-            raise UserError(f"sampling must be one of {', '.join(GATE_SAMPLINGS)}, not {sampling!r}")
+        check_choice("sampling", sampling, GATE_SAMPLINGS)
         self.sampling = sampling
         self.logits = nn.Parameter(torch.tensor([float(value) for value in init]))
 
@@ -114,9 +113,8 @@ def policy_penalty(
 
     It is zero when policies are fixed.
     """
-    for name, value in (("sparsity_loss", sparsity_loss), ("sharing_loss", sharing_loss)):
-        if value not in VARIANTS:
-            raise UserError(f"{name} must be one of {', '.join(VARIANTS)}, not {value!r}")
+    check_choice("sparsity_loss", sparsity_loss, VARIANTS)
+    check_choice("sharing_loss", sharing_loss, VARIANTS)
     learned = {name: list(own) for name, own in gates.items() if all(isinstance(gate, SelectGate) for gate in own)}
     if task not in learned:
         return torch.zeros(())

@@ -27,7 +27,7 @@ from taps.core.execution import State
 from taps.core.find import Unit
 from taps.core.gate import Decision, Gate
 from taps.core.method import Method, fixed_gate
-from taps.errors import UserError
+from taps.errors import UserError, check_choice
 from taps.methods.gumbel import gumbel_noise
 from taps.methods.registry import register
 from taps.methods.stand_ins import find_choices
@@ -175,8 +175,7 @@ def choice_penalty(
 
     It is zero when policies are fixed.
     """
-    if cost not in COSTS:
-        raise UserError(f"cost must be one of {', '.join(COSTS)}, not {cost!r}")
+    check_choice("cost", cost, COSTS)
     if not cost_target > 0:
         raise UserError(f"cost_target must be above 0 (1: as much as one network a task), not {cost_target!r}")
     learned = {name: list(own) for name, own in gates.items() if all(isinstance(gate, ChoiceGate) for gate in own)}

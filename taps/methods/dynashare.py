@@ -23,7 +23,7 @@ from taps.core.find import Unit
 from taps.core.gate import ConstantGate, Decision, Gate
 from taps.core.method import Method
 from taps.core.modules import evaluating
-from taps.errors import UserError
+from taps.errors import UserError, check_choice
 from taps.methods.adashare import OPTIONS, policy_penalty, select_gate
 from taps.methods.blocks import find_blocks
 from taps.methods.gumbel import gumbel
@@ -134,8 +134,7 @@ def policy_and_rate_penalty(
     gates: Mapping[str, Sequence[Gate]], task: str, *, target_weight: float, target_loss: str, **options
 ) -> Tensor:
     """Return AdaShare's penalty while policies are learned, plus target_weight · the target-rate loss of the instance gates."""
-    if target_loss not in TARGET_LOSSES:
-        raise UserError(f"target_loss must be one of {', '.join(TARGET_LOSSES)}, not {target_loss!r}")
+    check_choice("target_loss", target_loss, TARGET_LOSSES)
     value = policy_penalty(gates, task, **options)
     return value + (target_weight * target_rate(gates[task], target_loss)).to(value.device)
 

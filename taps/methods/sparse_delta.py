@@ -25,7 +25,7 @@ from taps.core.find import Unit, find_everything
 from taps.core.gate import ConstantGate, Decision, Gate
 from taps.core.method import SETTLED, Lengths, Method, Phase, fixed_gate
 from taps.core.network import Network
-from taps.errors import UserError
+from taps.errors import UserError, check_choice
 from taps.methods.registry import register
 from taps.settings.choices import STRUCTURES
 
@@ -70,8 +70,7 @@ class HardConcreteGate(Gate):
 
     def __init__(self, unit: Unit, init: float = 5.0, structure: str = "weight") -> None:
         super().__init__()
-        if structure not in STRUCTURES:
-            raise UserError(f"structure must be one of {', '.join(STRUCTURES)}, not {structure!r}")
+        check_choice("structure", structure, STRUCTURES)
         if not -30 < init < 30:
             raise UserError(f"init must lie in -30..30, not {init!r}")
         self.shapes = dict(unit.shapes)

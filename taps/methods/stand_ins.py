@@ -20,7 +20,7 @@ from timm.layers import Conv2dSame
 from torch import fx, nn
 
 from taps.core.find import Found, find_layers, is_norm
-from taps.errors import UserError
+from taps.errors import UserError, check_choice
 from taps.methods.blocks import find_blocks
 from taps.settings.choices import SKIPS
 
@@ -86,8 +86,7 @@ def find_choices(net: nn.Module, skip: str = "layers") -> list[Found]:
     Raises:
         UserError: for another ``skip``, or a network without blocks that can be skipped.
     """
-    if skip not in SKIPS:
-        raise UserError(f"skip must be one of {', '.join(SKIPS)}, not {skip!r}")
+    check_choice("skip", skip, SKIPS)
     blocks: list[Found] = []
     try:
         blocks = find_blocks(net) if skip != "layers" else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import torch
@@ -54,18 +53,18 @@ def accuracy_by_class(
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
     here = {"sync_on_compute": False}  # every process sees all outputs
-    kind = partial(MulticlassAccuracy, num_classes=num_classes, average="micro", **here)
-    top1 = kind().to(accelerator.device)
     confusion = MulticlassConfusionMatrix(num_classes, **here).to(accelerator.device)
-    top5 = kind(top_k=5).to(accelerator.device) if num_classes > 5 else None
+    top5 = None
+    if num_classes > 5:
+        top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro", **here).to(accelerator.device)
     for output, labels in _outputs(model, task, loader, accelerator, limit_batches, title):
-        top1.update(output.argmax(1), labels)
         confusion.update(output.argmax(1), labels)
         if top5 is not None:
             top5.update(output, labels)
     best, found = None if top5 is None else 100.0 * float(top5.compute()), confusion.compute().int().tolist()
-    per_class = [100.0 * row[index] / sum(row) if sum(row) else None for index, row in enumerate(found)]
-    return Tested(100.0 * float(top1.compute()), best, per_class, found)
+    right, images = [row[index] for index, row in enumerate(found)], list(map(sum, found))
+    per_class = [100.0 * own / count if count else None for own, count in zip(right, images, strict=True)]
+    return Tested(100.0 * sum(right) / max(sum(images), 1), best, per_class, found)
 
 
 def average_precision(

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from taps.task_model import TaskModel
 
 
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The time that a function's work on a device takes."""
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 @torch.no_grad()
 def relative_cost(model: TaskModel, x: Tensor, on_one_image: bool = True) -> dict:
     """Cost of a model with all its tasks, and its ratio to the cost of one complete network per task.
@@ -78,13 +87,6 @@ def _time_beside_single(model: TaskModel, x: Tensor, on_one_image: bool, rounds:
     ratios: dict[str, list[float]] = {"time_x_single": [], "time_x_single_with_heads": []}
     tasks = model.tasks
 
-    def seconds(function: Callable) -> float:
-        started = time.perf_counter()
-        function()
-        if x.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
     def full() -> None:
         for _ in tasks:
             with model.state.running(None):
@@ -108,8 +110,8 @@ def _time_beside_single(model: TaskModel, x: Tensor, on_one_image: bool, rounds:
         with model.state.running(None):
             features = model.backbone(x)
         for _ in range(rounds):
-            everything = seconds(lambda: together(x))
-            single, heads = seconds(full), seconds(lambda: [model.heads[task](features) for task in tasks])
+            everything, single = seconds(lambda: together(x), x.device), seconds(full, x.device)
+            heads = seconds(lambda: [model.heads[task](features) for task in tasks], x.device)
             ratios["time_x_single"].append((everything - heads) / single)
             ratios["time_x_single_with_heads"].append(everything / (single + heads))
     return {name: statistics.median(values) for name, values in ratios.items()}

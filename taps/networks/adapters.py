@@ -13,7 +13,7 @@ from torch import Tensor
 from taps.errors import UserError
 from taps.networks.weights import without_prefix
 from taps.storage.files import read_json, read_tensors
-from taps.storage.state_dict import listed, read_state_dict
+from taps.storage.state_dict import listed, read_state_dict, without_counters
 
 State = Mapping[str, Tensor]
 #: ways of PEFT to start LoRA's factors that leave the base as it is
@@ -70,12 +70,8 @@ def state_dict_changes(path: Path, base: State, norms: Collection[str], classifi
     inner = without_prefix(whole, dict(base), path.name)
     state, head = split_head(inner, classifiers, path)
     head = head or _head_beside(whole, inner)
-    state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    wrong = [
-        key
-        for key in base
-        if not key.endswith("num_batches_tracked") and (key not in state or state[key].shape != base[key].shape)
-    ]
+    state, held = without_counters(state), without_counters(base)
+    wrong = [key for key in held if key not in state or state[key].shape != held[key].shape]
     more = [key for key in state if key not in base]
     if wrong or more:
         raise UserError(

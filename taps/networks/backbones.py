@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from taps.errors import UserError, unknown
+from taps.errors import UserError, first_line, unknown
 from taps.networks.weights import load_weights
 from taps.storage.hub import PREFIX, cache_if_unreachable, config_of, is_address, local_file
 
@@ -57,7 +57,7 @@ def create_backbone(name: str, pretrained: bool = True, path: str | Path | None 
         except Exception as error:  # the client, the network and a damaged cache raise almost anything
             if not load and not on_hub:
                 raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            first = first_line(error, 120)
             raise UserError(
                 f"the pretrained weights of {name!r} are neither cached nor can they be downloaded ({first}); "
                 "give a local file with --model_path (path= in Python) or start without them: --no-pretrained"

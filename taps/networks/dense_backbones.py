@@ -9,7 +9,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.backbones import create_backbone
 from taps.networks.multimae import WITHOUT_NORM, is_multimae
 from taps.storage.hub import local_file
@@ -109,7 +109,7 @@ def create_dense_backbone(
     try:
         net = create_backbone(name, pretrained, path, global_pool="", **stride, **options)
     except (TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error.__cause__ or error)
         wanted = f"output stride {output_stride}" + (
             f" and channels {' '.join(map(str, channels))}" if channels else ""
         )

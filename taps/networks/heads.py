@@ -8,7 +8,7 @@ import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.layers_nd import CONVOLUTIONS, CausalConv1d
 
 
@@ -160,5 +160,5 @@ def make_head(description: Mapping) -> nn.Module | None:
         with torch.device("meta"):
             return make(**arguments)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"the description of a head of type {description['type']} is damaged: {reason}") from None

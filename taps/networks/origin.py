@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.backbones import create_backbone, structure_of
 from taps.networks.dense_backbones import create_dense_backbone
 from taps.networks.resnet_nd import create_volume_backbone
@@ -34,19 +34,14 @@ _KINDS: Mapping[object, Callable[[str, bool, str | Path | None, Mapping], nn.Mod
 }
 
 
-def origin_of(net: nn.Module) -> dict:
-    """Return how a network was made, for :func:`rebuild`; empty if it is not one of timm's.
-
-    Keys: ``model``, its name, ``None`` for a network that was changed since, or made with options that a file cannot hold, such as
-    another activation; ``kind``, in multi-task benchmarks ``"maps"``, ``"series"`` or ``"volumes"``; ``weights``:
-    ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with its ``file`` name); ``options`` of the function that
-    makes it.
-    """
-    return checked(*described(net))
-
-
 def described(net: nn.Module) -> tuple[dict, str | None]:
-    """Return :func:`origin_of` a network as it seems, and if that has to be :func:`checked` the network's structure."""
+    """Return how a network seems to be made, for :func:`rebuild`, and its structure if that has to be :func:`checked`.
+
+    The description is empty for a network that is not one of timm's. Keys: ``model``, its name, ``None`` for a network that was
+    changed since, or made with options that a file cannot hold, such as another activation; ``kind``, in multi-task benchmarks
+    ``"maps"``, ``"series"`` or ``"volumes"``; ``weights``: ``"pretrained"``, ``"random"`` (with a ``seed``) or ``"file"`` (with
+    its ``file`` name); ``options`` of the function that makes it.
+    """
     if "taps_origin" in net.__dict__:
         is_unchanged = net.__dict__.get("taps_structure") in (None, structure_of(net))
         return dict(net.taps_origin) if is_unchanged else {"model": None}, None  # type: ignore[arg-type]
@@ -75,7 +70,7 @@ def checked(origin: dict, structure: str | None) -> dict:
 
 
 def rebuild(origin: Mapping, path: str | Path | None = None, is_empty: bool = False) -> nn.Module:
-    """Make the backbone that :func:`origin_of` describes, or one of its kind with the weights in ``path``, or with any if
+    """Make the backbone that :func:`described` describes, or one of its kind with the weights in ``path``, or with any if
     ``is_empty``.
 
     Raises:
@@ -116,7 +111,7 @@ def _made(origin: Mapping, name: str, pretrained: bool, path: str | Path | None,
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
+        reason = first_line(error, 120)
         raise UserError(
             f"the task's description of its network is damaged ({type(error).__name__}: {reason})"
         ) from None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from taps.core.modules import evaluating, first_input
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
 from taps.methods.activation_gap import is_product, sizes
+from taps.metrics.cost import seconds
 from taps.multitask.macs import macs
 from taps.multitask.shared_pass import OneOfSeveral, SharedPass, SharedView, tracked, versions
 from taps.multitask.trees import run_head
@@ -319,7 +319,7 @@ class Reuse:
                 both()  # prepares the products
                 count, whole = self.counts[task], macs(merged, x)
                 works = (both, partial(alone, x), partial(merged, x))
-                times = [[_seconds(work, x) for work in works] for _ in range(rounds)]
+                times = [[seconds(work, x.device) for work in works] for _ in range(rounds)]
                 together, base, dense = (statistics.median(column) for column in zip(*times, strict=True))
                 found[task] = {
                     "macs": (whole - (count.dense - count.done)) / whole,
@@ -353,15 +353,7 @@ def _threshold(distance: Tensor, base: Tensor, error: float) -> float:
 
 def _slower(product: Product, inputs: tuple[Tensor, Tensor, Tensor], threshold: float, rounds: int) -> bool:
     """Return whether reuse takes longer than the merged layer, in medians."""
-    whole = statistics.median(_seconds(lambda: product.full(inputs[0]), inputs[0]) for _ in range(rounds))
-    return (
-        statistics.median(_seconds(lambda: product.reuse(*inputs, threshold), inputs[0]) for _ in range(rounds)) > whole
-    )
-
-
-def _seconds(function: Callable, x: Tensor) -> float:
-    started = time.perf_counter()
-    function()
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    x = inputs[0]
+    whole = statistics.median(seconds(lambda: product.full(x), x.device) for _ in range(rounds))
+    reused = statistics.median(seconds(lambda: product.reuse(*inputs, threshold), x.device) for _ in range(rounds))
+    return reused > whole

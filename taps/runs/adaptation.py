@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -31,19 +30,15 @@ from taps.networks.preprocessing import Preprocessing, ToRGB
 from taps.plots import layers as layer_plots
 from taps.plots import style
 from taps.plots.confusion import MOST_CLASSES, confusion
-from taps.runs import tensorboard
+from taps.runs.log import Log, open_log
 from taps.settings.adaptation import AdaptationSettings
 from taps.settings.declare import as_dict, as_yaml
 from taps.stop_signals import StopSignals
 from taps.storage import certificate, run_folder, task_file
 from taps.storage.files import read_tensors, write_json, write_tensors
 from taps.task_model import TaskModel
-from taps.training.recipe import Recipe
-from taps.training.stage import Stage
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
+from taps.training.loop import run_phases
+from taps.training.recipe import Recipe, recipe_from
 
 #: file names in a run or an export that cannot be task names
 RESERVED = ("checkpoint", "shared", "together", "parallel", "opened")
@@ -119,9 +114,7 @@ def _digests(tasks: Sequence[TaskData]) -> dict[str, str]:
 
 def recipe_of(options: AdaptationSettings) -> Recipe:
     """Return the training recipe of the settings."""
-    known = {field.name for field in fields(Recipe)}
-    values = {name: value for name, value in as_dict(options).items() if name in known}
-    return Recipe(**values, mixed=getattr(options, "variant", "joint") != "lite")
+    return recipe_from(options, mixed=getattr(options, "variant", "joint") != "lite")
 
 
 @dataclass
@@ -137,7 +130,7 @@ class Experiment:
         stop: signals that end the run.
         only: the task to train, if the others are trained elsewhere; ``None``: all.
         fork: folder of the states from which the runs of a sweep go on (:mod:`taps.runs.sweep`).
-        writer: TensorBoard writer; ``None`` if nothing is left to train, and in all processes but the first.
+        log: what goes to TensorBoard and to trackers; nothing if nothing is left to train.
     """
 
     options: AdaptationSettings
@@ -148,9 +141,8 @@ class Experiment:
     stop: StopSignals
     fork: Path | None = None
     only: str | None = None
-    writer: SummaryWriter | None = None
+    log: Log = field(default_factory=Log)
     _spent: tuple[float, int] = (0.0, 0)  # seconds and training images so far
-    _logged: int = 0  # steps sent to the trackers
 
     @classmethod
     @contextmanager
@@ -176,20 +168,10 @@ class Experiment:
         if not accelerator.is_main_process:
             folder = run_folder.RunFolder(path)
         experiment = cls(options, accelerator, tasks, prepare, folder, stop, fork, only)
-        wanted = bool(experiment.unfinished) and accelerator.is_main_process
-        tracks = bool(options.track and experiment.unfinished)
-        if tracks:
-            simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
-            accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
-        try:
-            with tensorboard.tensorboard(path, wanted) as experiment.writer:
-                yield experiment
-        finally:
-            for tracker in accelerator.trackers if tracks else ():
-                tracker.finish()
-            if tracks:
-                accelerator.trackers = []
-            folder.release()
+        name = options.experiment_name if options.track else None
+        logs = open_log(path, accelerator, name, settings) if experiment.unfinished else nullcontext(Log())
+        with folder, logs as experiment.log:
+            yield experiment
 
     @property
     def compact(self) -> bool:
@@ -341,22 +323,24 @@ class Experiment:
 
         names = [task.name for task in tasks]
         fork = self.start_of(*names)
-        recipe, streams = recipe_of(self.options), {"train": (loader, sampler)}
         criteria = {task.name: self._criterion(task) for task in tasks}
-        Stage(
+        run_phases(
             model,
             names,
-            streams,
-            recipe,
-            criteria,
+            loader,
+            sampler,
+            recipe_of(self.options),
+            self.accelerator,
+            criterion=criteria,
             validate=validate,
-            report=report,
+            on_epoch=report,
             keep=keep,
             folder=self.folder,
             fork=fork,
+            stop=self.stop,
             done=done,
             best=self._stored_score(names) if done else None,
-        ).train(self.accelerator, self.stop)
+        )
 
     def _stored_score(self, tasks: Sequence[str]) -> float | None:
         """Return the validation accuracy with which the tasks were stored, their mean; ``None`` if it is not known."""
@@ -366,11 +350,8 @@ class Experiment:
 
     def track(self, rows: Sequence[dict]) -> None:
         """Send an epoch's numbers to the trackers."""
-        numbers = (int, float)
-        for row in rows if self.options.track else ():
-            values = {f"{row['task']}/{key}": own for key, own in row.items() if isinstance(own, numbers)}
-            self._logged += 1  # trackers want steps that only rise
-            self.accelerator.log(values, step=self._logged)
+        for row in rows:
+            self.log.track({f"{row['task']}/{key}": own for key, own in row.items() if isinstance(own, (int, float))})
 
     def _seconds_left(self, tasks: list[TaskData], rows: list[dict]) -> float:
         """Estimate how long the rest of the run takes, from the time per training image so far."""
@@ -426,10 +407,7 @@ class Experiment:
             "Learning Rate": row["lr"],
             "Percent Weights Activated": row["tuned_layers"],
         }
-        for tag, value in tags.items():
-            if value is not None:
-                self.writer.add_scalar(tag + suffix, value, row["epoch"])
-        self.writer.flush()
+        self.log.scalars({tag + suffix: own for tag, own in tags.items() if own is not None}, row["epoch"])
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -444,8 +422,7 @@ class Experiment:
         pictures = [self.folder.path / f"{name}.png" for name in figures]
         for path, (name, figure) in zip(pictures, figures.items(), strict=True):
             style.save(figure, path)
-            if self.writer is not None:
-                self.writer.add_figure(name, figure)
+            self.log.figure(name, figure)
         if not self.options.keep_checkpoint and self.folder.state_path.parent.is_dir():
             shutil.rmtree(self.folder.state_path.parent)
         self.accelerator.print(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 
 
 def set_environment(address: str | None) -> None:
@@ -58,7 +58,7 @@ def connected(address: str | None, processors: int, what: str) -> Iterator[None]
             raise
         where = f"the Ray cluster at {address} does not answer" if address else "Ray does not start"
         hint = "; does it want another token than that in ~/.ray/auth_token?" if address else ""
-        raise UserError(f"{where}: {str(error).strip().splitlines()[0]}{hint}") from None
+        raise UserError(f"{where}: {first_line(error)}{hint}") from None
     finally:
         for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from taps.core import accounting
 from taps.data import opening
 from taps.data.classification.images import TaskData, without_bad_images
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, first_line
 from taps.networks.preprocessing import Preprocessing, ToRGB
 from taps.runs import setup
 from taps.runs.adaptation import measure
@@ -40,9 +40,7 @@ def evaluate(given: EvaluateSettings, say: Callable[[str], None]) -> None:
     """
     folder = Path(given.folder)
     descriptions = run_folder.read_tasks(folder)
-    for name in given.tasks or ():
-        if name not in descriptions:
-            raise unknown("task", name, descriptions)
+    check_known("task", given.tasks or (), descriptions)
     names = list(dict.fromkeys(given.tasks or descriptions))
     target = Path(given.export) if given.export else None
     if target is not None:
@@ -202,7 +200,7 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
         try:
             program = torch.export.export(network, (image,), dynamic_shapes=shapes)
         except Exception as reason:  # of any network of the user's
-            line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+            line = first_line(reason)
             what = f"task {name}" if name in labels else "all tasks together"
             warnings.warn(f"no program for {what}: {line}", stacklevel=2)
             continue

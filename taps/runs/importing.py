@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taps.core.find import find_layers, is_norm
 from taps.core.network import fingerprint
 from taps.data.classification.folders import task_name
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.adapters import Changes, peft_changes, state_dict_changes, taps_checkpoint
 from taps.networks.backbones import create_backbone, needs_image_size
 from taps.networks.preprocessing import Preprocessing
@@ -25,7 +25,7 @@ from taps.networks.published.result import Published, PublishedTask, load
 from taps.networks.weights import check_finite
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.storage.files import read_json, read_tensors, write_tensors
-from taps.storage.state_dict import listed
+from taps.storage.state_dict import listed, without_counters
 from taps.task_model import TaskModel, adapt
 
 #: names of classifiers besides the one that a timm model declares
@@ -129,7 +129,7 @@ def _import_published(settings: ImportSettings, paths: list[Path], out: Path, sa
     except UserError:
         raise
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:  # of a damaged file
-        reason = (str(error).splitlines() or [""])[0][:120]
+        reason = first_line(error, 120)
         raise UserError(f"{paths[0]} is damaged or of another program ({type(error).__name__}: {reason})") from None
     base_file = out / "base.safetensors"
     _check_base(model, base_file, list(found.tasks) if settings.overwrite else [])
@@ -200,7 +200,7 @@ def _fill(model: TaskModel, task: str, deltas: Mapping[str, Tensor], norms: Mapp
                 value = left.pop(f"{norm.name}.{name}", None)
                 if value is not None:
                     tensor.copy_(value)
-    left = {key: tensor for key, tensor in left.items() if not key.endswith("num_batches_tracked")}
+    left = without_counters(left)
     if left:
         model.remove_task(task)
         raise UserError(f"{path}: {len(left)} tensors have no place in this network, e.g. {min(left)}")
@@ -228,9 +228,7 @@ def _read(settings: ImportSettings, paths: list[Path], earlier: Path | None) -> 
             load(net, base, paths[0])
         held = net.state_dict()
         for (own, _), path in zip(read, paths, strict=True):
-            shapes = [
-                {k: t.shape for k, t in part.items() if not k.endswith("num_batches_tracked")} for part in (held, own)
-            ]
+            shapes = [{k: t.shape for k, t in without_counters(part).items()} for part in (held, own)]
             if shapes[0] != shapes[1]:
                 wrong = sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
                 raise UserError(

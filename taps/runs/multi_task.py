@@ -15,9 +15,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +32,7 @@ from taps.methods.registry import METHODS
 from taps.metrics import cost
 from taps.metrics.relative_gain import Metrics, mean_metrics, score
 from taps.plots import style
-from taps.runs import tensorboard
+from taps.runs.log import Log, open_log
 from taps.runs.multi_task_summary import policy_pictures, read_reference, summarise, table
 from taps.settings.declare import as_dict, as_yaml, declarations
 from taps.settings.multi_task import BenchmarkTraining, MultiTaskSettings, Report, Stages
@@ -41,11 +40,8 @@ from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint, run_folder
 from taps.storage.files import read_json, read_tensors, write_json, write_tensors
 from taps.task_model import TaskModel, adapt
+from taps.training.loop import run_phases
 from taps.training.schedules import Plan, learns_policy, policy_plan, resolve_passes, weights_plan
-from taps.training.stage import Stage
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass
@@ -58,7 +54,7 @@ class MultiTask:
         accelerator: devices and processes.
         folder: the results folder.
         stop: signals that end the run.
-        writer: TensorBoard writer, in the first process.
+        log: what goes to TensorBoard and to trackers.
     """
 
     options: MultiTaskSettings
@@ -66,8 +62,7 @@ class MultiTask:
     accelerator: Accelerator
     folder: run_folder.RunFolder
     stop: StopSignals
-    writer: SummaryWriter | None = None
-    _logged: int = 0  # steps sent to the trackers
+    log: Log = field(default_factory=Log)
 
     @classmethod
     @contextmanager
@@ -98,16 +93,9 @@ class MultiTask:
             for name, (before, now) in run.folder.changed.items():
                 accelerator.print(f"--{name} is {now}, unlike in the run's earlier phases ({before})")
         accelerator.wait_for_everyone()
-        if options.track:
-            simple = {key: own for key, own in settings.items() if isinstance(own, (bool, int, float, str))}
-            accelerator.init_trackers(options.experiment_name.replace("/", "-"), config=simple)
-        try:
-            with tensorboard.tensorboard(path, accelerator.is_main_process) as run.writer:
-                yield run
-        finally:
-            for tracker in accelerator.trackers if options.track else ():
-                tracker.finish()
-            run.folder.release()
+        name = options.experiment_name if options.track else None
+        with run.folder, open_log(path, accelerator, name, settings) as run.log:
+            yield run
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -238,7 +226,7 @@ class MultiTask:
             if self._is_trained(stage):
                 continue
             path = self.folder.path / stage
-            if checkpoint.read_record(run_folder.RunFolder(path).state_path) is not None:
+            if checkpoint.read(run_folder.RunFolder(path).state_path) is not None:
                 policy = read_policy(path / "policy.json")  # the policy with which the stage began
             elif options.sample:
                 policy = learned.sample(torch.Generator().manual_seed(1000 * options.seed + number))
@@ -290,11 +278,11 @@ class MultiTask:
         folder = run_folder.RunFolder(self.folder.path / stage)
         folder.rows = folder.read_metrics()
         processes = self.accelerator.num_processes
-        streams = {
-            split: self.benchmark.stream(split, steps, plan.recipe.seed, processes, tasks)
-            for split, steps in plan.batches.items()
-            if plan.phases is None or any(phase.data == split for phase in plan.phases)
-        }
+        loaders, samplers = {}, {}
+        for split, steps in plan.batches.items():
+            if plan.phases is None or any(phase.data == split for phase in plan.phases):
+                stream = self.benchmark.stream(split, steps, plan.recipe.seed, processes, tasks)
+                loaders[split], samplers[split] = stream
         learns_policy = model.method.learns_policy and not model.policies
 
         def report(rows: list[dict], is_best: bool) -> None:
@@ -315,9 +303,10 @@ class MultiTask:
             value = score(metrics)
             return {task: {"metrics": own, "score": value} for task, own in metrics.items()}, value
 
-        progress = Stage(
-            model, tasks, streams, plan.recipe, self.benchmark.criteria(), validate, report, keep, folder
-        ).train(self.accelerator, self.stop)
+        progress = run_phases(
+            model, tasks, loaders, samplers, plan.recipe, self.accelerator, criterion=self.benchmark.criteria(),
+            validate=validate, on_epoch=report, keep=keep, folder=folder, stop=self.stop,
+        )  # fmt: skip
         if self.accelerator.is_main_process:
             seconds = round(sum(row["seconds"] for row in folder.rows), 1)
             write_json(folder.path / "trained.json", {"seconds": seconds, "validation_score": progress.best})
@@ -349,7 +338,8 @@ class MultiTask:
     def _report(self, stage: str, rows: list[dict], epochs: int, is_best: bool) -> None:
         """Report an epoch in one line and in TensorBoard."""
         first = rows[0]
-        values = "  ".join(f"{row['task']} {_first(row['metrics'])}" for row in rows)
+        firsts = ((row["task"], *next(iter(row["metrics"].items()))) for row in rows)
+        values = "  ".join(f"{task} {name} {value:.3g}" for task, name, value in firsts)
         executed = sum(row["executed"] for row in rows) / len(rows)
         loss = sum(row["train_loss"] for row in rows)
         self.accelerator.print(
@@ -362,13 +352,8 @@ class MultiTask:
                 f"{stage}/{row['task']}/{name}": value
                 for name, value in {**row["metrics"], "loss": row["train_loss"]}.items()
             }
-            for name, value in values.items() if self.writer is not None else ():
-                self.writer.add_scalar(name, value, row["epoch"])
-            if self.options.track:
-                self._logged += 1  # trackers want steps that only rise
-                self.accelerator.log(values, step=self._logged)
-        if self.writer is not None:
-            self.writer.flush()
+            self.log.scalars(values, row["epoch"])
+            self.log.track(values)
 
     # -- testing -------------------------------------------------------------------------------------------------
 
@@ -388,8 +373,12 @@ class MultiTask:
             metrics, rates = measure_executed(self.benchmark, model, "test", self.accelerator, options.limit_batches)
             example = self.benchmark.example().to(self.accelerator.device)
             validated = read_json(self.folder.path / stage / "trained.json")["validation_score"]
+            # by task, 1.0 for each unit that runs with the task's own weights, and how many weights it has ÷ the base's
+            own = {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
+            sizes = {task: accounting.accounting(model, task)["parameters"] for task in model.tasks}
+            own_weights = {task: size / model.base_parameters for task, size in sizes.items()}
             return {
-                "tasks": metrics, "executed": rates, "own": own_units(model), "own_weights": own_weights(model),
+                "tasks": metrics, "executed": rates, "own": own, "own_weights": own_weights,
                 **cost.relative_cost(model, example, self.benchmark.on_one_image), "validation_score": validated,
             }  # fmt: skip
 
@@ -473,25 +462,8 @@ class MultiTask:
         for name, figure in figures.items():
             pictures.append(str(self.folder.path / f"{name}.png"))
             style.save(figure, Path(pictures[-1]))
-            if self.writer is not None:
-                self.writer.add_figure(name, figure)
+            self.log.figure(name, figure)
         self.accelerator.print(f"\n{table(summary)}\npictures: {', '.join(pictures) or 'none'}")
-
-
-def own_units(model: TaskModel) -> dict[str, list[float]]:
-    """Return for each task and unit 1.0 if the unit runs with the task's own weights, else 0.0."""
-    return {task: [float(row["specific"] > 0) for row in model.report(task)] for task in model.tasks}
-
-
-def own_weights(model: TaskModel) -> dict[str, float]:
-    """Return for each task the number of its own weights, norms included, ÷ the number of the base's."""
-    return {task: accounting.accounting(model, task)["parameters"] / model.base_parameters for task in model.tasks}
-
-
-def _first(metrics: Mapping[str, float]) -> str:
-    """Return a task's first metric as a short text."""
-    name, value = next(iter(metrics.items()))
-    return f"{name} {value:.3g}"
 
 
 #: settings of methods that policy learning, or training under a policy, uses

@@ -13,6 +13,7 @@ from taps.methods.policy import read_policy
 from taps.metrics.relative_gain import Metrics, delta_t
 from taps.plots import policies as policy_plots
 from taps.storage.files import read_json
+from taps.storage.task_tables import plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,20 +91,17 @@ def table(summary: Mapping) -> str:
     """Return the summary as text, one row per metric of each task."""
     single, spread, best = summary["single_task"], summary.get("spread"), summary.get("best")
     many = len(summary.get("retrains", ())) > 1
-    width = max(len(task) for task in summary["tasks"])
-    wide = max([14, *(len(name) for own in summary["tasks"].values() for name in own)])
-    head = f"{'task':{width}}  {'metric':{wide}}  {'test':>9}"
-    head += f"  {'spread':>7}  {'best':>9}" if many else ""
-    head += f"  {'single':>9}" if single and summary["method"] != "single_task" else ""
-    lines = [head]
-    for task, own in summary["tasks"].items():
-        for name, value in own.items():
-            line = f"{task:{width}}  {name:{wide}}  {value:9.3f}"
-            if many:
-                line += f"  {spread[task][name]:7.3f}  {summary['retrains'][best]['tasks'][task][name]:9.3f}"
-            if single and summary["method"] != "single_task":
-                line += f"  {single[task].get(name, math.nan):9.3f}"
-            lines.append(line)
+    of_columns = {"test": summary["tasks"]}
+    if many:
+        of_columns |= {"spread": spread, "best": summary["retrains"][best]["tasks"]}
+    if single and summary["method"] != "single_task":
+        of_columns["single"] = single
+    rows = [
+        (task, name, *(f"{values[task].get(name, math.nan):.3f}" for values in of_columns.values()))
+        for task, own in summary["tasks"].items()
+        for name in own
+    ]
+    lines = [plain_table(("task", "metric", *of_columns), rows, "ll" + "r" * len(of_columns))]
     if summary["delta_t"] is not None and summary["method"] != "single_task":
         text = f"Δ_T {summary['delta_t']:+.2f} % against single-task networks"
         if many:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from taps.data.classification.images import TaskData
 from taps.data.opening import make_base, make_preprocessing
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.runs import cluster
 from taps.runs.adaptation import Experiment, epoch_line
 from taps.runs.setup import adapted, make_accelerator
@@ -68,8 +68,8 @@ class Job:
     def prepare(self) -> None:
         """Hand over what the run has of the task: one that is to be trained for longer, or was begun without ``--parallel``."""
         folder, own = self.experiment.folder, RunFolder(self.path)
-        record = checkpoint.read_record(folder.state_path)
-        was_begun = record is not None and record["tasks"] == [self.task]
+        stored = checkpoint.read(folder.state_path)
+        was_begun = stored is not None and stored.record["tasks"] == [self.task]
         record_path = self.path / "settings.json"  # written last: until then nothing is handed over
         if (was_begun or folder.finished_epochs(self.task)) and not record_path.is_file():
             shutil.rmtree(self.path, ignore_errors=True)
@@ -186,7 +186,7 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause if isinstance(cause, UserError) else error from None
         except ray.exceptions.RayError as error:
-            raise UserError(f"a task's process was lost {_RETRIES} times: {str(error).splitlines()[0]}") from None
+            raise UserError(f"a task's process was lost {_RETRIES} times: {first_line(error)}") from None
         finally:
             for bar in bars:
                 bar.close()

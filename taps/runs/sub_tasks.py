@@ -100,7 +100,7 @@ class SubTasks(MultiTask):
 
     def _add_base_task(self, model: TaskModel) -> None:
         """Add the base task: the base itself, with the head that was trained with it."""
-        plain = self.stored(self.base_stage, [self.base_task], "hard_sharing")
+        plain = self.stored(self.base_stage, [self.base_task])
         model.add_task(self.base_task, head=plain.heads[self.base_task])
         model.follow({self.base_task: [1.0] * len(model.units)})
         for norm in model.task_norms:

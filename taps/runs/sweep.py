@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from tabulate import tabulate
 
 from taps.core.method import no_penalty
 from taps.errors import UserError
 from taps.methods.registry import catalog, method_of
 from taps.methods.taps_budget import read_size
 from taps.plots import layers as layer_plots
-from taps.plots import style
+from taps.runs.several import check_different, check_folder, earlier_runs, mean_and_spread, report
 from taps.settings.adaptation import AdaptationSettings
 from taps.settings.declare import as_dict
 from taps.storage import run_folder
-from taps.storage.files import csv_text, read_json, write_text
+from taps.storage.files import read_json
 
 #: settings of which a command may name several values
 SWEPT = ("method", "lam", "budget", "seed")
@@ -45,16 +44,12 @@ def is_sweep(options: AdaptationSettings) -> bool:
     return (
         options.seeds is not None
         or any(isinstance(getattr(options, name), list) for name in SWEPT)
-        or (options.resume and bool(_earlier(options)))
+        or (options.resume and bool(earlier_runs(_folder(options))))
     )
 
 
-def _earlier(options: AdaptationSettings) -> list[str]:
-    """Return the names of the runs in the experiment's folder if that is not itself a run."""
-    path = Path(options.result_path) / (options.experiment_name or "")
-    if (path / "settings.json").is_file():
-        return []
-    return [inner.parent.name for inner in path.glob("*/settings.json") if inner.parent.name != "opened"]
+def _folder(options: AdaptationSettings) -> Path:
+    return Path(options.result_path) / str(options.experiment_name)
 
 
 def runs(options: A) -> list[A]:
@@ -67,18 +62,19 @@ def runs(options: A) -> list[A]:
     """
     if not is_sweep(options):
         return [options]
-    methods = _different("--method", _several(options.method))
-    lams = _different("--lam", _several(options.lam))
+    methods, lams = _several(options.method), _several(options.lam)
+    seeds = [options.seed] if options.seeds is None else options.seeds
     budgets = [size.replace(" ", "").lower() for size in _several(options.budget) if size is not None]
-    _different("--budget", budgets, read_size, "size")
-    seeds = _different("--seeds", [options.seed] if options.seeds is None else options.seeds)
+    for option, values in (("--method", methods), ("--lam", lams), ("--seeds", seeds)):
+        check_different(option, values)
+    check_different("--budget", budgets, read_size, "size")
     keeps = {method: method_of(method).budget for method in methods}
     penalised = [method for method in methods if method_of(method).penalty is not no_penalty and keeps[method] is None]
     if budgets and not any(keeps.values()):
         raise UserError(f"--budget is not for method {', '.join(methods)}: leave --method out, or add taps_budget")
     if len(lams) > 1 and not penalised:
         raise UserError(f"--lam has no effect with method {', '.join(methods)}: give one value, or add --method taps")
-    earlier = _earlier(options) if options.resume else []
+    earlier = [path.name for path in earlier_runs(_folder(options))] if options.resume else []
     found = []
     for method in methods:
         sizes = (budgets or [keeps[method]]) if keeps[method] else [None]
@@ -109,16 +105,6 @@ def _several(value: object) -> list:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _different(option: str, values: Sequence, key: Callable = lambda value: value, what: str = "value") -> list:
-    """Return the values; refuse one that is given twice."""
-    known: dict = {}
-    for value in values:
-        if key(value) in known:
-            raise UserError(f"{option} names one {what} twice: {known[key(value)]} and {value}")
-        known[key(value)] = value
-    return list(values)
-
-
 @contextmanager
 def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Iterator[Callable[[A], Path | None]]:
     """Yield, for training, a function from a run's options to the folder of the states from which it may start.
@@ -131,20 +117,14 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
     if not is_sweep(options):
         yield lambda own: None
         return
-    path = Path(options.result_path) / str(options.experiment_name)
+    path = _folder(options)
     if accelerator.is_main_process:
-        if (path / "settings.json").is_file():
-            raise UserError(f"{path} is a single run; choose another --experiment_name")
-        if any(path.glob("*/settings.json")) and not (options.resume or options.overwrite):
-            raise UserError(
-                f"experiment folder {path} exists; continue it or add runs with --resume, replace it with --overwrite, or "
-                "choose another --experiment_name"
-            )
-        replaced = _earlier(options) if options.overwrite else []
-        other = [name for name in replaced if not _is_of_a_sweep(name)]
+        check_folder(path, options.resume or options.overwrite)
+        replaced = earlier_runs(path) if options.overwrite else []
+        other = [run.name for run in replaced if not _is_of_a_sweep(run.name)]
         if other:
             raise UserError(f"{path} also holds the run {other[0]}; move that away before overwriting")
-        locked = [run_folder.RunFolder(path / name) for name in replaced]
+        locked = [run_folder.RunFolder(run) for run in replaced]
         for folder in locked:
             folder.lock()
         for folder in locked:
@@ -176,10 +156,10 @@ def _check_alike(options: AdaptationSettings, settings: Mapping, path: Path) -> 
     """Refuse to add runs to a table whose other runs of the same method were trained otherwise."""
     new = {(own.method, own.budget is None) for own in runs(options)}
     named = {Path(str(own.experiment_name)).name for own in runs(options)}
-    for name in _earlier(options):
-        stored = read_json(path / name / "settings.json")
-        if name not in named and (stored.get("method"), stored.get("budget") is None) in new:
-            run_folder.RunFolder(path / name).check_alike(settings)
+    for run in earlier_runs(path):
+        stored = read_json(run / "settings.json")
+        if run.name not in named and (stored.get("method"), stored.get("budget") is None) in new:
+            run_folder.RunFolder(run).check_alike(settings)
 
 
 def _show(path: Path, accelerator: Accelerator) -> None:
@@ -190,7 +170,6 @@ def _show(path: Path, accelerator: Accelerator) -> None:
         groups.setdefault(_without_seed(run), {})[name] = run
     rows = [_Row(list(own.values())) for own in groups.values()]
     rows.sort(key=lambda row: (row.method, row.summary["bytes_x_base"]))
-    write_text(path / "summary.csv", _csv(found))
     by_name = {row.name: row for row in rows}
     figure = layer_plots.trade_off(
         {name: row.summary for name, row in by_name.items()},
@@ -199,17 +178,10 @@ def _show(path: Path, accelerator: Accelerator) -> None:
         size="bytes_x_base",
         spread={name: row.spread for name, row in by_name.items()},
     )
-    style.save(figure, path / "trade_off.png")
     metric = rows[0].summary.get("metric", "accuracy")
     heads = ("λ or size", "method", "runs", f"{metric} %", "tuned layers %", "bytes per task", "bytes × base")
-    table = tabulate(
-        [row.cells() for row in rows],
-        heads,
-        tablefmt="plain",
-        disable_numparse=True,
-        colalign=("left", "left", *["right"] * 5),
-    )
-    accelerator.print(f"\n{table}\ntable of runs: {path / 'summary.csv'}\npicture: {path / 'trade_off.png'}")
+    table = [heads, *(row.cells() for row in rows)]
+    report(path, _csv(found), ("trade_off.png", figure), table, "llrrrrr", accelerator.print)
 
 
 def _without_copies(found: Mapping[str, run_folder.Run]) -> dict[str, run_folder.Run]:
@@ -245,14 +217,14 @@ class _Row:
 
     def cells(self) -> tuple[str, ...]:
         size = statistics.mean(task["bytes"] for run in self.runs for task in run.summary["tasks"].values())
-        accuracy = f"{self.summary['mean_accuracy']:.2f}" + (f" ± {self.spread:.2f}" if len(self.runs) > 1 else "")
+        accuracy = mean_and_spread([run.summary["mean_accuracy"] for run in self.runs], ".2f")
         tuned = 100 * statistics.mean(map(_tuned, self.runs))
         fixed = f"{tuned:.1f}", f"{size:,.0f}", f"{self.summary['bytes_x_base']:.3f}"
         return (self.label, self.method, str(len(self.runs)), accuracy, *fixed)
 
 
-def _csv(found: Mapping[str, run_folder.Run]) -> str:
-    """Return one row per run: what was varied, and its results in all and per task."""
+def _csv(found: Mapping[str, run_folder.Run]) -> list[list]:
+    """Return one row per run after the heads: what was varied, and its results in all and per task."""
     tasks = list(dict.fromkeys(task for run in found.values() for task in run.summary["tasks"]))
     keys = ("mean_accuracy", "parameters_x_base", "bytes_x_base", "seconds")
     metric = next((run.summary["metric"] for run in found.values() if "metric" in run.summary), "accuracy")
@@ -261,4 +233,4 @@ def _csv(found: Mapping[str, run_folder.Run]) -> str:
         accuracies = [run.summary["tasks"].get(task, {}).get("accuracy", "") for task in tasks]
         values = [run.settings.get(key, "") for key in SWEPT] + [run.summary[key] for key in keys]
         rows.append([name, *values, _tuned(run), *accuracies])
-    return csv_text(rows)
+    return rows

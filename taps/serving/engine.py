@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from taps.errors import UserError
+from taps.metrics.cost import seconds
 from taps.runs.prediction import ranked
 from taps.serving.folder import ServedFolder, StoredTask
 from taps.task_model import TaskModel, empty_model, host_options
@@ -103,20 +104,13 @@ class Engine:
     @torch.inference_mode()
     def _fastest_format(self, side: int) -> torch.memory_format:
         """Return the memory format in which the base is fastest here; for convolutions on CPUs it differs by up to a half."""
-        seconds: dict[torch.memory_format, float] = {}
+        fastest: dict[torch.memory_format, float] = {}
         net = copy.deepcopy(self.model.backbone)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             net.to(memory_format=memory_format)
             x = torch.zeros(8, 3, side, side, device=self.device).to(memory_format=memory_format)
-            seconds[memory_format] = min(self._seconds(net, x) for _ in range(4))
-        return min(seconds, key=lambda own: seconds[own])
-
-    def _seconds(self, net: torch.nn.Module, x: Tensor) -> float:
-        start = time.perf_counter()
-        net(x)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+            fastest[memory_format] = min(seconds(partial(net, x), x.device) for _ in range(4))
+        return min(fastest, key=lambda own: fastest[own])
 
     def answer(self, items: Sequence[Item]) -> list[Answer]:
         """Return the answers to several items, with shared computation done once.

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from taps.core.modules import evaluating
 from taps.core.network import Network, fingerprint
-from taps.errors import UserError
+from taps.errors import UserError, first_line
+from taps.storage.state_dict import without_counters
 
 #: largest difference of outputs, relative to the largest of them, that counts as rounding
 _ROUNDING = 1e-5
@@ -27,8 +28,7 @@ _SHOWN = 16  # number of output values that are stored as such, to measure the d
 
 def fingerprints(model: Network) -> dict[str, str]:
     """Return the SHA-256 of every tensor of the base by name, without batch counters."""
-    state = {name: tensor for name, tensor in model.base_state().items() if not name.endswith("num_batches_tracked")}
-    return {name: fingerprint({name: tensor}) for name, tensor in state.items()}
+    return {name: fingerprint({name: tensor}) for name, tensor in without_counters(model.base_state()).items()}
 
 
 @contextmanager
@@ -74,8 +74,7 @@ def probe(model: Network, task: str, shape: tuple[int, ...]) -> dict:
 
 def check_base(net: nn.Module, stored: Mapping[str, str]) -> list[str]:
     """Return the names of a plain base's tensors that differ from the certificate, including missing and additional ones."""
-    own = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith("num_batches_tracked")}
-    now = {name: fingerprint({name: tensor}) for name, tensor in own.items()}
+    now = {name: fingerprint({name: tensor}) for name, tensor in without_counters(net.state_dict()).items()}
     return sorted(name for name in {*now, *stored} if now.get(name) != stored.get(name))
 
 
@@ -92,7 +91,7 @@ def check_task(model: Network, task: str, stored: Mapping) -> tuple[bool, str]:
         if len(before) != len(now["values"]) or not before:
             raise ValueError(f"{len(before)} values instead of {len(now['values'])}")
     except (KeyError, TypeError, ValueError, struct.error, RuntimeError) as error:
-        raise UserError(f"task {task}: its certificate is damaged ({(str(error).splitlines() or [''])[0]})") from None
+        raise UserError(f"task {task}: its certificate is damaged ({first_line(error)})") from None
     if same:
         return True, "answers bit for bit as after its training"
     if not same_input:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -92,8 +93,93 @@ def moving(model: Network, tasks: Sequence[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def read_record(path: Path) -> dict | None:
-    """Return the counters of a checkpoint (``tasks`` and ``progress``), or ``None`` if there is no file.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read by :func:`read`.
+
+    Attributes:
+        path: its file.
+        record: ``tasks``, the counters ``progress``, and what else :func:`save` writes as JSON.
+        tensors: by name.
+    """
+
+    path: Path
+    record: dict
+    tensors: Mapping[str, Tensor]
+
+    def part(self, place: str) -> dict[str, Tensor]:
+        """Return the tensors below ``place``, e.g. ``"average"``, by the rest of their names."""
+        return {n.removeprefix(f"{place}/"): own for n, own in self.tensors.items() if n.startswith(f"{place}/")}
+
+    def restore_structure(self, model: Network, tasks: Sequence[str]) -> None:
+        """Give the model the structure of the checkpoint: drop deltas that it lacks, set those that it holds in an encoding
+        and the rounding of others (:mod:`taps.methods.taps_budget`), and restore the structure of gates."""
+        encodings, stored = self.record.get("encodings", {}), self.part("task")
+        places = {id(module): name for name, module in model.named_modules()}  # units may be nested
+        for unit in model.units:
+            for task in tasks:
+                prefix, gate = (f"{places[id(unit)]}.{kind}.{task}." for kind in ("deltas", "gates"))
+                unit.gates[task].restore_structure({n.removeprefix(gate) for n in stored if n.startswith(gate)})
+                own = {n.removeprefix(prefix): tensor for n, tensor in stored.items() if n.startswith(prefix)}
+                if task in unit.deltas and not own:
+                    del unit.deltas[task]
+                for name, tensor in own.items():
+                    if name.endswith(".rounding"):
+                        unit.deltas[task].set_rounding(name.removesuffix(".rounding"), tensor)
+                for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():
+                    unit.deltas[task].set_encoded(name, EncodedDelta(encoding, own[f"{name}.stored"]))
+
+    def restore(
+        self,
+        model: Network,
+        tasks: Sequence[str],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        accelerator: Accelerator,
+    ) -> dict[str, Tensor]:
+        """Restore model and optimisers; return this process's random state for :func:`set_random_state`.
+
+        Raises:
+            UserError: if the checkpoint does not fit the model.
+        """
+        path, record = self.path, self.record
+        if record["processes"] != accelerator.num_processes:
+            raise UserError(
+                f"checkpoint {path} was written by {record['processes']} processes, this run has {accelerator.num_processes}; "
+                "continue with as many, or start again with --overwrite"
+            )
+        if record["base"] is not None and record["base"] != model.fingerprint():
+            raise UserError(
+                f"checkpoint {path} belongs to another base ({record['base'][:16]}…, now {model.fingerprint()[:16]}…)"
+            )
+        targets = moving(model, tasks)
+        wrong = [n for n, own in targets.items() if n not in self.tensors or self.tensors[n].shape != own.shape]
+        if record["tasks"] != list(tasks) or wrong:
+            raise UserError(
+                f"checkpoint {path} belongs to another run (tasks {', '.join(record['tasks'])}; {len(wrong)} tensors differ)"
+            )
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(self.tensors[name])
+        for task, policy in record.get("policies", {}).items():
+            model.policies[task] = tuple(map(tuple, policy))
+        states: dict[str, dict[int, dict]] = {key: {} for key in optimizers}
+        for name, value in {**self.part("optimizer"), **record["optimizer"]}.items():
+            key, index, entry = name.split("/", 2)
+            states[key].setdefault(int(index), {})[entry] = value
+        for key, optimizer in optimizers.items():
+            optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
+            for parameter, values in optimizer.state.items():
+                for name, value in values.items():
+                    # In the memory format of new state; the number of steps stays on the host, also beside a scalar.
+                    if name != "step" and isinstance(value, Tensor) and value.shape == parameter.shape:
+                        values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        if record["scaler"] is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(record["scaler"])
+        return self.part(f"random/{accelerator.process_index}")
+
+
+def read(path: Path) -> Checkpoint | None:
+    """Return a checkpoint, or ``None`` if there is no file.
 
     Raises:
         UserError: if the file is damaged.
@@ -103,17 +189,14 @@ def read_record(path: Path) -> dict | None:
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata()
-            known = metadata.get("checksum")  # not stored before version 0.12
-            if known is not None:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                if known != _checksum(metadata["record"], tensors):
-                    raise UserError(
-                        f"checkpoint {path} is damaged: its checksum is another; start again with --overwrite"
-                    )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        known = metadata.get("checksum")  # not stored before version 0.12
+        if known is not None and known != _checksum(metadata["record"], tensors):
+            raise UserError(f"checkpoint {path} is damaged: its checksum is another; start again with --overwrite")
         record = json.loads(metadata["record"])
         if "tasks" not in record:
             raise UserError(f"checkpoint {path} was written by another version; start again with --overwrite")
-        return record
+        return Checkpoint(path, record, tensors)
     except (
         SafetensorError,
         OSError,
@@ -124,95 +207,6 @@ def read_record(path: Path) -> dict | None:
         json.JSONDecodeError,
     ) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); start again with --overwrite") from None
-
-
-def restore_structure(path: Path, model: Network, tasks: Sequence[str]) -> None:
-    """Match the structure of a checkpoint: drop deltas that it lacks, set those that it holds in an encoding
-    and the rounding of others (:mod:`taps.methods.taps_budget`), and restore the structure of gates."""
-    encodings = read_record(path).get("encodings", {})
-    with safe_open(path, "pt", device="cpu") as file:
-        names = set(file.keys())
-        places = {id(module): name for name, module in model.named_modules()}  # units may be nested
-        for unit in model.units:
-            for task in tasks:
-                prefix = f"task/{places[id(unit)]}.deltas.{task}."
-                gate = f"task/{places[id(unit)]}.gates.{task}."
-                unit.gates[task].restore_structure({name.removeprefix(gate) for name in names if name.startswith(gate)})
-                if task in unit.deltas and not any(name.startswith(prefix) for name in names):
-                    del unit.deltas[task]
-                for name in {name.removeprefix(prefix) for name in names if name.startswith(prefix)}:
-                    if name.endswith(".rounding"):
-                        rounding = file.get_tensor(prefix + name)
-                        unit.deltas[task].set_rounding(name.removesuffix(".rounding"), rounding)
-                for name, encoding in encodings.get(f"{task}/{unit.name}", {}).items():
-                    unit.deltas[task].set_encoded(
-                        name, EncodedDelta(encoding, file.get_tensor(f"{prefix}{name}.stored"))
-                    )
-
-
-def restore(
-    path: Path,
-    model: Network,
-    tasks: Sequence[str],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    accelerator: Accelerator,
-) -> tuple[dict, dict[str, Tensor]]:
-    """Restore model and optimisers from the state in ``path``.
-
-    Returns:
-        The counters, and this process's random state for :func:`set_random_state`.
-
-    Raises:
-        UserError: if the checkpoint does not fit the model.
-    """
-    record = read_record(path)
-    if record["processes"] != accelerator.num_processes:
-        raise UserError(
-            f"checkpoint {path} was written by {record['processes']} processes, this run has {accelerator.num_processes}; "
-            "continue with as many, or start again with --overwrite"
-        )
-    if record["base"] is not None and record["base"] != model.fingerprint():
-        raise UserError(
-            f"checkpoint {path} belongs to another base ({record['base'][:16]}…, now {model.fingerprint()[:16]}…)"
-        )
-    with safe_open(path, "pt", device="cpu") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    targets = moving(model, tasks)
-    wrong = [n for n, tensor in targets.items() if n not in tensors or tensors[n].shape != tensor.shape]
-    if record["tasks"] != list(tasks) or wrong:
-        raise UserError(
-            f"checkpoint {path} belongs to another run (tasks {', '.join(record['tasks'])}; {len(wrong)} tensors differ)"
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
-    for task, policy in record.get("policies", {}).items():
-        model.policies[task] = tuple(map(tuple, policy))
-    states: dict[str, dict[int, dict]] = {key: {} for key in optimizers}
-    stored = {
-        name.removeprefix("optimizer/"): tensor for name, tensor in tensors.items() if name.startswith("optimizer/")
-    }
-    for name, value in {**stored, **record["optimizer"]}.items():
-        key, index, entry = name.split("/", 2)
-        states[key].setdefault(int(index), {})[entry] = value
-    for key, optimizer in optimizers.items():
-        optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
-        for parameter, values in optimizer.state.items():
-            for name, value in values.items():
-                # In the memory format of new state; the number of steps stays on the host, also beside a scalar.
-                if name != "step" and isinstance(value, Tensor) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-    if record["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(record["scaler"])
-    prefix = f"random/{accelerator.process_index}/"
-    return record["progress"], {n[len(prefix) :]: tensor for n, tensor in tensors.items() if n.startswith(prefix)}
-
-
-def read_average(path: Path) -> dict[str, Tensor]:
-    """Return the average of the weights in a checkpoint."""
-    with safe_open(path, "pt", device="cpu") as file:
-        names = [name for name in file.keys() if name.startswith("average/")]  # noqa: SIM118 (not a dict)
-        return {name.removeprefix("average/"): file.get_tensor(name) for name in names}
 
 
 def random_state() -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 
 _METADATA = {"format": "pt"}
 
@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {_line(error)}") from None
+        raise UserError(f"{path} cannot be read as JSON: {first_line(error, 160)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
@@ -121,7 +121,7 @@ def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     try:
         save_file(_plain(tensors), path, metadata={**_METADATA, **(metadata or {})})
     except SafetensorError as error:
-        raise UserError(f"{path.parent} cannot be written to: {_line(error)}") from None
+        raise UserError(f"{path.parent} cannot be written to: {first_line(error, 160)}") from None
 
 
 def plain_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -151,10 +151,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a complete safetensors file: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error's message, shortened."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+        raise UserError(f"{path} is not a complete safetensors file: {first_line(error, 160)}") from None

@@ -14,7 +14,7 @@ import torch
 from timm.models import PretrainedCfg
 
 from taps.core.accounting import is_tuned
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.storage.files import write_text
 from taps.storage.task_file import AVERAGE_PRECISION, read_description
 
@@ -35,6 +35,19 @@ def cache_if_unreachable() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _downloading(name: str) -> Iterator[None]:
+    """Take from the cache or from the hub what the ``with`` block asks for, or raise a ``UserError`` about ``name``."""
+    from huggingface_hub import constants
+
+    with cache_if_unreachable():
+        try:
+            yield
+        except Exception as error:  # the client, the network and a damaged cache raise almost anything
+            reason = "the hub does not answer" if constants.HF_HUB_OFFLINE else first_line(error, 200)
+            raise UserError(f"{name} is neither cached nor can it be downloaded: {reason}") from None
 
 
 def _answers() -> bool:
@@ -63,14 +76,10 @@ def download(repository: str) -> Path:
     if not _NAME.fullmatch(name):
         raise UserError(f"{repository!r} is not hf-hub:user/repository")
     patterns = [*_FILES, *(f"*/{file}" for file in _FILES)]
-    with cache_if_unreachable():
-        try:
-            return Path(
-                snapshot_download(name, revision=revision or None, allow_patterns=patterns, endpoint=constants.ENDPOINT)
-            )
-        except Exception as error:  # the client, the network and a damaged cache raise almost anything
-            reason = "the hub does not answer" if constants.HF_HUB_OFFLINE else _line(error)
-            raise UserError(f"{PREFIX}{name} is neither cached nor can it be downloaded: {reason}") from None
+    with _downloading(f"{PREFIX}{name}"):
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=patterns, endpoint=constants.ENDPOINT)
+        )
 
 
 def is_address(path: str | Path) -> bool:
@@ -95,7 +104,7 @@ def local_file(path: str | Path) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(address, str(target), progress=sys.stderr.isatty())
         except Exception as error:  # no such host, no such page, a full disk
-            raise UserError(f"{address} cannot be downloaded: {_line(error)}") from None
+            raise UserError(f"{address} cannot be downloaded: {first_line(error, 200)}") from None
         return target
     from huggingface_hub import constants, hf_hub_download
 
@@ -104,12 +113,8 @@ def local_file(path: str | Path) -> Path:
     name, _, revision = f"{user}/{repository}".partition("@")
     if not _NAME.fullmatch(name) or not file:
         raise UserError(f"{address!r} is not hf-hub:user/repository/file")
-    with cache_if_unreachable():
-        try:
-            return Path(hf_hub_download(name, file, revision=revision or None, endpoint=constants.ENDPOINT))
-        except Exception as error:  # the client, the network and a damaged cache raise almost anything
-            reason = "the hub does not answer" if constants.HF_HUB_OFFLINE else _line(error)
-            raise UserError(f"{address} is neither cached nor can it be downloaded: {reason}") from None
+    with _downloading(address):
+        return Path(hf_hub_download(name, file, revision=revision or None, endpoint=constants.ENDPOINT))
 
 
 def config_of(name: str) -> PretrainedCfg:
@@ -120,11 +125,8 @@ def config_of(name: str) -> PretrainedCfg:
     """
     from timm.models import load_model_config_from_hf
 
-    with cache_if_unreachable():
-        try:
-            return PretrainedCfg(**load_model_config_from_hf(name.removeprefix(PREFIX))[0])
-        except Exception as error:  # as above
-            raise UserError(f"{name} is neither cached nor can it be downloaded: {_line(error)}") from None
+    with _downloading(name):
+        return PretrainedCfg(**load_model_config_from_hf(name.removeprefix(PREFIX))[0])
 
 
 def upload(folder: Path, repository: str, private: bool = False, message: str | None = None) -> str:
@@ -152,7 +154,7 @@ def upload(folder: Path, repository: str, private: bool = False, message: str | 
             commit_message=message or f"Task {task}",
         )
     except Exception as error:  # as above
-        raise UserError(f"{name} is not uploaded: {_line(error)}") from None
+        raise UserError(f"{name} is not uploaded: {first_line(error, 200)}") from None
     return f"{constants.ENDPOINT}/{name}"
 
 
@@ -198,8 +200,3 @@ probabilities = model(image[None], task="{description["task"]}").{"sigmoid()" if
 |---|---|
 {table}
 """
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

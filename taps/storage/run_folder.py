@@ -24,6 +24,7 @@ from taps.errors import UserError
 from taps.storage import checkpoint, task_file
 from taps.storage.files import read_json, write_json, write_text
 from taps.storage.library import Library
+from taps.storage.task_tables import plain_table
 from taps.version import VERSION
 
 try:
@@ -41,12 +42,12 @@ FREE_ON_RESUME = (
 
 def _is_finished(state: Path, epochs: int) -> bool:
     """Return whether the tasks of a checkpoint, if there is one, were trained and tested, perhaps ended early by ``--patience``."""
-    record = checkpoint.read_record(state)
-    if record is None:
+    stored = checkpoint.read(state)
+    if stored is None:
         return True
     folder = RunFolder(state.parents[1])
     folder.rows = folder.read_metrics()
-    return all(folder.finished_epochs(task) >= epochs for task in record["tasks"])
+    return all(folder.finished_epochs(task) >= epochs for task in stored.record["tasks"])
 
 
 def versions() -> dict[str, str]:
@@ -474,20 +475,16 @@ def table(summary: dict, in_bytes: bool = False) -> str:
 
     With ``in_bytes``, for runs with a budget, sizes are bytes alone: weights of few bits are not comparable by their number.
     """
-    width = max(len("task"), *(len(name) for name in summary["tasks"]))
-    parameters = "" if in_bytes else "  parameters"
-    lines = [
-        f"{'task':{width}}  {summary.get('metric', 'accuracy') + ' %':>10}  tuned layers %{parameters}       bytes"
+    sizes = ("bytes",) if in_bytes else ("parameters", "bytes")
+    heads = ("task", f"{summary.get('metric', 'accuracy')} %", "tuned layers %", *sizes)
+    rows = [
+        (name, f"{row['accuracy']:.2f}", f"{100 * row['tuned_layers']:.1f}", *(f"{row[size]:,}" for size in sizes))
+        for name, row in summary["tasks"].items()
     ]
-    for name, row in summary["tasks"].items():
-        count = "" if in_bytes else f"  {row['parameters']:10,}"
-        lines.append(
-            f"{name:{width}}  {row['accuracy']:10.2f}  {100 * row['tuned_layers']:14.1f}{count}  {row['bytes']:10,}"
-        )
     tuned = [row["tuned_layers"] for row in summary["tasks"].values()]
-    lines.append(f"{'mean':{width}}  {summary['mean_accuracy']:10.2f}  {100 * sum(tuned) / len(tuned):14.1f}")
-    heads = f"({summary['parameters_x_base_with_heads']:.3f} with heads)"
-    size = "" if in_bytes else f"parameters × base: {summary['parameters_x_base']:.3f} {heads}, "
+    rows.append(("mean", f"{summary['mean_accuracy']:.2f}", f"{100 * sum(tuned) / len(tuned):.1f}"))
+    text = plain_table(heads, rows, "lrr" + "r" * len(sizes))
+    with_heads = f"({summary['parameters_x_base_with_heads']:.3f} with heads)"
+    size = "" if in_bytes else f"parameters × base: {summary['parameters_x_base']:.3f} {with_heads}, "
     count = f"{len(tuned)} {'task' if len(tuned) == 1 else 'tasks'}"
-    lines.append(f"{size}bytes × base: {summary['bytes_x_base']:.3f}, {count}, method {summary['method']}")
-    return "\n".join(lines)
+    return f"{text}\n{size}bytes × base: {summary['bytes_x_base']:.3f}, {count}, method {summary['method']}"

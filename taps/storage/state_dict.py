@@ -7,14 +7,15 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.storage.files import read_tensors
 
+T = TypeVar("T")
 #: entries of a checkpoint that hold weights, in the order of preference: averages of the weights come first, as in timm
 _WRAPPERS = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model_state",
@@ -22,6 +23,11 @@ _WRAPPERS = (
 )  # fmt: skip
 #: messages are at most this long
 _LIMIT = 300
+
+
+def without_counters(state: Mapping[str, T]) -> dict[str, T]:
+    """Return a state dict without the batch counters of batch norms, on which no output depends."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -63,7 +69,7 @@ def read_plain(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the unpickler raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{path} is not a file of plain tensors, and nothing else is unpickled ({reason[:120]}); "
             "save it again with torch.save(model.state_dict(), …) or as .safetensors"

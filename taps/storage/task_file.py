@@ -33,7 +33,7 @@ from taps.core.method import Method
 from taps.core.network import Network, Origin
 from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.storage.encoding import ENCODINGS, EncodedDelta, encode, encode_as, is_sparse
 from taps.storage.files import both, json_text, plain_bytes, put_tensors, read_json, read_tensors, sha256, waiting
 from taps.storage.norms_and_head import decoded, fill_columns, small_tensors, stored_norm
@@ -390,7 +390,7 @@ def _decoded(
     try:
         return decoded(norms, task, key, encoded, shape)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: {key} is damaged: {(str(error).splitlines() or [''])[0]}") from None
+        raise UserError(f"{path}: {key} is damaged: {first_line(error)}") from None
 
 
 def _check_sums(description: Mapping, path: Path) -> None:
@@ -567,7 +567,7 @@ def _fill(
             try:
                 unit.deltas[task].set_encoded(parameter, one)
             except (RuntimeError, ValueError) as error:
-                reason = (str(error).splitlines() or [""])[0]
+                reason = first_line(error)
                 raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
         sparse = encoded and all(one.name == "sparse32" for one in encoded.values())
         if trainable and sparse:

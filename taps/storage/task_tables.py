@@ -40,7 +40,7 @@ def list_table(library: Library) -> str:
         "norm",
         "base",
     )
-    return _table(heads, rows, "lrrrrlll")
+    return plain_table(heads, rows, "lrrrrlll")
 
 
 _ROLES = (("deltas", "delta"), ("norms", "norm"), ("head", "head"))
@@ -71,7 +71,7 @@ def show_table(description: dict) -> str:
         tuned = ", ".join(["yes", *sorted(stored_as.get(unit["name"], ()))]) if is_tuned(unit) else ""
         rows.append((unit["name"], unit["kind"], f"{unit['parameters']:,}", score, tuned))
     heads = ("layer", "kind", "parameters", "score", "tuned")
-    return f"{_table((), about.items(), 'll')}\n\n{_table(heads, rows, 'llrrl')}"
+    return f"{plain_table((), about.items(), 'll')}\n\n{plain_table(heads, rows, 'llrrl')}"
 
 
 def compare_table(library: Library) -> str:
@@ -99,10 +99,10 @@ def compare_table(library: Library) -> str:
         both, either = len(tuned[a] & tuned[b]), len(tuned[a] | tuned[b])
         same = tasks[a]["base"]["fingerprint"] == tasks[b]["base"]["fingerprint"]
         rows.append((a, b, both, either, f"{100 * both / either:.0f}" if either else "–", "yes" if same else "no"))
-    return _table(("tasks", "", "both tune", "either", "overlap %", "same base"), rows, "llrrrl")
+    return plain_table(("tasks", "", "both tune", "either", "overlap %", "same base"), rows, "llrrrl")
 
 
-def _table(heads: Sequence[str], rows, align: str) -> str:
+def plain_table(heads: Sequence[str], rows, align: str) -> str:
     """Format rows as plain columns; ``align`` has an ``l`` or an ``r`` per column. Cells are printed as they are."""
     columns = [{"l": "left", "r": "right"}[letter] for letter in align]
     text = tabulate(rows, heads, "plain", disable_numparse=True, colalign=columns)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from taps.core.modules import evaluating
 from taps.data.seeded import mix_seed
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, unknown
 from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.losses import CrossEntropy
 from taps.networks.preprocessing import Preprocessing, stored_transform
@@ -26,9 +26,8 @@ from taps.storage.files import read_json
 from taps.storage.run_folder import RunFolder
 from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel
-from taps.training.loop import Criterion, check_whole_epochs, is_classification, mixing
+from taps.training.loop import Criterion, check_whole_epochs, is_classification, mixing, run_phases
 from taps.training.recipe import Recipe
-from taps.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,7 @@ def fit(
         raise UserError(
             f"task {task!r} is frozen: load it with load_task(…, trainable=True), or remove it and add it again to train anew"
         )
-    for name in recipe:
-        if name not in {field.name for field in fields(Recipe)}:
-            raise unknown("option of taps.fit", name, [field.name for field in fields(Recipe)])
+    check_known("option of taps.fit", recipe, [field.name for field in fields(Recipe)])
     if model.train_base:
         raise UserError(
             "taps.fit trains one task on a frozen base; adapt it with train_base=False, or use train_joint.py"
@@ -198,21 +195,22 @@ def fit(
             if report is not None:
                 report(new[0], is_best)
 
-        stage = Stage(
-            model,
-            [task],
-            {"train": (train, train)},
-            plan,
-            criterion=criterion,
-            validate=None if validation is None else validate,
-            report=on_epoch,
-            keep=keep,
-            folder=run,
-        )
         head = copy.deepcopy(model.heads[task])
         with _restored_if_interrupted(model, task):
             try:
-                stage.train(accelerator)
+                run_phases(
+                    model,
+                    task,
+                    train,
+                    train,
+                    plan,
+                    accelerator,
+                    criterion=criterion,
+                    validate=None if validation is None else validate,
+                    on_epoch=on_epoch,
+                    keep=keep,
+                    folder=run,
+                )
             finally:  # half precision is for training alone
                 accelerator.unwrap_model(model, keep_fp32_wrapper=False)
                 model.__dict__.pop("_is_accelerate_prepared", None)

@@ -35,6 +35,7 @@ from taps.data.seeded import mix_seed
 from taps.errors import DivergedError, UserError
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint
+from taps.storage.run_folder import RunFolder
 from taps.task_model import TaskModel
 from taps.training.average import WeightAverage
 from taps.training.recipe import Recipe, make_optimizer, phase_at
@@ -83,14 +84,14 @@ def run_phases(
     criterion: Criterion | Mapping[str, Criterion] = nn.functional.cross_entropy,
     validate: Callable[[], tuple[dict[str, dict], float]] | None = None,
     on_epoch: Callable[[list[dict], bool], None] | None = None,
-    state_path: Path | None = None,
-    resume: bool = False,
+    keep: Callable[[list[dict]], None] | None = None,
+    folder: RunFolder | None = None,
     fork: Path | None = None,
     stop: StopSignals | None = None,
     done: int = 0,
     best: float | None = None,
 ) -> Progress:
-    """Train one task, or several together.
+    """Train one task, or several together, from the start or from the folder's checkpoint.
 
     Args:
         model: the model, with the tasks already added.
@@ -106,8 +107,9 @@ def run_phases(
             of competing phases are compared.
         on_epoch: called by the first process after each epoch with one row of numbers per task and whether the epoch is
             the best so far.
-        state_path: checkpoint file, written every ``recipe.save_epochs`` epochs, after a best or last epoch, and when stopped.
-        resume: continue from ``state_path``.
+        keep: called by the first process with the rows of each epoch that is the best so far, to save its result.
+        folder: holds the metrics and the checkpoint, which is written every ``recipe.save_epochs`` epochs, after a best or last
+            epoch, and when stopped; training goes on from one of the same tasks. ``None``: nothing is kept.
         fork: a file with the state just before a phase with ``forks``; written if it is missing, else the run starts from it. Runs
             that their method trains in different ways use different files beside it.
         stop: signals that end the run.
@@ -122,10 +124,24 @@ def run_phases(
         Interrupted: after saving, if ``stop`` received a signal.
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
+    started = time.perf_counter()
+    state_path = None if folder is None else folder.state_path
+    state = None if state_path is None else checkpoint.read(state_path)
+    if state is not None:
+        reached = state.record["progress"]["epoch"], state.record["progress"]["batch"]
+        # A checkpoint of the epochs that are done is of another schedule.
+        if state.record["tasks"] != list(tasks) or (done and reached <= (done, 0)):
+            state = None
+    for own in tasks if folder is not None else ():
+        folder.keep_metrics(own, done if state is None else state.record["progress"]["epoch"])
+    fork = None if done else fork  # its state is of the epochs that are done
     run = _Run(model, tasks, loader, sampler, recipe, accelerator or Accelerator(), criterion, state_path, stop, fork)
-    run.progress.epoch, run.progress.best, fork = done, best, run.fork
-    if resume or (fork is not None and fork.is_file()):
-        run.resume(state_path if resume else fork)
+    run.progress.epoch, run.progress.best = done, best
+    if state is None and run.fork is not None:
+        state = checkpoint.read(run.fork)
+    if state is not None:
+        run.resume(state)
+        del state  # its tensors
     try:
         while run.progress.epoch < recipe.epochs and not run.has_stalled():
             phase = run.train_epoch()
@@ -152,13 +168,21 @@ def run_phases(
                     if run.progress.best is None or number > run.progress.best:
                         run.progress.risen = run.progress.epoch + 1
                     run.progress.best = number
-            if on_epoch is not None and run.accelerator.is_main_process:
+            now = time.perf_counter()
+            rows = [{**row, "seconds": round((now - started) / len(rows), 3)} for row in rows]
+            started = now
+            if run.accelerator.is_main_process:
                 with run.averaged():
-                    on_epoch(rows, is_best)
+                    if folder is not None:
+                        folder.add_metrics(rows)
+                    if on_epoch is not None:
+                        on_epoch(rows, is_best)
+                    if keep is not None and is_best:
+                        keep(rows)
             for give_back in () if is_last else undo:
                 give_back()
-            done = run.progress
-            run.progress = Progress(done.epoch + 1, best=done.best, started=done.started, risen=done.risen)
+            ended = run.progress
+            run.progress = Progress(ended.epoch + 1, best=ended.best, started=ended.started, risen=ended.risen)
             if is_best or is_last or run.progress.epoch % recipe.save_epochs == 0:
                 run.save()
             if not is_last and run.stop_requested():
@@ -258,33 +282,26 @@ class _Run:
         self.progress = Progress()
         self.random_state: dict[str, Tensor] | None = None
 
-    def resume(self, path: Path) -> None:
+    def resume(self, state: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint."""
-        record = checkpoint.read_record(path)
-        if record is None:
-            raise UserError(f"{path} does not exist: there is nothing to continue")
-        rate = record["progress"].get(
-            "rate", 1.0
-        )  # not stored before version 0.18, whose rates did not depend on a size
+        counters = state.record["progress"]
+        # "rate" was not stored before version 0.18, whose rates did not depend on a size
+        rate = counters.pop("rate", 1.0)
         for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group.update({name: group[name] * rate / self.rate for name in ("lr", "initial_lr")})
         self.rate = rate
-        phases = [list(phase[:2]) for phase in record["progress"].get("phases") or ()]
+        phases = [list(phase[:2]) for phase in counters.pop("phases", None) or ()]
         if phases != self._schedule() and (phases or any(phase.begin for phase in self.phases)):
             raise UserError(
-                f"checkpoint {path} was written with another schedule of phases; start again with --overwrite"
+                f"checkpoint {state.path} was written with another schedule of phases; start again with --overwrite"
             )
-        checkpoint.restore_structure(path, self.model, self.tasks)
+        state.restore_structure(self.model, self.tasks)
         self._forget_dropped()
-        counters, self.random_state = checkpoint.restore(
-            path, self.model, self.tasks, self.optimizers, self.accelerator
-        )
+        self.random_state = state.restore(self.model, self.tasks, self.optimizers, self.accelerator)
         if self.average is not None:
-            self.average.load(checkpoint.read_average(path))
+            self.average.load(state.part("average"))
         if not self.accelerator.is_main_process:  # the first process continues the sums over all processes
             counters.update(sums={})
-        for name in ("phases", "rate"):
-            counters.pop(name, None)
         self.progress = Progress(**counters)
 
     def _schedule(self) -> list[list]:

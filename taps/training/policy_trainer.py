@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from taps.core.modules import evaluating
 from taps.core.norm import batch_statistics
 from taps.data.multi_label import StreamSampler
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, unknown
 from taps.methods.policy import Policy
 from taps.methods.registry import METHODS
 from taps.settings.declare import build, declarations
 from taps.settings.multi_task import MultiTaskSettings, PolicyTraining
 from taps.settings.presets import published
 from taps.task_model import TaskModel, adapt
+from taps.training.loop import run_phases
 from taps.training.schedules import STEPS, cycle_steps, learns_policy, policy_plan, pretrain_plan, weights_plan
 from taps.training.separate import Masked, Samplers, SeparateLoaders, inputs_and_labels, with_mask
-from taps.training.stage import Stage
 
 #: maps a batch of outputs and labels to a number
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -118,9 +118,7 @@ class PolicyTrainer:
         for name, loader in ((split, one) for split, own in by_split.items() for one in own.values()):
             if loader.batch_size is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
                 raise UserError(f"the loader {name!r} needs a data set with a length and a batch_size")
-        for task in options.get("task_weights", {}):
-            if task not in self.tasks:
-                raise unknown("task in task_weights", task, self.tasks)
+        check_known("task in task_weights", options.get("task_weights", {}), self.tasks)
         loader = next(iter(by_split["train"].values()))
         given = {"batch_size": loader.batch_size, "task_weights": {}, **options, "method": method, "seed": seed}
         self.options = build(MultiTaskSettings, published("scenes", None, method), given)
@@ -278,7 +276,8 @@ class PolicyTrainer:
         return self._fit("post-train", model, weights_plan(self.options, self._sizes, self.options.seed)).eval()
 
     def _fit(self, stage: str, model: TaskModel, plan) -> TaskModel:
-        options, streams = self.options, {}
+        options = self.options
+        loaders, samplers = {}, {}
         accelerator = Accelerator()
         for name, steps in plan.batches.items():
             made = {}
@@ -287,10 +286,10 @@ class PolicyTrainer:
                 loader = DataLoader(_Planned(samples), batch_sampler=sampler, collate_fn=self.collate[task])
                 made[task] = (loader, sampler)
             if self.separate:
-                own = SeparateLoaders({task: loader for task, (loader, _) in made.items()}, accelerator.device)
-                streams[name] = (own, Samplers([sampler for _, sampler in made.values()]))
+                loaders[name] = SeparateLoaders({task: own for task, (own, _) in made.items()}, accelerator.device)
+                samplers[name] = Samplers([own for _, own in made.values()])
             else:
-                streams[name] = made[""]
+                loaders[name], samplers[name] = made[""]
 
         def validate() -> tuple[dict[str, dict], float]:
             relies = not model.policies and not self._has_single_samples
@@ -301,7 +300,10 @@ class PolicyTrainer:
         def report(rows: list[dict], is_best: bool) -> None:
             self.history += [{"stage": stage, **row} for row in rows]
 
-        Stage(model, self.tasks, streams, plan.recipe, self.losses, validate, report).train(accelerator)
+        run_phases(
+            model, self.tasks, loaders, samplers, plan.recipe, accelerator, criterion=self.losses, validate=validate,
+            on_epoch=report,
+        )  # fmt: skip
         return model
 
     def validate(self, hard: bool = True) -> dict[str, dict]:

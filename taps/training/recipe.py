@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +16,7 @@ from taps.core.network import Network
 from taps.errors import UserError
 from taps.settings.adaptation import Optimization, Schedule
 from taps.settings.choices import DECAYS
-from taps.settings.declare import check_values, setting
+from taps.settings.declare import Settings, as_dict, check_values, setting
 from taps.training.split_optimizer import SplitOptimizer
 
 
@@ -115,6 +115,12 @@ class Recipe(Optimization, Schedule):
             passed = math.floor(epoch / self.decay_epochs + 1e-9)
             return self.decay_rate ** (passed if self.reductions is None else min(passed, self.reductions))
         return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+
+
+def recipe_from(settings: Settings, **changes) -> Recipe:
+    """Return the recipe with the values that settings of the same names have, other than the ``changes``."""
+    known = {own.name for own in fields(Recipe)}
+    return Recipe(**{name: own for name, own in as_dict(settings).items() if name in known} | changes)
 
 
 def phase_at(phases: tuple[Phase, ...], epochs: float) -> Phase:

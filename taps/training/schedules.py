@@ -18,7 +18,7 @@ from taps.methods.registry import METHODS
 from taps.methods.sparse_delta import begin_support
 from taps.settings.choices import LAST_TEMPERATURE
 from taps.settings.multi_task import MultiTaskSettings
-from taps.training.recipe import Recipe
+from taps.training.recipe import Recipe, recipe_from
 
 
 def learns_policy(method: str) -> bool:
@@ -49,28 +49,18 @@ def _segments(iterations: int, wanted: int) -> tuple[int, int]:
 
 def _recipe(options: MultiTaskSettings, steps: int, seed: int, **changes) -> Recipe:
     """Return the recipe of warm-up and retraining; its learning rate falls every ``decay_iterations`` steps."""
-    weights = {} if options.task_weights is None else dict(options.task_weights)
-    return Recipe(
-        lam=1.0 if learns_policy(options.method) else options.lam,  # policy methods weight their penalties themselves
-        optimizer=options.optimizer,
-        lr=options.lr,
-        base_lr=options.base_lr,
-        norm_lr=options.base_lr,
-        score_lr=options.score_lr,
-        momentum=options.momentum,
-        wd=options.wd,
-        betas=tuple(options.betas),
-        decay=options.decay,
-        decay_epochs=(options.decay_iterations or 1) / steps,
-        decay_rate=options.decay_rate,
-        seed=seed,
-        limit_batches=options.limit_batches,
-        task_weights=weights,
-        step_per_task=bool(options.step_per_task),
-        layer_decay=options.layer_decay,
-        clip_grad=options.clip_grad,
-        **changes,
-    )
+    weighs_itself = learns_policy(options.method)  # its penalties
+    values = {
+        "lam": 1.0 if weighs_itself else options.lam,
+        "norm_lr": options.base_lr,
+        "delta_lr": None,
+        "betas": tuple(options.betas),
+        "decay_epochs": (options.decay_iterations or 1) / steps,
+        "seed": seed,
+        "task_weights": options.task_weights or {},
+        "step_per_task": bool(options.step_per_task),
+    }
+    return recipe_from(options, **values | changes)
 
 
 #: options given in steps, or in passes over the training samples
@@ -183,20 +173,17 @@ def policy_plan(options: MultiTaskSettings, sizes: dict[str, int], units: int) -
         )  # fmt: skip
     steps = batches.get("train", 1)
     main = _recipe(options, steps, options.seed)
-    alternating = {"decay": "constant", "task_weights": main.task_weights}
+    rate, base_rate = options.weights_lr or options.lr, options.weights_lr or options.base_lr
     others = {
-        "weights": Recipe(
+        "weights": replace(
+            main,
             optimizer=options.weights_optimizer,
-            lr=options.weights_lr or options.lr,
-            base_lr=options.weights_lr or options.base_lr,
-            norm_lr=options.weights_lr or options.base_lr,
-            momentum=options.momentum,
-            wd=options.wd,
-            betas=main.betas,
-            layer_decay=main.layer_decay,
-            **alternating,
+            lr=rate,
+            base_lr=base_rate,
+            norm_lr=base_rate,
+            decay="constant",
         ),
-        "policy": _policy_recipe(options, each, alternating),
+        "policy": _policy_recipe(options, each),
     }
     total = epochs + 2 * cycles
     recipe = _recipe(
@@ -205,13 +192,13 @@ def policy_plan(options: MultiTaskSettings, sizes: dict[str, int], units: int) -
     return Plan(tuple(phases), batches, replace(recipe, decay=options.warmup_decay or options.decay))
 
 
-def _policy_recipe(options: MultiTaskSettings, cycle: int, alternating: dict) -> Recipe:
+def _policy_recipe(options: MultiTaskSettings, cycle: int) -> Recipe:
     """Return the recipe of policy steps: Adam with its default betas, as in the published programs."""
-    values = {**alternating, "optimizer": "adam", "lr": options.policy_lr, "gate_weight_decay": options.policy_wd}
-    if options.policy_decay_iterations:
-        cycles = max(options.policy_decay_iterations / cycle, 1)
-        values.update(decay="step", decay_epochs=cycles, decay_rate=0.1, reductions=1)
-    return Recipe(**values)
+    recipe = Recipe(optimizer="adam", lr=options.policy_lr, gate_weight_decay=options.policy_wd, decay="constant")
+    if not options.policy_decay_iterations:
+        return recipe
+    cycles = max(options.policy_decay_iterations / cycle, 1)
+    return replace(recipe, decay="step", decay_epochs=cycles, decay_rate=0.1, reductions=1)
 
 
 def base_plan(options: MultiTaskSettings, sizes: dict[str, int], seed: int) -> Plan:

@@ -25,7 +25,7 @@ from taps.data.classification.images import (
     list_images,
 )
 from taps.data.seeded import mix_seed
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 
 #: names of the folders, in lower case, and of a table's entries, that stand for each split
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
@@ -272,7 +272,7 @@ def read_table(path: Path, reading: Reading | None = None) -> TaskData:
             reader.fieldnames = columns
             rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read as CSV: {first_line(error)}") from None
     twice = next((name for name in columns if name and columns.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path} has two columns {twice!r}; leave one of them out")

@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from taps.data.seeded import mix_seed, planned_loader
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.networks.preprocessing import ToRGB
 
 #: file name endings of images
@@ -147,7 +147,7 @@ def decode_image(
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         if isinstance(error, UnreadableImageError) or (is_loaded and not isinstance(error, UserError)):
             raise
-        raise UnreadableImageError((str(error).splitlines() or [type(error).__name__])[0]) from None
+        raise UnreadableImageError(first_line(error)) from None
 
 
 class UnreadableImageError(UserError):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from taps.data.dense.dataset import LOG_RANGE, DenseData
 from taps.data.multi_label import IGNORE_INDEX, Task
-from taps.errors import UserError, unknown
+from taps.errors import UserError, first_line, unknown
 
 #: names of splits in the lists -> names of splits in the library
 _SPLITS = {"train": "train", "val": "val", "test": "test", "train1": "weights", "train2": "policy"}
@@ -45,7 +45,7 @@ def read_file(path: Path) -> Any:
         with Image.open(path) as image:
             return np.array(image)
     except Exception as error:  # decoders raise almost anything on damaged files
-        raise UserError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
 
 
 def read_array(path: Path, shape: tuple[int, ...] | None = None, kinds: str = "uif") -> np.ndarray:

@@ -19,7 +19,7 @@ from taps.data.dense.adashare_layout import class_ids, read_array
 from taps.data.dense.astmt_labels import Files
 from taps.data.dense.dataset import DenseData
 from taps.data.multi_label import IGNORE_INDEX, Task
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known
 from taps.storage.files import read_json
 
 #: class names of NYUv2 and PASCAL-Context; normals are limited to classes that both have
@@ -195,9 +195,7 @@ def open_protocol(name: str, root: Path, tasks: Sequence[str] | None = None) -> 
         UserError: for an unknown task, a wrong list or a missing file.
     """
     protocol = PROTOCOLS[name]
-    for task in tasks or ():
-        if task not in protocol.tasks:
-            raise unknown(f"task of benchmark {name}", task, protocol.tasks)
+    check_known(f"task of benchmark {name}", tasks or (), protocol.tasks)
     columns = protocol.needed(tasks or protocol.tasks)
     splits = {
         split: [{column: find(root, protocol, column, image) for column in columns} for image in images]

@@ -15,7 +15,8 @@ import numpy as np
 from taps.data.dense.astmt_layout import PROTOCOLS, read_image
 from taps.data.dense.dataset import FRAMES, DenseData
 from taps.data.multi_label import Task
-from taps.errors import UserError, unknown
+from taps.data.reading import mistakes_of
+from taps.errors import UserError, check_known
 
 _FOLDERS = {"image": "rgb", "semseg": "semseg", "depth": "depth", "normals": "normals", "edges": "edge"}
 _AROUND = ("rgb_18", "rgb_19", "rgb_21", "rgb_22")
@@ -37,11 +38,8 @@ def check_video(root: Path) -> tuple[list[str], int]:
     data = open_video(root, tasks, frames)
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in data.splits.items())
     lines = [f"{root}: {counts}; {', '.join(tasks)}{'; frames around training images' if frames else ''}"]
-    for sample in [sample for samples in data.splits.values() for sample in samples]:
-        try:
-            data.read(sample, list(data.tasks.values()))
-        except UserError as error:
-            lines.append(f"  {error}")
+    for split, samples in data.splits.items():
+        lines += mistakes_of(lambda sample: data.read(sample, list(data.tasks.values())), samples, f"reading {split}")
     return lines, len(lines) - 1
 
 
@@ -57,9 +55,7 @@ def open_video(root: Path, tasks: Sequence[str] | None = None, with_frames: bool
         UserError: for an unknown task or a missing file.
     """
     protocol = PROTOCOLS["nyud"]
-    for task in tasks or ():
-        if task not in protocol.tasks:
-            raise unknown("task of benchmark nyud", task, protocol.tasks)
+    check_known("task of benchmark nyud", tasks or (), protocol.tasks)
     chosen = list(tasks or protocol.tasks)
     columns = {column: _FOLDERS[column] for column in ("image", *chosen)}
     splits = {

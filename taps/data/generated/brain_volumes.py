@@ -11,7 +11,7 @@ narrow stages is 0.80, without its blocks −0.15 (200 subjects, 300 steps, one 
 *Grain* is the contrast of stripes in the tissue, which a few voxels show. ``sex`` tells whether it is above the mean, and
 ``picvocab`` grows with it. The stem suffices for it: R² is 0.82 without blocks and 0.85 with all.
 
-Targets of the same factor share everything, targets of different factors nothing (:data:`SHARED`). Head size, positions and
+Targets of the same factor share everything, targets of different factors nothing. Head size, positions and
 brightness carry no information. The table also has families and sites. No data of real subjects is used.
 
     taps data brains FOLDER          FOLDER/images/<subject>.npy, three lists, FOLDER/labels.csv
@@ -19,7 +19,6 @@ brightness carry no information. The table also has families and sites. No data 
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,15 +29,10 @@ from taps.data.generated.tree import make_tree
 from taps.data.multi_label import SPLITS
 from taps.data.records.subjects import list_path
 from taps.errors import UserError
-from taps.storage.files import write_text
+from taps.storage.files import csv_text, write_text
 
 _VERSION = 4
 CATEGORIES, NUMBERS = ("diagnosis", "sex"), ("interview_age", "picvocab")
-#: the shared part of the factors of two targets
-SHARED = {
-    ("diagnosis", "interview_age"): 1.0, ("diagnosis", "sex"): 0.0, ("diagnosis", "picvocab"): 0.0,
-    ("sex", "interview_age"): 0.0, ("sex", "picvocab"): 1.0, ("interview_age", "picvocab"): 0.0,
-}  # fmt: skip
 COLUMNS = ("subjectkey", "interview_age", "sex", "diagnosis", "picvocab", "rel_family_id", "site_id_l")
 
 
@@ -135,10 +129,7 @@ def _write(root: Path, recipe: BrainRecipe) -> None:
             missing = (of_all * recipe.missing_numbers, of_all * recipe.missing_categories)
             rows.append(_row(random, subject, accord, grain, family, recipe.label_noise, missing))
         write_text(list_path(images, split), "\n".join(names) + "\n")
-    with open(root / "labels.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    write_text(root / "labels.csv", csv_text([COLUMNS, *rows]))
 
 
 def _row(

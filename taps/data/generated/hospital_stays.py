@@ -9,12 +9,11 @@ hour shows it. ``pheno`` asks for the complaints, ``ihm`` for the severe one.
 only long intervals show it. ``los`` asks for the remaining time. ``decomp`` asks whether the end is near, for patients who die.
 
 So ``ihm`` and ``pheno`` share everything, ``los`` has nothing in common with either, and ``decomp`` shares half with each
-(:data:`SHARED`). No data of real patients is used. ``taps data stays FOLDER`` writes a data set.
+(``benchmarks/sharing.py`` measures it). No data of real patients is used. ``taps data stays FOLDER`` writes a data set.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,14 +25,9 @@ from taps.data.multi_label import SPLITS
 from taps.data.records.mimic3 import fit_normalizer
 from taps.data.records.mimic3_lists import PHENOTYPES, folder_of
 from taps.errors import UserError
-from taps.storage.files import write_json, write_text
+from taps.storage.files import csv_text, write_json, write_text
 
 _VERSION = 3
-#: the shared part of the properties that two tasks ask about
-SHARED = {
-    ("ihm", "decomp"): 0.5, ("ihm", "los"): 0.0, ("ihm", "pheno"): 1.0, ("decomp", "los"): 0.5, ("decomp", "pheno"): 0.5,
-    ("los", "pheno"): 0.0,
-}  # fmt: skip
 #: the Glasgow coma scale, from the worst to the best answer, in the two spellings of the hospitals' records
 _EYES = (
     ("1 No Response", "2 To pain", "3 To speech", "4 Spontaneously"),
@@ -218,8 +212,7 @@ def _write(root: Path, recipe: StayRecipe) -> None:
             patient += episode == 1
             rows, answers = make_stay(random, recipe.noise)
             name = f"{patient}_episode{episode}_timeseries.csv"
-            with open(root / folder_of(split) / name, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([["Hours", *_CHANNELS], *rows])
+            write_text(root / folder_of(split) / name, csv_text([["Hours", *_CHANNELS], *rows]))
             lines.append(list_row(name, answers))
         write_text(root / f"{split}_listfile.csv", "\n".join(lines) + "\n")
     config = {

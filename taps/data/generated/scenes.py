@@ -2,7 +2,7 @@
 
 A room has a floor, a ceiling and walls, and contains spheres, boxes, cylinders and cones with random colours, sizes and textures
 under a random light; the back wall may have an opening, behind which nothing is labelled. Classes depend on shapes, not on
-colours and textures. The camera is at the origin, or moves (:func:`clip`); x points right, y up and z into the room.
+colours and textures. The camera is at the origin unless it is moved; x points right, y up and z into the room.
 ``taps data scenes FOLDER`` writes a data set in a layout that :mod:`taps.data.dense.adashare_layout` reads:
 
     scenes.json                      train (train1 + train2), val, test: [img, seg, normal, depth, edge, keypoint]
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -298,24 +298,6 @@ def _keypoints(view: _View, corners: Sequence[np.ndarray]) -> np.ndarray:
         if np.abs(around - corner[2]).min() < 0.04 * corner[2]:
             heat = np.maximum(heat, np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * sigma**2)))
     return heat.astype(np.float32)
-
-
-def clip(
-    seed: int, frames: int, size: tuple[int, int] = (64, 64), difficulty: float = 0.5, speed: float = 0.02
-) -> Iterator[dict[str, np.ndarray]]:
-    """The frames of a video of one scene, with a camera that moves at a constant velocity in a random direction.
-
-    Args:
-        seed: seed of the scene, the direction and the sensor noise.
-        frames: number of frames.
-        size, difficulty: as in :func:`render`.
-        speed: metres per frame.
-    """
-    random = np.random.default_rng((seed, 1))
-    direction = random.uniform(-1, 1, 3) * (1.0, 0.3, 1.0)
-    direction *= speed / np.linalg.norm(direction)
-    for frame in range(frames):
-        yield render(np.random.default_rng(seed), size, difficulty, direction * frame, random)
 
 
 def make_scenes(root: Path, recipe: SceneRecipe | None = None) -> None:

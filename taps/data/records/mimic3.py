@@ -23,10 +23,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from taps.data.multi_label import SPLITS, Cache, SharedData
+from taps.data.reading import mistakes_of
 from taps.data.records import mimic3_lists
 from taps.data.records.mimic3_discretizer import Discretizer, read_normalizer
 from taps.data.records.mimic3_lists import TASKS, Lists, Stay, find_root, folder_of, read_labels, read_list
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known
 from taps.storage.files import write_json
 
 _CACHE_BYTES = 1 << 29
@@ -122,9 +123,7 @@ def open_mimic3(
         UserError: for an unknown task, a missing file, a wrong row (with file and row), or a split in which all labels of a
             binary task are equal.
     """
-    for name in names:
-        if name not in TASKS:
-            raise unknown("task of benchmark mimic3", name, TASKS)
+    check_known("task of benchmark mimic3", names, TASKS)
     root = find_root(root)
     config = root / "discretizer_config.json"
     if not config.is_file():
@@ -147,9 +146,7 @@ def open_mimic3(
             f"phenotypes are asked at hour {crop - 1}"
         )
     weights, binary = positive_weights or {}, [name for name, task in TASKS.items() if task.kind == "binary"]
-    for name in weights:
-        if name not in binary:
-            raise unknown("yes-or-no task in positive weights", name, binary)
+    check_known("yes-or-no task in positive weights", weights, binary)
     tasks = {name: replace(TASKS[name], positive_weight=weights.get(name, 1.0)) for name in dict.fromkeys(names)}
     scale, cache = read_normalizer(path, len(discretizer.header)), Cache(_CACHE_BYTES // max(workers, 1))
     return StayData("mimic3", tasks, splits, root, discretizer, scale, crop, cache, notes=tuple(notes))
@@ -183,12 +180,7 @@ def check_stays(root: Path) -> tuple[list[str], int]:
             mistakes.append(f"  {error}")
     data = StayData("mimic3", TASKS, splits, root, discretizer, no_scale)
     for split, stays in splits.items():
-        for stay in tqdm(stays, desc=f"reading {split}", disable=None, leave=False):
-            try:
-                data.bins(stay)
-                data.labels(stay)
-            except UserError as error:
-                mistakes.append(f"  {error}")
+        mistakes += mistakes_of(lambda stay: (data.bins(stay), data.labels(stay)), stays, f"reading {split}")
     try:
         mimic3_lists.check_disjoint(splits)
         open_mimic3(root)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from taps.data.multi_label import SPLITS
-from taps.errors import UserError, unknown
+from taps.errors import UserError, check_known, unknown
 
 SUFFIXES = (".npy", ".nii.gz", ".nii")
 _MISSING = ("", "nan", "na")
@@ -71,9 +71,7 @@ class Table:
 
     def need(self, names: Sequence[str]) -> None:
         """Raise a ``UserError`` unless the table has these columns."""
-        for name in names:
-            if name not in self.columns:
-                raise unknown(f"column of {self.path}", name, self.columns)
+        check_known(f"column of {self.path}", names, self.columns)
 
     def cell(self, subject: str, column: str) -> str | None:
         """A cell; ``None`` if it is empty or "nan"."""

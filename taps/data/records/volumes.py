@@ -24,8 +24,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from taps.data.multi_label import IGNORE_INDEX, SPLITS, Cache, SharedData, Task
+from taps.data.reading import mistakes_of
 from taps.data.records.subjects import LeftOut, Table, join_groups, list_path, listed, read_lists, read_table
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.settings.task_names import file_names
 
 _CACHE_BYTES = 1 << 30
@@ -38,7 +39,9 @@ def volume_shape(path: Path) -> tuple[int, ...]:
         raise UserError(f"{path} holds several arrays; a volume is one")
     if isinstance(stored, np.ndarray) or len(stored.shape) != 3:
         return tuple(stored.shape)
-    axes = _orientation(stored)[:, 0]
+    from nibabel.orientations import io_orientation
+
+    axes = io_orientation(stored.affine)[:, 0]  # which canonical axis each is
     return tuple(size for _, size in sorted(zip(axes, stored.shape, strict=True)))
 
 
@@ -50,7 +53,7 @@ def read_volume(path: Path) -> np.ndarray:
     """
     stored = _open(path)
     try:
-        array = np.asarray(stored) if isinstance(stored, np.ndarray) else _canonical(stored)
+        array = np.asarray(stored) if isinstance(stored, np.ndarray) else _canonical(stored).get_fdata(dtype=np.float32)
     except Exception as error:  # decoders of compressed files raise almost anything on damaged ones
         raise _unreadable(path, error) from None
     if array.ndim != 3 or array.dtype.kind not in "uif":
@@ -61,18 +64,11 @@ def read_volume(path: Path) -> np.ndarray:
     return array
 
 
-def _orientation(image) -> np.ndarray:
-    """Return for each axis which canonical axis it is, and its direction, (3, 2)."""
-    from nibabel.orientations import io_orientation
+def _canonical(image):
+    """A NIfTI image of three dimensions with its axes in their order and direction; others as they are."""
+    import nibabel
 
-    return io_orientation(image.affine)
-
-
-def _canonical(image) -> np.ndarray:
-    from nibabel.orientations import apply_orientation
-
-    values = image.get_fdata(dtype=np.float32)
-    return apply_orientation(values, _orientation(image)) if values.ndim == 3 else values
+    return nibabel.as_closest_canonical(image) if len(image.shape) == 3 else image
 
 
 def _open(path: Path):
@@ -95,7 +91,7 @@ def _open(path: Path):
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    return UserError(f"{path} cannot be read: {first_line(error)}")
 
 
 @dataclass(frozen=True)
@@ -315,13 +311,13 @@ def check_volumes(images: Path) -> tuple[list[str], int]:
     mistakes = [f"  no list of {split}" for split in SPLITS if split not in names]
     mistakes += [f"  {name} is listed twice" for name, count in every.items() if count > 1]
     shapes: Counter = Counter()
-    for name in tqdm(every.elements(), total=every.total(), desc="reading", disable=None, leave=False):
-        try:
-            if not (images / name).is_file():
-                raise UserError(f"{images / name} does not exist")
-            shapes[read_volume(images / name).shape] += 1
-        except UserError as error:
-            mistakes.append(f"  {error}")
+
+    def read(name: str) -> None:
+        if not (images / name).is_file():
+            raise UserError(f"{images / name} does not exist")
+        shapes[read_volume(images / name).shape] += 1
+
+    mistakes += mistakes_of(read, list(every.elements()), "reading")
     lines = [f"{images}: volumes, {', '.join(f'{len(own)} {split}' for split, own in names.items())}", *mistakes]
     wrong = len(mistakes)
     if len(shapes) > 1:

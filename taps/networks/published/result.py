@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taps.errors import UserError
 from taps.networks.heads import ASPP
-from taps.storage.state_dict import does_not_fit, listed
+from taps.storage.state_dict import does_not_fit, listed, without_counters
 
 State = dict[str, Tensor]
 #: mean of the pixels 0..255 in RGB that the programs subtract; they do not divide by a standard deviation
@@ -72,7 +72,7 @@ def load(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         UserError: in one line, with a file that lists all names.
     """
     wanted = net.state_dict()
-    lacking = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
+    lacking = [key for key in without_counters(wanted) if key not in tensors]
     wrong = [key for key, value in tensors.items() if key not in wanted or wanted[key].shape != value.shape]
     if lacking or wrong:
         raise does_not_fit(path, type(net).__name__, {"missing": lacking, "unexpected or of another shape": wrong})
