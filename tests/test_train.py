@@ -347,7 +347,7 @@ def test_budget_texts(text, expected):
 
 @pytest.mark.parametrize("text", ["5 apples", "0%", "101%", "-3MB", ""])
 def test_wrong_budgets(text):
-    with pytest.raises(ValueError, match="--budget"):
+    with pytest.raises(ValueError, match="budget"):
         parse_budget(text, perceptron())
 
 
