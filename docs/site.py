@@ -21,24 +21,21 @@ _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
 
 def options_page() -> str:
     """Return the page of all options of all programs, from their declarations."""
-    from taps.cli.options import (
-        evaluate_parser,
-        import_parser,
-        joint_parser,
-        mtl_parser,
-        predict_parser,
-        sequential_parser,
-        serve_parser,
-    )
+    from taps.cli.options import parser_of
+    from taps.settings.adaptation import EvaluateSettings, JointSettings, SequentialSettings
+    from taps.settings.importing import ImportSettings
+    from taps.settings.multi_task import MultiTaskSettings
+    from taps.settings.prediction import PredictSettings
+    from taps.settings.serving import ServeSettings
 
     programs = {
-        "`taps train`, `train_sequential.py`": sequential_parser(),
-        "`taps joint`, `train_joint.py`": joint_parser(),
-        "`taps mtl`, `train_mtl.py`": mtl_parser(),
-        "`taps evaluate`, `evaluate.py`": evaluate_parser(),
-        "`taps predict`": predict_parser(),
-        "`taps serve`": serve_parser(),
-        "`taps import`": import_parser(),
+        "`taps train`, `train_sequential.py`": SequentialSettings,
+        "`taps joint`, `train_joint.py`": JointSettings,
+        "`taps mtl`, `train_mtl.py`": MultiTaskSettings,
+        "`taps evaluate`, `evaluate.py`": EvaluateSettings,
+        "`taps predict`": PredictSettings,
+        "`taps serve`": ServeSettings,
+        "`taps import`": ImportSettings,
     }
     lines = [
         "# Options",
@@ -49,9 +46,9 @@ def options_page() -> str:
         "`--config results/NAME/settings.yaml` repeats it. The published presets of `train_mtl.py` and the demo's are in",
         "[taps/settings/published/](../taps/settings/published/).",
     ]
-    for title, parser in programs.items():
+    for title, kind in programs.items():
         lines += ["", f"## {title}", "", "| option | meaning |", "|---|---|"]
-        for group in parser._action_groups:
+        for group in parser_of(kind)._action_groups:
             for action in group._group_actions:
                 if action.dest != "help":
                     names = (

@@ -104,10 +104,12 @@ def test_every_option_is_read():
 @pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
-    from taps.cli import options
+    import options
+    from taps.cli.options import parser_of
+    from taps.settings.serving import ServeSettings
 
-    names = ("sequential", "joint", "evaluate", "mtl", "predict", "serve", "import")
-    parsers = [getattr(options, f"{name}_parser")() for name in names]
+    names = ("sequential", "joint", "evaluate", "mtl", "predict", "import")
+    parsers = [parser_of(ServeSettings), *(getattr(options, f"{name}_parser")() for name in names)]
     known = {option for parser in parsers for option in parser._option_string_actions}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))

@@ -25,7 +25,6 @@ from taps.settings.task_names import GENERATED, aliases, file_names
 S = TypeVar("S", bound=Settings)
 A = TypeVar("A", bound=AdaptationSettings)
 
-_STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
 #: settings that have no effect with a budget
 _OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
 #: characters of names of data sets in that of a results folder, and of a folder's name
@@ -34,63 +33,27 @@ _LONGEST_NAME, _LONGEST_PART = 100, 255
 _DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
 
 
-def sequential_parser() -> Parser:
-    """Return the parser of ``train_sequential.py``."""
-    return _adaptation_parser(
-        SequentialSettings,
-        "Adapt one pretrained network to one task after another. Without --dataset, run the demo.",
-    )
-
-
-def joint_parser() -> Parser:
-    """Return the parser of ``train_joint.py``."""
-    return _adaptation_parser(
-        JointSettings,
-        "Train one network for many tasks together. Without --dataset, run the demo.",
-    )
-
-
-def _adaptation_parser(kind: type[AdaptationSettings], description: str) -> Parser:
-    parser = make_parser(kind, description, _STATUS, {"demo": demo(), "demo with --budget": demo(budget=True)})
-    others = ("policy_gate",) if kind is JointSettings else ("policy_gate", "trains_base")  # another program's
-    return _with_methods(parser, catalog(without=others))
-
-
-def mtl_parser() -> Parser:
-    """Return the parser of ``train_mtl.py``."""
-    parser = make_parser(
-        MultiTaskSettings,
-        "Learn which blocks of one network each of several tasks runs, train again under sampled policies, and "
-        "test. Without options, run AdaShare on Scenes, a generated benchmark.",
-        "Defaults that are not shown depend on the benchmark, the number of tasks and the method; they are the published "
-        f"values where there are any (taps/settings/published). {_STATUS}",
-        {"Scenes": published("scenes", None, "adashare")},
-    )
-    return _with_methods(parser, {**catalog(without=("budget",)), "single_task": "one network per task"})
-
-
-def evaluate_parser() -> Parser:
-    """Return the parser of ``evaluate.py``."""
-    return make_parser(
-        EvaluateSettings,
-        "Test a results folder on its test splits and print its table.",
-        positional=("folder",),
-    )
-
-
-def predict_parser() -> Parser:
-    """Return the parser of ``taps predict``."""
-    return make_parser(
-        PredictSettings,
-        "Classify images with stored tasks.",
-        "Exit status: 0 done; 1 some images could not be read; 2 a mistake, or no image could be read.",
-        positional=("folder", "images"),
-    )
+def parser_of(kind: type[Settings]) -> Parser:
+    """Return the parser of a program's settings; its help shows presets, and says what each method of the program does."""
+    if kind is MultiTaskSettings:
+        presets = {"Scenes": published("scenes", None, "adashare")}
+        methods = {**catalog(without=("budget",)), "single_task": "one network per task"}
+    elif issubclass(kind, AdaptationSettings):
+        presets = {"demo": demo(), "demo with --budget": demo(budget=True)}
+        methods = catalog(without=("policy_gate",) if kind is JointSettings else ("policy_gate", "trains_base"))
+    else:
+        return make_parser(kind)
+    parser = make_parser(kind, presets)
+    action = parser._option_string_actions["--method"]
+    action.metavar = "{" + ",".join(methods) + "}"  # checked once the command line and the file are combined
+    summaries = "; ".join(f"{name}: {summary}" for name, summary in methods.items()).replace("%", "%%")
+    action.help = "; ".join(filter(None, (summaries, action.help)))
+    return parser
 
 
 def parse_predict(arguments: Sequence[str]) -> PredictSettings:
     """Parse the settings of ``taps predict``."""
-    parser = predict_parser()
+    parser = parser_of(PredictSettings)
     settings = build(PredictSettings, _given(parser, PredictSettings, arguments))
     if not settings.folder or not settings.images:
         parser.error("name a folder of tasks and images, and options after them: taps predict results/demo photo.jpg")
@@ -99,14 +62,9 @@ def parse_predict(arguments: Sequence[str]) -> PredictSettings:
     return settings
 
 
-def serve_parser() -> Parser:
-    """Return the parser of ``taps serve``."""
-    return make_parser(ServeSettings, "Serve the tasks of a folder over HTTP.", "", positional=("folder",))
-
-
 def parse_serve(arguments: Sequence[str]) -> ServeSettings:
     """Parse the settings of ``taps serve``."""
-    parser = serve_parser()
+    parser = parser_of(ServeSettings)
     settings = build(ServeSettings, _given(parser, ServeSettings, arguments))
     if not settings.folder:
         parser.error("name a folder of tasks: taps serve results/demo")
@@ -119,19 +77,9 @@ def parse_serve(arguments: Sequence[str]) -> ServeSettings:
     )
 
 
-def import_parser() -> Parser:
-    """Return the parser of ``taps import``."""
-    return make_parser(
-        ImportSettings,
-        "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the five published programs into tasks of one base.",
-        "Exit status: 0 done; 2 a mistake, or a file that is not what --from says.",
-        positional=("files",),
-    )
-
-
 def parse_import(arguments: Sequence[str]) -> ImportSettings:
     """Parse the settings of ``taps import``."""
-    parser = import_parser()
+    parser = parser_of(ImportSettings)
     settings = build(ImportSettings, _given(parser, ImportSettings, arguments))
     if not settings.files or settings.source is None:
         parser.error("name files and what they are, e.g. taps import model_best.pth --from taps")
@@ -149,14 +97,6 @@ def parse_import(arguments: Sequence[str]) -> ImportSettings:
         if getattr(settings, name) is not None and settings.source not in programs:
             parser.error(f"--{name} has no effect with --from {settings.source}; it is for {' and '.join(programs)}")
     return replace(settings, model_path=settings.model_path and _absolute(settings.model_path))
-
-
-def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
-    action = parser._option_string_actions["--method"]
-    action.metavar = "{" + ",".join(methods) + "}"  # checked once the command line and the file are combined
-    summaries = "; ".join(f"{name}: {summary}" for name, summary in methods.items()).replace("%", "%%")
-    action.help = "; ".join(filter(None, (summaries, action.help)))
-    return parser
 
 
 def _given(
@@ -192,14 +132,14 @@ def _from_published(values: Mapping[str, Any], path: Path, ignore_unknown: bool)
 
 def parse_sequential(arguments: Sequence[str]) -> SequentialSettings:
     """Parse the settings of ``train_sequential.py``."""
-    parser = sequential_parser()
+    parser = parser_of(SequentialSettings)
     given = _given(parser, SequentialSettings, arguments)
     return _complete(parser, SequentialSettings, given, demo(_has_budget(given)))
 
 
 def parse_joint(arguments: Sequence[str]) -> JointSettings:
     """Parse the settings of ``train_joint.py``."""
-    parser = joint_parser()
+    parser = parser_of(JointSettings)
     given = _given(parser, JointSettings, arguments)
     variant = given.get("variant", "joint")
     preset = {**demo(_has_budget(given)), "experiment_name": f"demo_{variant}"}
@@ -329,7 +269,7 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
 
 def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     """Parse the settings of ``train_mtl.py``: the command line, then ``--config``, then the benchmark's published values."""
-    parser = mtl_parser()
+    parser = parser_of(MultiTaskSettings)
     given = _given(parser, MultiTaskSettings, arguments)
     benchmark, method = given.get("benchmark", "scenes"), given.get("method", "adashare")
     if method not in {**catalog(), "single_task": ""}:
@@ -393,7 +333,7 @@ def _absolute(path: str) -> str:
 
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:
     """Parse the settings of ``evaluate.py``."""
-    parser = evaluate_parser()
+    parser = parser_of(EvaluateSettings)
     run: dict[str, Any] = {}
     named = vars(parser.parse_intermixed_args(arguments))
     given = _given(parser, EvaluateSettings, arguments, run)

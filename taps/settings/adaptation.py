@@ -9,6 +9,9 @@ from typing import ClassVar
 from taps.settings.choices import IMAGE_SAMPLINGS, NORMS, OPTIMIZERS
 from taps.settings.declare import Settings, setting, several
 
+#: what the help of a training program says of its exit status
+STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
+
 
 @dataclass(frozen=True)
 class Data(Settings):
@@ -144,6 +147,7 @@ class Sweep(Settings):
 class AdaptationSettings(Output, Machine, Sweep, Batches, Augmentation, Optimization, Schedule, MethodChoice, Network, Data):
     """Settings that sequential and joint training share."""
 
+    epilog: ClassVar[str] = STATUS
     method: list[str] | str | None = several(MethodChoice, "method", "with several methods, as with several values of --lam, there is one run for each combination")  # type: ignore[assignment]
     lam: list[float] | float = several(Schedule, "lam", "with several values there is one run for each, from one warm-up")  # type: ignore[assignment]
 
@@ -159,6 +163,7 @@ class SequentialSettings(AdaptationSettings):
     """Settings of ``train_sequential.py``."""
 
     title: ClassVar[str] = "sequential"
+    description: ClassVar[str] = "Adapt one pretrained network to one task after another. Without --dataset, run the demo."
     compile: bool = setting(False, "compile the training step with torch.compile; takes minutes, so it pays off only in long runs", bool)
     parallel: int | None = setting(None, "train up to N tasks side by side, each in a process of its own with its share of the processors or GPUs (OMP_NUM_THREADS sets the threads of each); needs Ray: taps-vision[serve]. The files are byte for byte those of training one task after another with as many threads", int, low=1, metavar="N", shown="one after another", repeats=False)
     address: str | None = setting(None, "HOST:PORT of a Ray cluster on which tasks are trained side by side, or auto; its machines share the data and --result_path", metavar="ADDRESS", shown="this machine", repeats=False)
@@ -169,6 +174,7 @@ class JointSettings(AdaptationSettings):
     """Settings of ``train_joint.py``."""
 
     title: ClassVar[str] = "joint"
+    description: ClassVar[str] = "Train one network for many tasks together. Without --dataset, run the demo."
     epochs: int = setting(60, "passes over the training images", int, low=1, metavar="N")
     batch_size: int = setting(12, "images of each task per batch on each process", int, low=1, metavar="N")
     variant: str = setting("joint", "joint: train the base and all tasks' deltas at once, with memory that grows with the number of tasks; lite: train one network that all tasks share, then one task after another on it, with the memory of one task", choices=("joint", "lite"))
@@ -184,6 +190,8 @@ class EvaluateSettings(Settings):
     """Settings of ``evaluate.py``."""
 
     title: ClassVar[str] = "evaluate"
+    description: ClassVar[str] = "Test a results folder on its test splits and print its table."
+    positional: ClassVar[tuple[str, ...]] = ("folder",)
     folder: str = setting("", "a results folder, e.g. results/demo")
     config: str | None = setting(None, "a YAML file of these settings, or settings.yaml of the run to evaluate; the command line takes precedence", metavar="FILE", repeats=False)
     tasks: list[str] | None = setting(None, "tasks to evaluate", nargs="+", metavar="NAME", shown="all")

@@ -70,9 +70,18 @@ def several(kind: type, name: str, more: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """The base class of all groups; a program's settings are a class that inherits from several groups."""
+    """The base class of all groups; a program's settings are a class that inherits from several groups.
+
+    Attributes:
+        title: heading of the group in the help.
+        description, epilog: what the help of a program says before and after its options.
+        positional: settings that are positional arguments.
+    """
 
     title: ClassVar[str] = "options"
+    description: ClassVar[str] = ""
+    epilog: ClassVar[str] = ""
+    positional: ClassVar[tuple[str, ...]] = ()
 
 
 S = TypeVar("S", bound=Settings)
@@ -319,26 +328,20 @@ class _Given(argparse.Action):
             parser.error(f"argument {option_string or self.dest}: {error}")
 
 
-def make_parser(
-    kind: type[Settings],
-    description: str,
-    epilog: str = "",
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
-    positional: Sequence[str] = (),
-) -> Parser:
+def make_parser(kind: type[Settings], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Parser:
     """Return a parser of a program's settings; settings that are not on the command line are absent from its result.
 
     Args:
         kind: the settings class.
-        description, epilog: texts of the help.
         presets: other sets of defaults by name, which the help shows next to the declared defaults.
-        positional: settings that are positional arguments.
     """
-    parser = Parser(description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=kind.description, epilog=kind.epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     for title, fields in _groups(kind):
         group = parser.add_argument_group(title)
         for field in fields:
-            _add(group, field, presets or {}, field.name in positional)
+            _add(group, field, presets or {}, field.name in kind.positional)
     return parser
 
 

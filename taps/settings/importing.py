@@ -18,6 +18,9 @@ class ImportSettings(Settings):
     """Settings of ``taps import``."""
 
     title: ClassVar[str] = "import"
+    description: ClassVar[str] = "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the five published programs into tasks of one base."
+    epilog: ClassVar[str] = "Exit status: 0 done; 2 a mistake, or a file that is not what --from says."
+    positional: ClassVar[tuple[str, ...]] = ("files",)
     files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task; for adashare, dynashare and automtl, one file gives all of its tasks", nargs="+", metavar="FILE")
     config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
     source: str | None = setting(None, "taps, adashare, dynashare, automtl, efficient_mtl: checkpoints of the published programs; state_dict: a fully fine-tuned network; peft: LoRA adapters", choices=SOURCES, aliases=("--from",))

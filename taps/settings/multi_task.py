@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taps.settings.adaptation import Machine, Output
+from taps.settings.adaptation import STATUS, Machine, Output
 from taps.settings.choices import (
     BENCHMARKS,
     COSTS,
@@ -181,6 +181,8 @@ class MultiTaskSettings(
 ):
     """Settings of ``train_mtl.py``."""
 
+    description: ClassVar[str] = "Learn which blocks of one network each of several tasks runs, train again under sampled policies, and test. Without options, run AdaShare on Scenes, a generated benchmark."
+    epilog: ClassVar[str] = f"Defaults that are not shown depend on the benchmark, the number of tasks and the method; they are the published values where there are any (taps/settings/published). {STATUS}"
     resize: int = 256
 
     def __post_init__(self) -> None:

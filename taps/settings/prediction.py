@@ -14,6 +14,9 @@ class PredictSettings(Settings):
     """Settings of ``taps predict``."""
 
     title: ClassVar[str] = "predict"
+    description: ClassVar[str] = "Classify images with stored tasks."
+    epilog: ClassVar[str] = "Exit status: 0 done; 1 some images could not be read; 2 a mistake, or no image could be read."
+    positional: ClassVar[tuple[str, ...]] = ("folder", "images")
     folder: str = setting("", "a task's folder, a folder that holds several such as results/demo, or hf-hub:user/repository")
     images: list[str] = setting([], "image files, folders of images, or patterns such as 'photos/*.jpg'", nargs="+", metavar="IMAGE")
     config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)

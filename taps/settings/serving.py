@@ -14,6 +14,8 @@ class ServeSettings(Settings):
     """Settings of ``taps serve``."""
 
     title: ClassVar[str] = "serve"
+    description: ClassVar[str] = "Serve the tasks of a folder over HTTP."
+    positional: ClassVar[tuple[str, ...]] = ("folder",)
     folder: str = setting("", "a folder of tasks such as results/demo, a task's folder, or hf-hub:user/repository")
     config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 serves other machines too, for which --token is advised", metavar="ADDRESS")
