@@ -85,11 +85,11 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     assert here("evaluate.py", "--config", "run.yaml", "--no_test").stdout == table
     (tmp_path / "tasks.yaml").write_text(f"folders: [{run}]\n")
-    assert here("taps.cli.tasks", "list", "--config", "tasks.yaml").stdout == here("taps.cli.tasks", "list", run).stdout
+    assert here("taps tasks", "list", "--config", "tasks.yaml").stdout == here("taps tasks", "list", run).stdout
     (tmp_path / "brains.yaml").write_text("folder: first\ntrain: 6\nval: 6\ntest: 6\nside: 16\n")
-    here("taps.cli.data", "brains", "--config", "brains.yaml")
+    here("taps data", "brains", "--config", "brains.yaml")
     with pytest.warns(UserWarning, match="the command line wins over brains.yaml: folder"):
-        here("taps.cli.data", "brains", "second", "--config", "brains.yaml")
+        here("taps data", "brains", "second", "--config", "brains.yaml")
     first, second = (sorted(path.name for path in (tmp_path / name).rglob("*")) for name in ("first", "second"))
     assert first == second != []
 
@@ -107,7 +107,7 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
 def test_a_mistake_in_the_file_of_an_action(action, text, message, here, tmp_path):
     (tmp_path / "own.yaml").write_text(text)
     folders = ["new"] if action != "subjects" else ["--images", ".", "--labels", "none"]
-    done = here("taps.cli.data", action, *folders, "--config", "own.yaml", check=2)
+    done = here("taps data", action, *folders, "--config", "own.yaml", check=2)
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
 
