@@ -16,27 +16,21 @@ ELSEWHERE = {
     "datasets.md": "datasets/README.md",
     "results.md": "results/README.md",
 }
+#: scripts that run commands
+SCRIPTS = {"train": "train_sequential.py", "joint": "train_joint.py", "mtl": "train_mtl.py", "evaluate": "evaluate.py"}
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
 def options_page() -> str:
     """Return the page of all options of all programs, from their declarations."""
+    from taps.cli.main import COMMANDS
     from taps.cli.options import parser_of
-    from taps.settings.adaptation import EvaluateSettings, JointSettings, SequentialSettings
-    from taps.settings.importing import ImportSettings
-    from taps.settings.multi_task import MultiTaskSettings
-    from taps.settings.prediction import PredictSettings
-    from taps.settings.serving import ServeSettings
 
-    programs = {
-        "`taps train`, `train_sequential.py`": SequentialSettings,
-        "`taps joint`, `train_joint.py`": JointSettings,
-        "`taps mtl`, `train_mtl.py`": MultiTaskSettings,
-        "`taps evaluate`, `evaluate.py`": EvaluateSettings,
-        "`taps predict`": PredictSettings,
-        "`taps serve`": ServeSettings,
-        "`taps import`": ImportSettings,
-    }
+    programs: dict[type, list[str]] = {}
+    for name, command in COMMANDS.items():
+        programs.setdefault(command.settings, []).append(f"`taps {name}`")
+        if name in SCRIPTS:
+            programs[command.settings].append(f"`{SCRIPTS[name]}`")
     lines = [
         "# Options",
         "",
@@ -46,8 +40,8 @@ def options_page() -> str:
         "`--config results/NAME/settings.yaml` repeats it. The published presets of `train_mtl.py` and the demo's are in",
         "[taps/settings/published/](../taps/settings/published/).",
     ]
-    for title, kind in programs.items():
-        lines += ["", f"## {title}", "", "| option | meaning |", "|---|---|"]
+    for kind, names in programs.items():
+        lines += ["", f"## {', '.join(names)}", "", "| option | meaning |", "|---|---|"]
         for group in parser_of(kind)._action_groups:
             for action in group._group_actions:
                 if action.dest != "help":

@@ -99,7 +99,7 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
     [
         ("brains", "tran: 3\n", "unknown setting in own.yaml, line 1: 'tran'; did you mean 'train'?"),
         ("brains", "side: 16\ntrain: x\n", "own.yaml, line 2: train: 'x' is not a whole number"),
-        ("brains", "train: [1, 2]\n", "own.yaml, line 1: train: [1, 2] is not a single value"),
+        ("brains", "train: [1, 2]\n", "own.yaml, line 1: train: [1, 2] is not a whole number of at least 6"),
         ("scenes", "size: [1]\n", "own.yaml, line 1: size: [1] are not 2 values"),
         ("subjects", "overwrite: perhaps\n", "own.yaml, line 1: overwrite: 'perhaps' is not true or false"),
     ],

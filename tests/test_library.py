@@ -187,7 +187,7 @@ def test_mistakes_of_the_commands_are_one_line(copied, here, tmp_path):
         (("list", tmp_path / "nowhere"), "does not exist"),
         (("list", tmp_path), "holds no task"),
         (("compare", copied / "task-00"), "comparing takes two"),
-        (("lst", copied), "invalid choice: 'lst'"),
+        (("lst", copied), "unknown command lst; did you mean list?"),
         (("list", copied, copied / "task-00"), "both hold a task 'task-00'"),
     ):
         done = here("taps tasks", *arguments, check=2)

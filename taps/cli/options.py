@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
+from taps.settings.data import SubjectsSettings
 from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
 from taps.settings.presets import as_published, demo, published, published_taps
-from taps.settings.published_files import is_published, translate
+from taps.settings.published_files import places_of_subjects, translate
 from taps.settings.serving import ServeSettings
 from taps.settings.task_names import GENERATED, aliases, file_names
 
@@ -31,6 +32,9 @@ _OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
 _LONGEST_NAME, _LONGEST_PART = 100, 255
 #: entries of settings.json that are not settings, or are derived from others
 _DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
+
+#: settings class -> what makes its settings of a settings file of a published program
+_OF_PUBLISHED = {MultiTaskSettings: translate, SubjectsSettings: places_of_subjects}
 
 
 def parser_of(kind: type[Settings]) -> Parser:
@@ -51,12 +55,24 @@ def parser_of(kind: type[Settings]) -> Parser:
     return parser
 
 
+def parse(kind: type[S], arguments: Sequence[str]) -> S:
+    """Parse settings of which none depends on another."""
+    parser = parser_of(kind)
+    return _built(parser, kind, _given(parser, kind, arguments))
+
+
+def _built(parser: Parser, kind: type[S], given: Mapping[str, Any]) -> S:
+    """Return settings with what is given, which has to be all that they require."""
+    settings = build(kind, given)
+    if not all(getattr(settings, name) for name in kind.required):
+        parser.error(kind.missing)
+    return settings
+
+
 def parse_predict(arguments: Sequence[str]) -> PredictSettings:
     """Parse the settings of ``taps predict``."""
     parser = parser_of(PredictSettings)
-    settings = build(PredictSettings, _given(parser, PredictSettings, arguments))
-    if not settings.folder or not settings.images:
-        parser.error("name a folder of tasks and images, and options after them: taps predict results/demo photo.jpg")
+    settings = _built(parser, PredictSettings, _given(parser, PredictSettings, arguments))
     if settings.json and settings.csv:
         parser.error("--json and --csv exclude each other")
     return settings
@@ -65,9 +81,7 @@ def parse_predict(arguments: Sequence[str]) -> PredictSettings:
 def parse_serve(arguments: Sequence[str]) -> ServeSettings:
     """Parse the settings of ``taps serve``."""
     parser = parser_of(ServeSettings)
-    settings = build(ServeSettings, _given(parser, ServeSettings, arguments))
-    if not settings.folder:
-        parser.error("name a folder of tasks: taps serve results/demo")
+    settings = _built(parser, ServeSettings, _given(parser, ServeSettings, arguments))
     if len(settings.replicas) > 2 or settings.replicas != sorted(settings.replicas):
         parser.error("--replicas takes a number, or the least and the largest number")
     return replace(
@@ -80,9 +94,7 @@ def parse_serve(arguments: Sequence[str]) -> ServeSettings:
 def parse_import(arguments: Sequence[str]) -> ImportSettings:
     """Parse the settings of ``taps import``."""
     parser = parser_of(ImportSettings)
-    settings = build(ImportSettings, _given(parser, ImportSettings, arguments))
-    if not settings.files or settings.source is None:
-        parser.error("name files and what they are, e.g. taps import model_best.pth --from taps")
+    settings = _built(parser, ImportSettings, _given(parser, ImportSettings, arguments))
     if settings.resize is not None and settings.resize < settings.input_size:
         parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
     for name, what in (("tasks", "names"), ("classes", "files of class names")):
@@ -112,22 +124,23 @@ def _given(
     if "config" not in given:
         return given
     path = Path(given["config"])
-    convert = _from_published if kind is MultiTaskSettings else None
     ignore = bool(given.get("ignore_unknown"))
-    stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, convert)
+    stored = read_config(
+        kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, _OF_PUBLISHED.get(kind)
+    )
     if _keeps_only_a_budget({**stored, **given}):  # settings.yaml has their defaults
         stored = {name: value for name, value in stored.items() if name not in _OF_PENALTIES}
     for name, derived in (("input_size", "resize"), ("seed", "seeds"), ("seeds", "seed")):
         if name in given and given[name] != stored.get(name):
             stored.pop(derived, None)  # the file's belongs to the file's other value
-    beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
+    beaten = [
+        name if name in kind.positional else f"--{name}"
+        for name, value in given.items()
+        if name in stored and stored[name] != value
+    ]
     if beaten:
         warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
     return {**stored, **given}
-
-
-def _from_published(values: Mapping[str, Any], path: Path, ignore_unknown: bool) -> dict[str, Any] | None:
-    return translate(values, path, ignore_unknown) if is_published(values) else None
 
 
 def parse_sequential(arguments: Sequence[str]) -> SequentialSettings:
@@ -341,9 +354,7 @@ def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:
         del given["dataset"]
     if "folder" not in given and run.get("experiment_name"):  # the settings.yaml of a run
         given["folder"] = os.path.join(run.get("result_path", "results"), run["experiment_name"])
-    if "folder" not in given:
-        parser.error("name the results folder to evaluate, e.g. results/demo")
-    settings = build(EvaluateSettings, given)
+    settings = _built(parser, EvaluateSettings, given)
     if settings.onnx and not settings.export:
         parser.error("--onnx says how to export: give --export DIR too")
     if settings.verify and (settings.export or settings.dataset):

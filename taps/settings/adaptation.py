@@ -192,6 +192,8 @@ class EvaluateSettings(Settings):
     title: ClassVar[str] = "evaluate"
     description: ClassVar[str] = "Test a results folder on its test splits and print its table."
     positional: ClassVar[tuple[str, ...]] = ("folder",)
+    required: ClassVar[tuple[str, ...]] = ("folder",)
+    missing: ClassVar[str] = "name the results folder to evaluate, e.g. results/demo"
     folder: str = setting("", "a results folder, e.g. results/demo")
     config: str | None = setting(None, "a YAML file of these settings, or settings.yaml of the run to evaluate; the command line takes precedence", metavar="FILE", repeats=False)
     tasks: list[str] | None = setting(None, "tasks to evaluate", nargs="+", metavar="NAME", shown="all")

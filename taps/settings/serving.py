@@ -6,18 +6,19 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taps.settings.declare import Settings, setting
+from taps.settings.declare import FromFile, setting
 
 
 @dataclass(frozen=True)
-class ServeSettings(Settings):
+class ServeSettings(FromFile):
     """Settings of ``taps serve``."""
 
     title: ClassVar[str] = "serve"
     description: ClassVar[str] = "Serve the tasks of a folder over HTTP."
     positional: ClassVar[tuple[str, ...]] = ("folder",)
+    required: ClassVar[tuple[str, ...]] = ("folder",)
+    missing: ClassVar[str] = "name a folder of tasks: taps serve results/demo"
     folder: str = setting("", "a folder of tasks such as results/demo, a task's folder, or hf-hub:user/repository")
-    config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 serves other machines too, for which --token is advised", metavar="ADDRESS")
     port: int = setting(8000, "", int, low=0, high=65535, metavar="N")
     token: str | None = setting(None, "clients have to send this bearer token", metavar="TOKEN", shown="the variable TAPS_TOKEN, if it is set", repeats=False)
