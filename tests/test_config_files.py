@@ -62,7 +62,7 @@ def test_the_command_line_wins_and_says_so(program, tmp_path):
         ("pretrained: perhaps\n", "own.yaml, line 1: pretrained: "),
         ("- 1\n", "own.yaml does not hold name: value lines"),
         ("lr: [1\n", "own.yaml cannot be read"),
-        ("lr: 1\nlr: 2\n", "own.yaml, line 2: lr is there twice"),
+        ("lr: 1\nlr: 2\n", "own.yaml, line 2: lr appears twice"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(program, text, message, here, tmp_path):
@@ -79,7 +79,7 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
     (tmp_path / "own.yaml").write_text(f"folder: {run}\nno_test: true\n")
     assert here("evaluate.py", "--config", "own.yaml").stdout == table
     (tmp_path / "run.yaml").write_text((run / "settings.yaml").read_text() + f"result_path: {run.parent}\n")
-    with pytest.raises(AssertionError, match="result_path is there twice"):
+    with pytest.raises(AssertionError, match="result_path appears twice"):
         here("evaluate.py", "--config", "run.yaml", "--no_test")
     settings = {**yaml.safe_load((run / "settings.yaml").read_text()), "result_path": str(run.parent)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))

@@ -330,7 +330,7 @@ def test_predict_names_what_it_cannot_read(finished, tree, here, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere", "a.png"], "a.png does not exist"),
-        (["."], "name a folder of tasks and images"),
+        (["."], "expected a folder of tasks and images, then options: taps predict"),
         ([".", "a.png", "--json", "--csv"], "--json and --csv exclude each other"),
         ([".", "a.png", "--top", "0"], "0' is not a whole number of at least 1"),
         ([".", "empty"], "empty holds no images"),

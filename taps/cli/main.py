@@ -161,7 +161,7 @@ def _choose(words: Sequence[str], name: str, texts: Mapping[str, str]) -> str:
         sys.exit(0)
     if not words or words[0] not in texts:
         near = difflib.get_close_matches(words[0], texts, n=1) if words else []
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(texts)}"
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(texts)}"
         what = f"unknown command {words[0]}" if words else f"{name} takes a command"
         print(f"error: {what}; {hint}", file=sys.stderr)
         sys.exit(2)

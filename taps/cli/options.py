@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
 from taps.settings.data import SubjectsSettings
-from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
+from taps.settings.declare import Parser, Settings, build, declarations, make_parser, not_one_of, read_config
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
@@ -40,7 +40,7 @@ _OF_PUBLISHED = {MultiTaskSettings: translate, SubjectsSettings: places_of_subje
 def parser_of(kind: type[Settings]) -> Parser:
     """Return the parser of a program's settings; its help shows presets, and says what each method of the program does."""
     if kind is MultiTaskSettings:
-        presets = {"Scenes": published("scenes", None, "adashare")}
+        presets = {"Scenes": _of_scenes()}
         methods = {**catalog(without=("budget",)), "single_task": "one network per task"}
     elif issubclass(kind, AdaptationSettings):
         presets = {"demo": demo(), "demo with --budget": demo(budget=True)}
@@ -53,6 +53,15 @@ def parser_of(kind: type[Settings]) -> Parser:
     summaries = "; ".join(f"{name}: {summary}" for name, summary in methods.items()).replace("%", "%%")
     action.help = "; ".join(filter(None, (summaries, action.help)))
     return parser
+
+
+def _of_scenes() -> dict[str, Any]:
+    """Return the settings for Scenes: those of one method, as their help says, with that method, the others with AdaShare."""
+    found = {}
+    for name, declared in declarations(MultiTaskSettings).items():
+        method = declared.help.partition(":")[0]
+        found[name] = published("scenes", None, method if method in catalog() else "adashare").get(name)
+    return {**found, "input_size": None}  # which is that of other benchmarks
 
 
 def parse(kind: type[S], arguments: Sequence[str]) -> S:

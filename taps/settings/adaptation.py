@@ -114,8 +114,8 @@ class Machine(Settings):
     """Devices and precision."""
 
     title: ClassVar[str] = "machine"
-    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
-    gpus: list[int] | None = setting(None, "numbers of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="the first visible one; with --multi_gpu all visible ones")
+    device: str = setting("auto", "device to run on", choices=("auto", "cpu", "cuda", "mps"))
+    gpus: list[int] | None = setting(None, "indices of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="the first visible one; with --multi_gpu all visible ones")
     multi_gpu: bool = setting(False, "run one process on every visible GPU (DistributedDataParallel); accelerate launch and torchrun work too", bool)
     amp: str = setting("none", "mixed precision", choices=("none", "bf16", "fp16"))
 
@@ -132,7 +132,7 @@ class Output(Settings):
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
     overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
     track: list[str] | None = setting(None, "also log to these trackers, e.g. wandb or mlflow", nargs="+", metavar="NAME", shown="TensorBoard's files only")
-    keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run, which holds the optimiser's state", bool)
+    keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run (weights and optimiser state)", bool)
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ class EvaluateSettings(Settings):
     onnx: bool = setting(False, "with --export: also write every program as .onnx", bool)
     no_test: bool = setting(False, "do not test, only print the stored table or export", bool)
     verify: bool = setting(False, "instead of testing, verify that every tensor of the base is bit for bit what it was after training, and every task's output on a known input up to rounding; exit status 1 if not", bool)
-    batch_size: int | None = setting(None, "", int, low=1, metavar="N", shown="as in the run")
-    workers: int | None = setting(None, "", int, low=0, metavar="N", shown="as in the run")
-    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
+    batch_size: int | None = setting(None, "images per batch", int, low=1, metavar="N", shown="as in the run")
+    workers: int | None = setting(None, "data-loading processes", int, low=0, metavar="N", shown="as in the run")
+    device: str = setting("auto", "device to run on", choices=("auto", "cpu", "cuda", "mps"))
     limit_batches: int | None = setting(None, "test on N batches only", int, low=1, metavar="N")
     skip_bad_images: bool = setting(False, "leave out images that cannot be read", bool)

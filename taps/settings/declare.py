@@ -280,7 +280,8 @@ def make_parser(kind: type[Settings], presets: Mapping[str, Mapping[str, Any]] |
 
     Args:
         kind: the settings class.
-        presets: other sets of defaults by name, which the help shows next to the declared defaults.
+        presets: other sets of defaults by name; the help shows what each changes in the one before it, and the first in the
+            declared defaults.
     """
     parser = Parser(
         description=kind.description, epilog=kind.epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -319,15 +320,16 @@ def _default_text(field: dataclasses.Field, declared: Declaration, presets: Mapp
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    parts = []
+    parts, before = [], default
     if declared.shown:
         parts.append(f"default: {declared.shown}")
     elif default not in (None, False, "", []) or (default is False and declared.negatable):
         parts.append(f"default: {_shown(default)}")
     for name, values in presets.items():
         value = values.get(field.name)
-        if value not in (None, {}, default):
+        if value not in (None, {}, before):
             parts.append(f"{name}: {_shown(value)}")
+            before = value
     return f"({'; '.join(parts)})" if parts else ""
 
 
@@ -367,7 +369,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if key.value in lines:
-            raise UserError(f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice")
+            raise UserError(f"{path}, line {key.start_mark.line + 1}: {key.value} appears twice")
         lines[key.value] = key.start_mark.line + 1
     return {str(name): value for name, value in values.items()}, lines
 

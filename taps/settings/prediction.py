@@ -18,7 +18,7 @@ class PredictSettings(FromFile):
     epilog: ClassVar[str] = "Exit status: 0 done; 1 some images could not be read; 2 a mistake, or no image could be read."
     positional: ClassVar[tuple[str, ...]] = ("folder", "images")
     required: ClassVar[tuple[str, ...]] = ("folder", "images")
-    missing: ClassVar[str] = "name a folder of tasks and images, and options after them: taps predict results/demo photo.jpg"
+    missing: ClassVar[str] = "expected a folder of tasks and images, then options: taps predict results/demo photo.jpg"
     folder: str = setting("", "a task's folder, a folder that holds several such as results/demo, or hf-hub:user/repository")
     images: list[str] = setting([], "image files, folders of images, or patterns such as 'photos/*.jpg'", nargs="+", metavar="IMAGE")
     tasks: list[str] | None = setting(None, "tasks to run, in one pass unless there are more than --keep", nargs="+", metavar="NAME", shown="all")
@@ -29,4 +29,4 @@ class PredictSettings(FromFile):
     keep: int = setting(64, "tasks in memory; if there are more, each batch of images reads the others again", int, low=1, metavar="N")
     batch_size: int = setting(32, "images per batch", int, low=1, metavar="N")
     workers: int = setting(min(8, os.cpu_count() or 1), "processes that read images, if there are many", int, low=0, metavar="N", shown="the number of processors, at most 8")
-    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = setting("auto", "device to run on", choices=("auto", "cpu", "cuda", "mps"))
