@@ -188,6 +188,8 @@ def test_mistakes_of_the_commands_are_one_line(copied, here, tmp_path):
         (("list", tmp_path), "holds no task"),
         (("compare", copied / "task-00"), "comparing takes two"),
         (("lst", copied), "unknown command lst; did you mean list?"),
+        ((), "taps tasks takes a command; choose from list, show, compare"),
+        (("list",), "name folders of tasks: taps tasks list results/demo"),
         (("list", copied, copied / "task-00"), "both hold a task 'task-00'"),
     ):
         done = here("taps tasks", *arguments, check=2)
