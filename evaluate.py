@@ -5,8 +5,7 @@ python evaluate.py results/demo --export exported
 python evaluate.py results/demo --verify
 """
 
-from taps.cli.evaluate import main
-from taps.cli.program import run
+from taps.cli.main import run
 
 if __name__ == "__main__":
-    run(main)
+    run("evaluate")

@@ -5,8 +5,7 @@ python train_joint.py --variant lite                     # first one network for
 python train_joint.py --dataset datasets/DomainNet --model_type resnet34 --lam 1
 """
 
-from taps.cli.joint import main
-from taps.cli.program import run
+from taps.cli.main import run
 
 if __name__ == "__main__":
-    run(main)
+    run("joint")

@@ -8,8 +8,7 @@ python train_mtl.py --benchmark nyuv2 --tasks semseg normals depth --phases poli
 python train_mtl.py --benchmark nyuv2 --tasks semseg normals depth --phases retrain test --exp_ids 0 1 2
 """
 
-from taps.cli.multi_task import main
-from taps.cli.program import run
+from taps.cli.main import run
 
 if __name__ == "__main__":
-    run(main)
+    run("mtl")

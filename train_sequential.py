@@ -4,8 +4,7 @@ python train_sequential.py                                          # the demo, 
 python train_sequential.py --dataset datasets/cubs_cropped --model_type resnet50 --lam 0.1
 """
 
-from taps.cli.program import run
-from taps.cli.sequential import main
+from taps.cli.main import run
 
 if __name__ == "__main__":
-    run(main)
+    run("train")

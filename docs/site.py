@@ -16,30 +16,21 @@ ELSEWHERE = {
     "datasets.md": "datasets/README.md",
     "results.md": "results/README.md",
 }
+#: scripts that run commands
+SCRIPTS = {"train": "train_sequential.py", "joint": "train_joint.py", "mtl": "train_mtl.py", "evaluate": "evaluate.py"}
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
 def options_page() -> str:
     """Return the page of all options of all programs, from their declarations."""
-    from taps.cli.options import (
-        evaluate_parser,
-        import_parser,
-        joint_parser,
-        mtl_parser,
-        predict_parser,
-        sequential_parser,
-        serve_parser,
-    )
+    from taps.cli.main import COMMANDS
+    from taps.cli.options import parser_of
 
-    programs = {
-        "`taps train`, `train_sequential.py`": sequential_parser(),
-        "`taps joint`, `train_joint.py`": joint_parser(),
-        "`taps mtl`, `train_mtl.py`": mtl_parser(),
-        "`taps evaluate`, `evaluate.py`": evaluate_parser(),
-        "`taps predict`": predict_parser(),
-        "`taps serve`": serve_parser(),
-        "`taps import`": import_parser(),
-    }
+    programs: dict[type, list[str]] = {}
+    for name, command in COMMANDS.items():
+        programs.setdefault(command.settings, []).append(f"`taps {name}`")
+        if name in SCRIPTS:
+            programs[command.settings].append(f"`{SCRIPTS[name]}`")
     lines = [
         "# Options",
         "",
@@ -49,9 +40,9 @@ def options_page() -> str:
         "`--config results/NAME/settings.yaml` repeats it. The published presets of `train_mtl.py` and the demo's are in",
         "[taps/settings/published/](../taps/settings/published/).",
     ]
-    for title, parser in programs.items():
-        lines += ["", f"## {title}", "", "| option | meaning |", "|---|---|"]
-        for group in parser._action_groups:
+    for kind, names in programs.items():
+        lines += ["", f"## {', '.join(names)}", "", "| option | meaning |", "|---|---|"]
+        for group in parser_of(kind)._action_groups:
             for action in group._group_actions:
                 if action.dest != "help":
                     names = (

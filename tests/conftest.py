@@ -107,12 +107,14 @@ def command():
     return run
 
 
+#: the commands of the scripts
+SCRIPTS = {"train_sequential.py": "train", "train_joint.py": "joint", "train_mtl.py": "mtl", "evaluate.py": "evaluate"}
 #: programs that have been run in this process
 _imported: set[str] = set()
 
 
 def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> SimpleNamespace:
-    """Run a program in this process and return its output, as ``command`` does.
+    """Run a script or a command such as ``"taps predict"`` in this process and return its output, as ``command`` does.
 
     It executes the same code as from a shell, without the seconds that imports take.
     """
@@ -120,9 +122,9 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
 
     from accelerate.state import AcceleratorState
 
-    from taps.cli import program
+    from taps.cli.main import main
 
-    program_main = importlib.import_module(script.removesuffix(".py")).main
+    words = ["taps", SCRIPTS[script]] if script in SCRIPTS else script.split()
     if script not in _imported:  # see pytest_collection_finish
         _imported.add(script)
         importlib.import_module("taps.runs.programs")  # programs import it after their options are checked
@@ -134,9 +136,9 @@ def run_here(script: str, *arguments: object, cwd: Path, check: int = 0) -> Simp
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(sys, "argv", [*words, *map(str, arguments)])
         try:
-            program.run(program_main)
+            main()
         except SystemExit as ended:
             status = ended.code or 0
         finally:

@@ -469,7 +469,7 @@ def test_data_check_command(tree, here, tmp_path):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "3 classes, 36 train, 15 test" in done.stdout
-    done = here("taps.cli.data", "check", "nowhere", check=2)
+    done = here("taps data", "check", "nowhere", check=2)
     assert done.stderr == "error: dataset folder nowhere does not exist\n"
 
 

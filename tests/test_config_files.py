@@ -62,7 +62,7 @@ def test_the_command_line_wins_and_says_so(program, tmp_path):
         ("pretrained: perhaps\n", "own.yaml, line 1: pretrained: "),
         ("- 1\n", "own.yaml does not hold name: value lines"),
         ("lr: [1\n", "own.yaml cannot be read"),
-        ("lr: 1\nlr: 2\n", "own.yaml, line 2: lr is there twice"),
+        ("lr: 1\nlr: 2\n", "own.yaml, line 2: lr appears twice"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(program, text, message, here, tmp_path):
@@ -79,17 +79,17 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
     (tmp_path / "own.yaml").write_text(f"folder: {run}\nno_test: true\n")
     assert here("evaluate.py", "--config", "own.yaml").stdout == table
     (tmp_path / "run.yaml").write_text((run / "settings.yaml").read_text() + f"result_path: {run.parent}\n")
-    with pytest.raises(AssertionError, match="result_path is there twice"):
+    with pytest.raises(AssertionError, match="result_path appears twice"):
         here("evaluate.py", "--config", "run.yaml", "--no_test")
     settings = {**yaml.safe_load((run / "settings.yaml").read_text()), "result_path": str(run.parent)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     assert here("evaluate.py", "--config", "run.yaml", "--no_test").stdout == table
     (tmp_path / "tasks.yaml").write_text(f"folders: [{run}]\n")
-    assert here("taps.cli.tasks", "list", "--config", "tasks.yaml").stdout == here("taps.cli.tasks", "list", run).stdout
+    assert here("taps tasks", "list", "--config", "tasks.yaml").stdout == here("taps tasks", "list", run).stdout
     (tmp_path / "brains.yaml").write_text("folder: first\ntrain: 6\nval: 6\ntest: 6\nside: 16\n")
-    here("taps.cli.data", "brains", "--config", "brains.yaml")
+    here("taps data", "brains", "--config", "brains.yaml")
     with pytest.warns(UserWarning, match="the command line wins over brains.yaml: folder"):
-        here("taps.cli.data", "brains", "second", "--config", "brains.yaml")
+        here("taps data", "brains", "second", "--config", "brains.yaml")
     first, second = (sorted(path.name for path in (tmp_path / name).rglob("*")) for name in ("first", "second"))
     assert first == second != []
 
@@ -99,7 +99,7 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
     [
         ("brains", "tran: 3\n", "unknown setting in own.yaml, line 1: 'tran'; did you mean 'train'?"),
         ("brains", "side: 16\ntrain: x\n", "own.yaml, line 2: train: 'x' is not a whole number"),
-        ("brains", "train: [1, 2]\n", "own.yaml, line 1: train: [1, 2] is not a single value"),
+        ("brains", "train: [1, 2]\n", "own.yaml, line 1: train: [1, 2] is not a whole number of at least 6"),
         ("scenes", "size: [1]\n", "own.yaml, line 1: size: [1] are not 2 values"),
         ("subjects", "overwrite: perhaps\n", "own.yaml, line 1: overwrite: 'perhaps' is not true or false"),
     ],
@@ -107,7 +107,7 @@ def test_every_command_takes_a_file(finished, here, tmp_path):
 def test_a_mistake_in_the_file_of_an_action(action, text, message, here, tmp_path):
     (tmp_path / "own.yaml").write_text(text)
     folders = ["new"] if action != "subjects" else ["--images", ".", "--labels", "none"]
-    done = here("taps.cli.data", action, *folders, "--config", "own.yaml", check=2)
+    done = here("taps data", action, *folders, "--config", "own.yaml", check=2)
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
 

@@ -101,7 +101,7 @@ def test_scenes_folder_is_whole_or_not_there(scenes, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in scenes.rglob("*")}, "the same is kept"
     with pytest.raises(ValueError, match="holds other data"):
         make_scenes(scenes, SceneRecipe(size=(32, 40), train=11, val=3, test=4))
-    with pytest.raises(ValueError, match="scenes need 16 pixels"):
+    with pytest.raises(ValueError, match="size: 8 is not a whole number of at least 16"):
         make_scenes(tmp_path / "x", SceneRecipe(size=(8, 8)))
     assert not (tmp_path / "x").exists()
 

@@ -295,9 +295,9 @@ def test_a_converted_base_takes_the_tasks_of_its_float32_self(precision, tmp_pat
 def test_predict_prints_every_task_of_every_image(finished, tree, here, tmp_path):
     run, images = finished[0] / "results/run", tree / "paint/test"
     files = sorted((images / "class1").glob("*.png"))
-    table = here("taps.cli.predict", run, files[0]).stdout
+    table = here("taps predict", run, files[0]).stdout
     assert [line.split()[0] for line in table.splitlines()] == [str(files[0]), "ink-2", "paint"]
-    found = json.loads(here("taps.cli.predict", run, images / "class1", "--json", "--batch_size", 2).stdout)
+    found = json.loads(here("taps predict", run, images / "class1", "--json", "--batch_size", 2).stdout)
     assert [one["image"] for one in found] == [str(path) for path in files]
     model = taps.load(run)
     for one, path in zip(found, files, strict=True):
@@ -306,24 +306,24 @@ def test_predict_prints_every_task_of_every_image(finished, tree, here, tmp_path
         shown = {row["class"]: row["probability"] for row in one["tasks"]["paint"]}
         for name, value in zip(model.classes("paint"), probabilities.tolist(), strict=True):
             assert shown[name] == pytest.approx(value, abs=1e-6)
-    text = here("taps.cli.predict", run, "--tasks", "paint", "--csv", "--top", 1, "--", f"{images}/*/0.png").stdout
+    text = here("taps predict", run, "--tasks", "paint", "--csv", "--top", 1, "--", f"{images}/*/0.png").stdout
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [(row["task"], row["rank"]) for row in rows] == [("paint", "1")] * 3
     (tmp_path / "own.yaml").write_text(f"folder: {run}\nimages: [{files[0]}]\n")
-    assert here("taps.cli.predict", "--config", "own.yaml").stdout == table
+    assert here("taps predict", "--config", "own.yaml").stdout == table
 
 
 def test_predict_names_what_it_cannot_read(finished, tree, here, tmp_path):
     run = finished[0] / "results/run"
     shutil.copytree(tree / "paint/test/class0", tmp_path / "photos")
     (tmp_path / "photos/bad.png").write_bytes(b"no image")
-    done = here("taps.cli.predict", run, "photos", check=1)
+    done = here("taps predict", run, "photos", check=1)
     assert len([line for line in done.stdout.splitlines() if line.startswith("photos")]) == 5
     assert done.stderr.splitlines() == [
         "not read: photos/bad.png (not an image of a known format)",
         "1 of 6 images could not be read",
     ]
-    done = here("taps.cli.predict", run, "photos/bad.png", check=2)
+    done = here("taps predict", run, "photos/bad.png", check=2)
     assert done.stderr == "error: image photos/bad.png cannot be read (not an image of a known format)\n"
 
 
@@ -331,7 +331,7 @@ def test_predict_names_what_it_cannot_read(finished, tree, here, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere", "a.png"], "a.png does not exist"),
-        (["."], "name a folder of tasks and images"),
+        (["."], "expected a folder of tasks and images, then options: taps predict"),
         ([".", "a.png", "--json", "--csv"], "--json and --csv exclude each other"),
         ([".", "a.png", "--top", "0"], "0' is not a whole number of at least 1"),
         ([".", "empty"], "empty holds no images"),
@@ -342,7 +342,7 @@ def test_predict_names_what_it_cannot_read(finished, tree, here, tmp_path):
 def test_a_mistake_of_predict_is_one_line(arguments, message, here, tmp_path):
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "old.png")
-    done = here("taps.cli.predict", *arguments, check=2)
+    done = here("taps predict", *arguments, check=2)
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -631,7 +631,7 @@ def test_an_origin_makes_the_network_again():
 def test_a_file_name_may_have_parentheses(finished, here, tmp_path):
     for name in ("a (1).png", "b (cannot be read (2)).png"):
         (tmp_path / name).write_bytes(b"no image")
-        done = here("taps.cli.predict", finished[0] / "results/run", name, check=2)
+        done = here("taps predict", finished[0] / "results/run", name, check=2)
         assert done.stderr == f"error: image {name} cannot be read (not an image of a known format)\n"
 
 

@@ -89,12 +89,13 @@ def test_library_never_prints_nor_asserts():
 
 
 def test_every_option_is_read():
-    from options import evaluate_parser, joint_parser, mtl_parser, sequential_parser
+    from taps.cli.main import COMMANDS
+    from taps.cli.options import parser_of
 
     of_methods = {name for row in METHODS.values() for name in row.options}  # which are handed on by name
     source = "".join(path.read_text() for name, path in modules().items() if name != "taps.cli.options")
-    for parser in (sequential_parser(), joint_parser(), evaluate_parser(), mtl_parser()):
-        for action in parser._actions:
+    for command in COMMANDS.values():
+        for action in parser_of(command.settings)._actions:
             if action.dest not in ("help", "config", "ignore_unknown") and action.dest not in of_methods:
                 assert re.search(rf"\b(options|given|settings|recipe|own|lengths|self)\.{action.dest}\b", source), (
                     action.dest
@@ -104,14 +105,14 @@ def test_every_option_is_read():
 @pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_pages_name_what_exists(page):
     text = (ROOT / page).read_text()
-    from taps.cli import options
+    from taps.cli.main import COMMANDS
+    from taps.cli.options import parser_of
 
-    names = ("sequential", "joint", "evaluate", "mtl", "predict", "serve", "import")
-    parsers = [getattr(options, f"{name}_parser")() for name in names]
+    parsers = [parser_of(command.settings) for command in COMMANDS.values()]
     known = {option for parser in parsers for option in parser._option_string_actions}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes", "--val_size", "--test_size"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | {"--num_processes"}
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert path.startswith("http") or ((ROOT / page).parent / path).exists(), path
     for target in re.findall(r"`make (\w+)`", text):

@@ -60,9 +60,7 @@ def test_checkpoints_of_the_published_taps_answer_the_same(here, tmp_path):
         torch.save({"arch": "resnet50", "epoch": 30, "state_dict": state}, tmp_path / f"{name}.pth")
     (tmp_path / "birds.txt").write_text("\n".join(f"bird {index}" for index in range(5)))
     (tmp_path / "cars.txt").write_text("\n".join(f"car {index}" for index in range(7)))
-    done = here(
-        "taps.cli.import_tasks", "birds.pth", "cars.pth", "--from", "taps", "--classes", "birds.txt", "cars.txt"
-    )
+    done = here("taps import", "birds.pth", "cars.pth", "--from", "taps", "--classes", "birds.txt", "cars.txt")
     assert "birds: 5 classes, " in done.stdout
     model = taps.load(tmp_path / "results/imported")
     assert model.classes("cars")[3] == "car 3"
@@ -78,15 +76,13 @@ def test_checkpoints_of_the_published_taps_answer_the_same(here, tmp_path):
     both = model.predict(X)
     assert torch.allclose(both["birds"], nets["birds"](X).detach(), atol=1e-4)
     torch.save({"state_dict": published_taps(3, base, 2).state_dict()}, tmp_path / "later.pth")
-    here(
-        "taps.cli.import_tasks", "later.pth", "--from", "taps"
-    )  # on the base that is there, whose norms are those of birds
+    here("taps import", "later.pth", "--from", "taps")  # on the base that is there, whose norms are those of birds
     assert sorted(taps.load(tmp_path / "results/imported").tasks) == ["birds", "cars", "later"]
-    again = here("taps.cli.import_tasks", "birds.pth", "--from", "taps", check=2)
+    again = here("taps import", "birds.pth", "--from", "taps", check=2)
     assert "results/imported/birds exists; replace it with --overwrite" in again.stderr
     other = published_taps(1, resnet18(), 5)
     torch.save({"state_dict": other.state_dict()}, tmp_path / "other.pth")
-    done = here("taps.cli.import_tasks", "birds.pth", "other.pth", "--from", "taps", "--out", "x", check=2)
+    done = here("taps import", "birds.pth", "other.pth", "--from", "taps", "--out", "x", check=2)
     assert "other.pth has another base: 20 of 20 frozen weights differ, e.g. " in done.stderr
     assert not (tmp_path / "x").exists()
 
@@ -122,7 +118,7 @@ def test_a_fine_tuned_network_becomes_a_task(small, here, tmp_path, prefix):
     whole, part = tuned(small), tuned(small, "layer4")
     for name, net in (("whole", whole), ("part", part)):
         torch.save({"model": {prefix + key: t for key, t in net.state_dict().items()}}, tmp_path / f"{name}.pth")
-    done = here("taps.cli.import_tasks", "whole.pth", "part.pth", "--from", "state_dict", *ARGUMENTS)
+    done = here("taps import", "whole.pth", "part.pth", "--from", "state_dict", *ARGUMENTS)
     model = taps.load(tmp_path / "results/imported")
     for name, net in (("whole", whole), ("part", part)):
         torch.testing.assert_close(model(X, task=name), net(X), atol=1e-5, rtol=1e-5)
@@ -130,7 +126,7 @@ def test_a_fine_tuned_network_becomes_a_task(small, here, tmp_path, prefix):
     last = sum(isinstance(module, nn.Conv2d) for module in small.layer4.modules())
     assert f"whole: 4 classes, {layers} of {layers} layers tuned" in done.stdout
     assert f"part: 4 classes, {last} of {layers} layers tuned" in done.stdout
-    here("taps.cli.import_tasks", "part.pth", "--from", "state_dict", *ARGUMENTS, "--max_error", 0.1, "--out", "small")
+    here("taps import", "part.pth", "--from", "state_dict", *ARGUMENTS, "--max_error", 0.1, "--out", "small")
     exact, coded = (tmp_path / folder / "part/task.safetensors" for folder in ("results/imported", "small"))
     assert coded.stat().st_size < 0.4 * exact.stat().st_size
     rounded = taps.load(tmp_path / "small")(X, task="part")
@@ -143,7 +139,7 @@ def test_the_same_network_of_several_is_meant_as_for_base_weights(small, here, t
     torch.save(
         {"state_dict": {p + key: t for p, own in states.items() for key, t in own.items()}}, tmp_path / "ema.pth"
     )
-    here("taps.cli.import_tasks", "ema.pth", "--from", "state_dict", *ARGUMENTS)
+    here("taps import", "ema.pth", "--from", "state_dict", *ARGUMENTS)
     torch.testing.assert_close(taps.load(tmp_path / "results/imported")(X, task="ema"), whole(X), atol=1e-5, rtol=1e-5)
 
 
@@ -156,7 +152,7 @@ def test_position_embeddings_and_tokens_may_have_moved(here, tmp_path):
     moved = tuned(net)
     torch.save(moved.state_dict(), tmp_path / "moved.pth")
     arguments = ("--model_type", name, "--model_path", "base.pth", "--input_size", 64)
-    here("taps.cli.import_tasks", "moved.pth", "--from", "state_dict", *arguments)
+    here("taps import", "moved.pth", "--from", "state_dict", *arguments)
     model = taps.load(tmp_path / "results/imported")
     torch.testing.assert_close(model(X, task="moved"), moved(X), atol=1e-5, rtol=1e-5)
 
@@ -182,7 +178,7 @@ def test_lora_adapters_become_tasks(small, here, tmp_path):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"layer4.0.conv1": 2},
               "alpha_pattern": {"layer4.0.conv1": 3}, "bias": "none", "modules_to_save": ["fc"]}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    done = here("taps.cli.import_tasks", "adapter", "--from", "peft", *ARGUMENTS, "--tasks", "sketch")
+    done = here("taps import", "adapter", "--from", "peft", *ARGUMENTS, "--tasks", "sketch")
     assert "sketch: 4 classes, 3 of " in done.stdout
     model = taps.load(tmp_path / "results/imported/sketch")
     torch.testing.assert_close(model(X, task="sketch"), merged.eval()(X), atol=1e-3, rtol=1e-4)
@@ -193,7 +189,7 @@ def test_lora_adapters_become_tasks(small, here, tmp_path):
         ({"peft_type": "IA3"}, "adapters of type IA3 are not changes of weights; only LORA is"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        done = here("taps.cli.import_tasks", "adapter", "--from", "peft", *ARGUMENTS, "--out", "x", check=2)
+        done = here("taps import", "adapter", "--from", "peft", *ARGUMENTS, "--out", "x", check=2)
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
 
@@ -224,7 +220,7 @@ def test_what_cannot_be_imported_is_one_line(small, here, tmp_path, arguments, m
     del state["conv1.0.weight"]
     torch.save(state, tmp_path / "short.pth")
     torch.save({"model": nn.Linear(1, 1)}, tmp_path / "evil.pth")
-    done = here("taps.cli.import_tasks", *arguments, check=2)
+    done = here("taps import", *arguments, check=2)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
@@ -236,10 +232,9 @@ def test_two_files_of_one_name_have_to_be_told_apart(small, here, tmp_path):
         torch.save(tuned(small).state_dict(), tmp_path / folder / "model.pth")
     files = ("a/model.pth", "b/model.pth", "--from", "state_dict", *ARGUMENTS)
     assert (
-        "two tasks would have the name 'model'; name them with --tasks"
-        in here("taps.cli.import_tasks", *files, check=2).stderr
+        "two tasks would have the name 'model'; name them with --tasks" in here("taps import", *files, check=2).stderr
     )
-    here("taps.cli.import_tasks", *files, "--tasks", "a", "b")
+    here("taps import", *files, "--tasks", "a", "b")
     assert taps.load(tmp_path / "results/imported").tasks == ["a", "b"]
 
 
@@ -250,7 +245,7 @@ def test_a_classifier_inside_a_head_is_found(here, tmp_path):
     net = tuned(base)
     torch.save(net.state_dict(), tmp_path / "ft.pth")
     here(
-        "taps.cli.import_tasks", "ft.pth", "--from", "state_dict", "--model_type", "test_convnext", "--model_path",
+        "taps import", "ft.pth", "--from", "state_dict", "--model_type", "test_convnext", "--model_path",
         "base.safetensors", "--cropped",
     )  # fmt: skip
     model = taps.load(tmp_path / "results/imported")
@@ -269,6 +264,6 @@ def test_a_second_network_of_another_kind_is_one_line(here, tmp_path):
     torch.save(
         {"state_dict": {k: t for k, t in state.items() if not k.startswith("layer4.1.bn1")}}, tmp_path / "cars.pth"
     )
-    done = here("taps.cli.import_tasks", "birds.pth", "cars.pth", "--from", "taps", check=2)
+    done = here("taps import", "birds.pth", "cars.pth", "--from", "taps", check=2)
     assert "cars.pth is not of resnet18: 4 tensors are missing, new or of another shape" in done.stderr
     assert not (tmp_path / "results/imported").exists()

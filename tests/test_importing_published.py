@@ -14,7 +14,7 @@ from taps.networks.dense_backbones import create_dense_backbone
 from taps.networks.published.automtl import _in_order
 
 RATES = (1, 1, 1, 0.5, 0.5, 1, 0.5, 0.5)
-IMPORT = "taps.cli.import_tasks"
+IMPORT = "taps import"
 
 
 def pictures(side: int = 48) -> torch.Tensor:

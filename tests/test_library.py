@@ -159,23 +159,23 @@ def test_one_damaged_task_among_good_ones_is_named(how, copied):
 
 
 def test_commands(copied, here):
-    listed = here("taps.cli.tasks", "list", copied)
+    listed = here("taps tasks", "list", copied)
     lines = listed.stdout.splitlines()
     assert len(lines) == 1 + len(NAMES)
     assert lines[0].split()[0] == "task"
     assert "51.00" in lines[2]
     assert "2/3" in lines[2]
-    shown = here("taps.cli.tasks", "show", copied / "task-01").stdout
+    shown = here("taps tasks", "show", copied / "task-01").stdout
     assert "51.00 %" in shown
     assert shown.count("yes") == 2
-    compared = here("taps.cli.tasks", "compare", copied / "task-00", copied / "task-01", copied / "task-03").stdout
+    compared = here("taps tasks", "compare", copied / "task-00", copied / "task-01", copied / "task-03").stdout
     assert len(compared.splitlines()) == 4
     assert "100" in next(line for line in compared.splitlines() if line.startswith("task-00  task-03"))
     shutil.copytree(copied / "task-01", copied.parent / "other" / "task-01")
-    across = here("taps.cli.tasks", "compare", copied / "task-01", copied.parent / "other" / "task-01").stdout
+    across = here("taps tasks", "compare", copied / "task-01", copied.parent / "other" / "task-01").stdout
     assert "task-01  other/task-01" in across
     damage(copied / "task-05", "cut")
-    left = here("taps.cli.tasks", "list", copied, check=2)
+    left = here("taps tasks", "list", copied, check=2)
     assert len(left.stdout.splitlines()) == len(NAMES), "the good ones are listed"
     assert left.stderr.count("\n") == 1
     assert "1 of 20 tasks cannot be used" in left.stderr
@@ -187,17 +187,19 @@ def test_mistakes_of_the_commands_are_one_line(copied, here, tmp_path):
         (("list", tmp_path / "nowhere"), "does not exist"),
         (("list", tmp_path), "holds no task"),
         (("compare", copied / "task-00"), "comparing takes two"),
-        (("lst", copied), "invalid choice: 'lst'"),
+        (("lst", copied), "unknown command lst; did you mean list?"),
+        ((), "taps tasks takes a command; choose from list, show, compare"),
+        (("list",), "name folders of tasks: taps tasks list results/demo"),
         (("list", copied, copied / "task-00"), "both hold a task 'task-00'"),
     ):
-        done = here("taps.cli.tasks", *arguments, check=2)
+        done = here("taps tasks", *arguments, check=2)
         assert message in done.stderr
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
     other = taps.adapt(nn.Sequential(nn.Linear(6, 5)))
     other.add_task("small", num_classes=2)
     other.save_task("small", tmp_path / "small")
-    done = here("taps.cli.tasks", "compare", copied / "task-00", tmp_path / "small", check=2)
+    done = here("taps tasks", "compare", copied / "task-00", tmp_path / "small", check=2)
     assert "have gates on different layers, which cannot be compared" in done.stderr
 
 

@@ -431,7 +431,7 @@ def test_the_published_file_divides_the_subjects(in_their_place, here):
     path = in_their_place / "yamls/adashare/ABCD.yml"
     data = {"dataset": "ABCD", "img_dataroot": str(made / "images"), "label_dataroot": str(made / "labels.csv")}
     path.write_text(yaml.safe_dump({**abcd_file(), "dataload": data}))
-    done = here("taps.cli.data", "subjects", "--config", path, "--val_size", 0.2, "--test_size", 0.1)
+    done = here("taps data", "subjects", "--config", path, "--val_size", 0.2, "--test_size", 0.1)
     assert "35 train, 10 val, 5 test" in done.stdout
 
 

@@ -630,9 +630,7 @@ def server(shelf, tmp_path_factory):
 def test_the_server_answers_as_taps_predict_does(server, tmp_path, here):
     data = picture(7)
     (tmp_path / "a.png").write_bytes(data)
-    printed = json.loads(here("taps.cli.predict", server.root, tmp_path / "a.png", "--json", "--top", 3).stdout)[0][
-        "tasks"
-    ]
+    printed = json.loads(here("taps predict", server.root, tmp_path / "a.png", "--json", "--top", 3).stdout)[0]["tasks"]
     answer = server.ask(data, top="3").json()["images"][0]["tasks"]
     assert list(answer) == list(printed)
     for task, own in printed.items():
@@ -789,6 +787,6 @@ def test_a_mistake_is_one_line(shelf, here, arguments, reason):
         taken.listen()
         values = {"root": str(shelf), "taken": taken.getsockname()[1]}
         line = [argument.format(**values) for argument in arguments]
-        done = here("taps.cli.serve", *line, check=2)
+        done = here("taps serve", *line, check=2)
     assert reason.format(**values) in done.stderr
     assert [own for own in done.stderr.splitlines() if not own.startswith("usage")][-1].count("error:") == 1

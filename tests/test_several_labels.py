@@ -114,11 +114,11 @@ def test_from_a_table_to_predictions(squares, here, tmp_path):
     again = here("evaluate.py", "results/run").stdout
     assert f"{stored['accuracy']:.2f}" in again
     images = [path for path, _ in find_tasks([squares / "colours.csv"])[0].test]
-    answers = json.loads(here("taps.cli.predict", "results/run", *images, "--json", "--top", 3).stdout)
+    answers = json.loads(here("taps predict", "results/run", *images, "--json", "--top", 3).stdout)
     sums = [sum(one["probability"] for one in answer["tasks"]["colours"]) for answer in answers]
     assert max(sums) > 1.5
     assert min(sums) < 0.8
-    assert "mAP %" in here("taps.cli.tasks", "list", "results/run").stdout
+    assert "mAP %" in here("taps tasks", "list", "results/run").stdout
 
 
 @pytest.mark.parametrize(

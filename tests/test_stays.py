@@ -202,9 +202,9 @@ def test_the_normaliser_is_fitted_on_the_training_bins(tree, here):
     with pytest.raises(ValueError, match=r"has no normalizer.json; fit it with: taps data normalizer"):
         open_mimic3(tree)
     means, stds = read_normalizer(fit_normalizer(tree), 76)
-    refused = here("taps.cli.data", "normalizer", tree, check=2)
+    refused = here("taps data", "normalizer", tree, check=2)
     assert "exists; replace it with --overwrite" in refused.stderr
-    here("taps.cli.data", "normalizer", tree, "--overwrite")
+    here("taps data", "normalizer", tree, "--overwrite")
     data = open_mimic3(tree)
     bins = np.concatenate([data.discretizer.expand(*data.bins(stay)) for stay in data.splits["train"]])
     np.testing.assert_allclose(means, bins.mean(0), rtol=1e-4, atol=1e-6)

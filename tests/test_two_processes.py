@@ -17,7 +17,7 @@ from taps.data.generated.scenes import SceneRecipe, make_scenes
 
 #: each process runs the programs one after the other and notes what it holds at every validation and choice
 SCRIPT = """
-import importlib, json, os, sys
+import json, os, sys
 from contextlib import redirect_stdout
 
 sys.path.insert(0, ROOT)
@@ -28,6 +28,7 @@ import taps.methods.sparse_delta as sparse_delta
 import taps.runs.adaptation as adaptation
 import taps.runs.multi_task as multi_task
 import taps.runs.sub_tasks as sub_tasks
+from taps.cli.main import execute
 
 rank, models = os.environ["RANK"], []
 by_class = adaptation.accuracy_by_class
@@ -74,7 +75,7 @@ for name, (program, arguments) in json.loads(sys.argv[1]).items():
     os.makedirs(name, exist_ok=True)
     os.chdir(name)
     with open(f"rank{rank}.txt", "w") as file, redirect_stdout(file):
-        importlib.import_module(program).main(arguments)
+        execute(program, arguments)
     os.chdir("..")
 """
 
@@ -91,17 +92,17 @@ def ranks(tree, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     make_scenes(root / "scenes", SceneRecipe(size=(32, 32), train=12, val=4, test=3))
     make_brains(root / "brains", BrainRecipe(side=16, train=18, val=7, test=9))
-    mtl, alone = ("train_mtl", "--single_task", "none"), ("--exp_ids", 0)
+    mtl, alone = ("mtl", "--single_task", "none"), ("--exp_ids", 0)
     scenes = ("--dataset", root / "scenes", "--tasks", "semseg", "depth")
     classes = ("--dataset", tree, "--input_size", 32, "--no-pretrained", "--model_type", "test_resnet")
     volumes = ("--images", root / "brains/images", "--labels", root / "brains/labels.csv", "--cat_target", "sex")
     volumes += ("--num_target", "picvocab", "--model_type", "resnet10", "--input_size", 16)
     runs = {
         "sequential": (
-            "train_sequential",
+            "train",
             *trained_arguments(tree / "paint", "--norm", "follow", "--settle_epochs", 0.5),
         ),
-        "joint budget": ("train_joint", *trained_arguments(tree, "--norm", "follow", "--budget", "100KB")),
+        "joint budget": ("joint", *trained_arguments(tree, "--norm", "follow", "--budget", "100KB")),
         "scenes dynashare": (*mtl, *SMALL, *scenes, "--method", "dynashare", *alone),
         "domainnet adashare": (*mtl, "--benchmark", "domainnet", *SMALL, *classes, "--method", "adashare", *alone),
         "volumes adashare": (*mtl, "--benchmark", "volumes", *SMALL, *volumes, "--method", "adashare", *alone),

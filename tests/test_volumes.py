@@ -326,7 +326,7 @@ def test_the_training_subjects_are_divided_by_families_too(made):
 
 
 def test_dividing_as_a_command(tree, here):
-    arguments = ["taps.cli.data", "subjects", "--images", tree / "images", "--labels", tree / "labels.csv"]
+    arguments = ["taps data", "subjects", "--images", tree / "images", "--labels", tree / "labels.csv"]
     arguments += ["--group", "rel_family_id"]
     assert "exists; replace the lists with --overwrite" in here(*arguments, check=2).stderr
     before = names(tree, "train")

@@ -11,147 +11,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from taps.errors import UserError
 from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
-from taps.settings.declare import Parser, Settings, build, make_parser, not_one_of, read_config
+from taps.settings.data import SubjectsSettings
+from taps.settings.declare import Parser, Settings, build, declarations, make_parser, not_one_of, read_config
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
 from taps.settings.multi_task import MultiTaskSettings
 from taps.settings.prediction import PredictSettings
 from taps.settings.presets import as_published, demo, published, published_taps
-from taps.settings.published_files import is_published, translate
+from taps.settings.published_files import places_of_subjects, translate
 from taps.settings.serving import ServeSettings
 from taps.settings.task_names import GENERATED, aliases, file_names
 
 S = TypeVar("S", bound=Settings)
 A = TypeVar("A", bound=AdaptationSettings)
 
-_STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
 #: settings that have no effect with a budget
 _OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
 #: characters of names of data sets in that of a results folder, and of a folder's name
 _LONGEST_NAME, _LONGEST_PART = 100, 255
 #: entries of settings.json that are not settings, or are derived from others
 _DERIVED = ("versions", "commit", "command", "resize", "tasks", "data")
+#: settings class -> what makes its settings of a settings file of a published program
+_OF_PUBLISHED = {MultiTaskSettings: translate, SubjectsSettings: places_of_subjects}
 
 
-def sequential_parser() -> Parser:
-    """Return the parser of ``train_sequential.py``."""
-    return _adaptation_parser(
-        SequentialSettings,
-        "Adapt one pretrained network to one task after another. Without --dataset, run the demo.",
-    )
-
-
-def joint_parser() -> Parser:
-    """Return the parser of ``train_joint.py``."""
-    return _adaptation_parser(
-        JointSettings,
-        "Train one network for many tasks together. Without --dataset, run the demo.",
-    )
-
-
-def _adaptation_parser(kind: type[AdaptationSettings], description: str) -> Parser:
-    parser = make_parser(kind, description, _STATUS, {"demo": demo(), "demo with --budget": demo(budget=True)})
-    others = ("policy_gate",) if kind is JointSettings else ("policy_gate", "trains_base")  # another program's
-    return _with_methods(parser, catalog(without=others))
-
-
-def mtl_parser() -> Parser:
-    """Return the parser of ``train_mtl.py``."""
-    parser = make_parser(
-        MultiTaskSettings,
-        "Learn which blocks of one network each of several tasks runs, train again under sampled policies, and "
-        "test. Without options, run AdaShare on Scenes, a generated benchmark.",
-        "Defaults that are not shown depend on the benchmark, the number of tasks and the method; they are the published "
-        f"values where there are any (taps/settings/published). {_STATUS}",
-        {"Scenes": published("scenes", None, "adashare")},
-    )
-    return _with_methods(parser, {**catalog(without=("budget",)), "single_task": "one network per task"})
-
-
-def evaluate_parser() -> Parser:
-    """Return the parser of ``evaluate.py``."""
-    return make_parser(
-        EvaluateSettings,
-        "Test a results folder on its test splits and print its table.",
-        positional=("folder",),
-    )
-
-
-def predict_parser() -> Parser:
-    """Return the parser of ``taps predict``."""
-    return make_parser(
-        PredictSettings,
-        "Classify images with stored tasks.",
-        "Exit status: 0 done; 1 some images could not be read; 2 a mistake, or no image could be read.",
-        positional=("folder", "images"),
-    )
-
-
-def parse_predict(arguments: Sequence[str]) -> PredictSettings:
-    """Parse the settings of ``taps predict``."""
-    parser = predict_parser()
-    settings = build(PredictSettings, _given(parser, PredictSettings, arguments))
-    if not settings.folder or not settings.images:
-        parser.error("name a folder of tasks and images, and options after them: taps predict results/demo photo.jpg")
-    if settings.json and settings.csv:
-        parser.error("--json and --csv exclude each other")
-    return settings
-
-
-def serve_parser() -> Parser:
-    """Return the parser of ``taps serve``."""
-    return make_parser(ServeSettings, "Serve the tasks of a folder over HTTP.", "", positional=("folder",))
-
-
-def parse_serve(arguments: Sequence[str]) -> ServeSettings:
-    """Parse the settings of ``taps serve``."""
-    parser = serve_parser()
-    settings = build(ServeSettings, _given(parser, ServeSettings, arguments))
-    if not settings.folder:
-        parser.error("name a folder of tasks: taps serve results/demo")
-    if len(settings.replicas) > 2 or settings.replicas != sorted(settings.replicas):
-        parser.error("--replicas takes a number, or the least and the largest number")
-    return replace(
-        settings,
-        token=settings.token or os.environ.get("TAPS_TOKEN") or None,
-        base=settings.base and _absolute(settings.base),
-    )
-
-
-def import_parser() -> Parser:
-    """Return the parser of ``taps import``."""
-    return make_parser(
-        ImportSettings,
-        "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the five published programs into tasks of one base.",
-        "Exit status: 0 done; 2 a mistake, or a file that is not what --from says.",
-        positional=("files",),
-    )
-
-
-def parse_import(arguments: Sequence[str]) -> ImportSettings:
-    """Parse the settings of ``taps import``."""
-    parser = import_parser()
-    settings = build(ImportSettings, _given(parser, ImportSettings, arguments))
-    if not settings.files or settings.source is None:
-        parser.error("name files and what they are, e.g. taps import model_best.pth --from taps")
-    if settings.resize is not None and settings.resize < settings.input_size:
-        parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
-    for name, what in (("tasks", "names"), ("classes", "files of class names")):
-        given = getattr(settings, name)
-        whole = settings.source in MULTI_TASK_SOURCES and settings.source != "efficient_mtl"  # one file, several tasks
-        if given is not None and len(given) != len(settings.files) and not whole:
-            parser.error(f"--{name} gives {len(given)} {what} for {len(settings.files)} files")
-    for name in settings.tasks or ():
-        if settings.tasks.count(name) > 1:
-            parser.error(f"--tasks names {name!r} twice")
-    for name, programs in (("policy", ("adashare", "dynashare")), ("target_rates", ("dynashare",))):
-        if getattr(settings, name) is not None and settings.source not in programs:
-            parser.error(f"--{name} has no effect with --from {settings.source}; it is for {' and '.join(programs)}")
-    return replace(settings, model_path=settings.model_path and _absolute(settings.model_path))
-
-
-def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
+def parser_of(kind: type[Settings]) -> Parser:
+    """Return the parser of a program's settings; its help shows presets, and says what each method of the program does."""
+    if kind is MultiTaskSettings:
+        presets = {"Scenes": _of_scenes()}
+        methods = {**catalog(without=("budget",)), "single_task": "one network per task"}
+    elif issubclass(kind, AdaptationSettings):
+        presets = {"demo": demo(), "demo with --budget": demo(budget=True)}
+        methods = catalog(without=("policy_gate",) if kind is JointSettings else ("policy_gate", "trains_base"))
+    else:
+        return make_parser(kind)
+    parser = make_parser(kind, presets)
     action = parser._option_string_actions["--method"]
     action.metavar = "{" + ",".join(methods) + "}"  # checked once the command line and the file are combined
     summaries = "; ".join(f"{name}: {summary}" for name, summary in methods.items()).replace("%", "%%")
@@ -159,71 +55,129 @@ def _with_methods(parser: Parser, methods: Mapping[str, str]) -> Parser:
     return parser
 
 
-def _given(
-    parser: Parser, kind: type[S], arguments: Sequence[str], of_run: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def _of_scenes() -> dict[str, Any]:
+    """Return the settings for Scenes: those of one method, as their help says, with that method, the others with AdaShare."""
+    found = {}
+    for name, declared in declarations(MultiTaskSettings).items():
+        method = declared.help.partition(":")[0]
+        found[name] = published("scenes", None, method if method in catalog() else "adashare").get(name)
+    return {**found, "input_size": None}  # which is that of other benchmarks
+
+
+def parse(kind: type[S], arguments: Sequence[str]) -> S:
+    """Parse settings of which none depends on another."""
+    return _built(kind, _given(kind, arguments))
+
+
+def _built(kind: type[S], given: Mapping[str, Any]) -> S:
+    """Return settings with what is given, which has to be all that they require."""
+    settings = build(kind, given)
+    if not all(getattr(settings, name) for name in kind.required):
+        raise UserError(kind.missing)
+    return settings
+
+
+def parse_predict(arguments: Sequence[str]) -> PredictSettings:
+    """Parse the settings of ``taps predict``."""
+    settings = parse(PredictSettings, arguments)
+    if settings.json and settings.csv:
+        raise UserError("--json and --csv exclude each other")
+    return settings
+
+
+def parse_serve(arguments: Sequence[str]) -> ServeSettings:
+    """Parse the settings of ``taps serve``."""
+    settings = parse(ServeSettings, arguments)
+    if len(settings.replicas) > 2 or settings.replicas != sorted(settings.replicas):
+        raise UserError("--replicas takes a number, or the least and the largest number")
+    return replace(
+        settings,
+        token=settings.token or os.environ.get("TAPS_TOKEN") or None,
+        base=settings.base and _absolute(settings.base),
+    )
+
+
+def parse_import(arguments: Sequence[str]) -> ImportSettings:
+    """Parse the settings of ``taps import``."""
+    settings = parse(ImportSettings, arguments)
+    if settings.resize is not None and settings.resize < settings.input_size:
+        raise UserError(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
+    for name, what in (("tasks", "names"), ("classes", "files of class names")):
+        given = getattr(settings, name)
+        whole = settings.source in MULTI_TASK_SOURCES and settings.source != "efficient_mtl"  # one file, several tasks
+        if given is not None and len(given) != len(settings.files) and not whole:
+            raise UserError(f"--{name} gives {len(given)} {what} for {len(settings.files)} files")
+    for name in settings.tasks or ():
+        if settings.tasks.count(name) > 1:
+            raise UserError(f"--tasks names {name!r} twice")
+    for name, programs in (("policy", ("adashare", "dynashare")), ("target_rates", ("dynashare",))):
+        if getattr(settings, name) is not None and settings.source not in programs:
+            raise UserError(f"--{name} has no effect with --from {settings.source}; it is for {' and '.join(programs)}")
+    return replace(settings, model_path=settings.model_path and _absolute(settings.model_path))
+
+
+def _given(kind: type[S], arguments: Sequence[str], of_run: dict[str, Any] | None = None) -> dict[str, Any]:
     """Combine the command line with the file that it names; the command line takes precedence, with a note.
 
     ``of_run`` receives settings of training programs in the file, which are refused without it.
     """
-    given = vars(parser.parse_intermixed_args(arguments))
+    given = vars(parser_of(kind).parse_intermixed_args(arguments))
     if given.get("seeds") is not None and "seed" in given:
-        parser.error("--seed and --seeds exclude each other")
+        raise UserError("--seed and --seeds exclude each other")
     if "config" not in given:
         return given
     path = Path(given["config"])
-    convert = _from_published if kind is MultiTaskSettings else None
     ignore = bool(given.get("ignore_unknown"))
-    stored = read_config(kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, convert)
+    stored = read_config(
+        kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, _OF_PUBLISHED.get(kind)
+    )
     if _keeps_only_a_budget({**stored, **given}):  # settings.yaml has their defaults
         stored = {name: value for name, value in stored.items() if name not in _OF_PENALTIES}
     for name, derived in (("input_size", "resize"), ("seed", "seeds"), ("seeds", "seed")):
         if name in given and given[name] != stored.get(name):
             stored.pop(derived, None)  # the file's belongs to the file's other value
-    beaten = [f"--{name}" for name, value in given.items() if name in stored and stored[name] != value]
+    beaten = [
+        name if name in kind.positional else f"--{name}"
+        for name, value in given.items()
+        if name in stored and stored[name] != value
+    ]
     if beaten:
         warnings.warn(f"the command line wins over {path}: {', '.join(beaten)}", stacklevel=2)
     return {**stored, **given}
 
 
-def _from_published(values: Mapping[str, Any], path: Path, ignore_unknown: bool) -> dict[str, Any] | None:
-    return translate(values, path, ignore_unknown) if is_published(values) else None
-
-
 def parse_sequential(arguments: Sequence[str]) -> SequentialSettings:
     """Parse the settings of ``train_sequential.py``."""
-    parser = sequential_parser()
-    given = _given(parser, SequentialSettings, arguments)
-    return _complete(parser, SequentialSettings, given, demo(_has_budget(given)))
+    given = _given(SequentialSettings, arguments)
+    return _complete(SequentialSettings, given, demo(_has_budget(given)))
 
 
 def parse_joint(arguments: Sequence[str]) -> JointSettings:
     """Parse the settings of ``train_joint.py``."""
-    parser = joint_parser()
-    given = _given(parser, JointSettings, arguments)
+    given = _given(JointSettings, arguments)
     variant = given.get("variant", "joint")
     preset = {**demo(_has_budget(given)), "experiment_name": f"demo_{variant}"}
-    settings = _complete(parser, JointSettings, given, preset, f"_{variant}")
+    settings = _complete(JointSettings, given, preset, f"_{variant}")
     if "hard_sharing" in _as_list(settings.method) and variant == "lite":
-        parser.error("--variant lite shares first and adapts then: choose another --method, or --variant joint")
+        raise UserError("--variant lite shares first and adapts then: choose another --method, or --variant joint")
     if settings.shared_epochs is None:
         return replace(settings, shared_epochs=settings.epochs)
     if variant == "lite" and 0 < settings.shared_epochs <= (settings.lr_warmup_epochs or 0):
-        parser.error(
+        raise UserError(
             f"--lr_warmup_epochs {settings.lr_warmup_epochs} leaves none of {settings.shared_epochs} --shared_epochs at the "
             "full rate"
         )
     return settings
 
 
-def _experiment_name(parser: Parser, settings: AdaptationSettings | MultiTaskSettings) -> str | None:
+def _experiment_name(settings: AdaptationSettings | MultiTaskSettings) -> str | None:
     """Return the experiment's name inside ``--result_path``, which published commands write before it."""
     if settings.experiment_name is None:
         return None
     name, root = os.path.normpath(settings.experiment_name), os.path.normpath(settings.result_path)
     name = name.removeprefix(f"{root}{os.sep}")
     if name == "." or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-        parser.error(
+        raise UserError(
             f"--experiment_name {settings.experiment_name} is not a folder inside {settings.result_path}; choose another "
             "parent with --result_path"
         )
@@ -270,20 +224,20 @@ def _as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict[str, Any], suffix: str = "") -> A:
+def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suffix: str = "") -> A:
     """Fill in defaults, for the demo those of the demo, and refuse options that contradict each other."""
     budget = given.pop("budget", None)
     methods = _as_list(given.get("method")) or ["taps" if budget is None else "taps_budget"]
     given["method"] = methods
     for name in methods:
         if name not in catalog():
-            parser.error(f"argument --method: {not_one_of(name, catalog())}")
+            raise UserError(f"argument --method: {not_one_of(name, catalog())}")
     only_budgets = _keeps_only_a_budget({"method": methods, "budget": budget})
     for name in (*_OF_PENALTIES, "patience", "ema_decay"):
         if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
-            parser.error(f"--{name} is not used with a budget: leave one of them out")
+            raise UserError(f"--{name} is not used with a budget: leave one of them out")
     if given.get("resume") and given.get("overwrite"):
-        parser.error("--resume and --overwrite exclude each other")
+        raise UserError("--resume and --overwrite exclude each other")
     if given.get("dataset"):
         preset = {}
     elif "epochs" in given:  # phases keep their shares of the demo's epochs, or in a run that goes on their lengths
@@ -296,8 +250,8 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
     if settings.published:
         settings = _like_published(settings, given)
     if settings.resize is not None and settings.resize < settings.input_size:
-        parser.error(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
-    name = _experiment_name(parser, settings)
+        raise UserError(f"--resize {settings.resize} is smaller than the {settings.input_size} pixels of --input_size")
+    name = _experiment_name(settings)
     if name is None:
         data = [Path(path).name or Path(path).resolve().name for path in settings.dataset or ()]
         name = f"{'_'.join(data)}_{settings.model_type}_{'_'.join(methods)}{suffix}"
@@ -309,12 +263,12 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
             name = f"{of_data}_{network}_{'_'.join(methods)}{suffix}"
     penalised = "taps" in methods and max(_as_list(settings.lam)) > 0
     if penalised and settings.settle_epochs > 0 and settings.warmup_epochs + settings.settle_epochs >= settings.epochs:
-        parser.error(
+        raise UserError(
             f"--warmup_epochs {settings.warmup_epochs:g} and --settle_epochs {settings.settle_epochs:g} leave none of "
             f"{settings.epochs} epochs for --lam"
         )
     if settings.lr_warmup_epochs and settings.lr_warmup_epochs >= settings.epochs:
-        parser.error(
+        raise UserError(
             f"--lr_warmup_epochs {settings.lr_warmup_epochs} leaves none of {settings.epochs} epochs at the full rate"
         )
     return replace(
@@ -329,24 +283,23 @@ def _complete(parser: Parser, kind: type[A], given: dict[str, Any], preset: dict
 
 def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     """Parse the settings of ``train_mtl.py``: the command line, then ``--config``, then the benchmark's published values."""
-    parser = mtl_parser()
-    given = _given(parser, MultiTaskSettings, arguments)
+    given = _given(MultiTaskSettings, arguments)
     benchmark, method = given.get("benchmark", "scenes"), given.get("method", "adashare")
     if method not in {**catalog(), "single_task": ""}:
-        parser.error(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
+        raise UserError(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
     if given.get("skip") is not None and method != "automtl":
-        parser.error(f"--skip is for --method automtl, not {method}")
+        raise UserError(f"--skip is for --method automtl, not {method}")
     of_volumes = [name for name in ("images", "labels", "cat_target", "num_target") if given.get(name)]
     if benchmark != "volumes" and of_volumes:
-        parser.error(f"--{of_volumes[0]} is for --benchmark volumes")
+        raise UserError(f"--{of_volumes[0]} is for --benchmark volumes")
     if given.get("frame_pull") and method != "sparse_delta":
-        parser.error(f"--frame_pull is for --method sparse_delta, not {method}")
+        raise UserError(f"--frame_pull is for --method sparse_delta, not {method}")
     if given.get("dynamic_kernels") and benchmark != "mimic3":
-        parser.error("--dynamic_kernels is for --benchmark mimic3")
+        raise UserError("--dynamic_kernels is for --benchmark mimic3")
     if benchmark == "domainnet" and not given.get("dataset"):
-        parser.error("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
+        raise UserError("--benchmark domainnet needs --dataset: its root, or folders with train/ and test/")
     if given.get("resume") and given.get("overwrite"):
-        parser.error("--resume and --overwrite exclude each other")
+        raise UserError("--resume and --overwrite exclude each other")
     targets = [*(given.get("cat_target") or ()), *(given.get("num_target") or ())]
     own_names = {**aliases(benchmark), **file_names(targets)}
     if "tasks" in given:
@@ -357,7 +310,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     for name in chosen if generated and own else ():  # before minutes go into data
         if name not in own:
             published_names = [alias for alias, meant in own_names.items() if meant in own]
-            parser.error(f"argument --tasks: {not_one_of(name, [*own, *published_names])}")
+            raise UserError(f"argument --tasks: {not_one_of(name, [*own, *published_names])}")
     preset = published(benchmark, len(chosen) or None, method, generated)
     if given.get("published"):
         preset = {**preset, **as_published(benchmark, method)}
@@ -370,7 +323,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     if chosen:
         others = preset["task_weights"].keys() - set(chosen)
         changes["task_weights"] = {n: w for n, w in (settings.task_weights or {}).items() if n not in others}
-    changes["experiment_name"] = _experiment_name(parser, settings) or f"{benchmark}_{method}"
+    changes["experiment_name"] = _experiment_name(settings) or f"{benchmark}_{method}"
     small = "channels" in given or settings.model_type == preset["model_type"]
     if not small and not (settings.model_type or "").startswith("resnet"):
         changes["channels"] = None
@@ -393,19 +346,16 @@ def _absolute(path: str) -> str:
 
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateSettings:
     """Parse the settings of ``evaluate.py``."""
-    parser = evaluate_parser()
     run: dict[str, Any] = {}
-    named = vars(parser.parse_intermixed_args(arguments))
-    given = _given(parser, EvaluateSettings, arguments, run)
+    named = vars(parser_of(EvaluateSettings).parse_intermixed_args(arguments))
+    given = _given(EvaluateSettings, arguments, run)
     if run and "dataset" in given and "dataset" not in named:  # the images that the run was trained on, not others
         del given["dataset"]
     if "folder" not in given and run.get("experiment_name"):  # the settings.yaml of a run
         given["folder"] = os.path.join(run.get("result_path", "results"), run["experiment_name"])
-    if "folder" not in given:
-        parser.error("name the results folder to evaluate, e.g. results/demo")
-    settings = build(EvaluateSettings, given)
+    settings = _built(EvaluateSettings, given)
     if settings.onnx and not settings.export:
-        parser.error("--onnx says how to export: give --export DIR too")
+        raise UserError("--onnx says how to export: give --export DIR too")
     if settings.verify and (settings.export or settings.dataset):
-        parser.error("--verify looks at the stored files alone: leave out --export and --dataset")
+        raise UserError("--verify looks at the stored files alone: leave out --export and --dataset")
     return settings

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from taps.cli.options import parse_serve
 from taps.runs import cluster
+from taps.settings.serving import ServeSettings
 
 
-def main(arguments: Sequence[str]) -> None:
-    settings = parse_serve(arguments)
+def serve(settings: ServeSettings) -> None:
+    """Serve the tasks of a folder, with what Ray reads from the environment set before it is imported."""
     cluster.set_environment(settings.address)
-    from taps.serving.server import serve  # imports torch, so only after the options are checked
+    from taps.serving import server
 
-    serve(settings, lambda line: print(line, flush=True))
+    server.serve(settings, lambda line: print(line, flush=True))

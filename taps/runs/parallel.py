@@ -19,11 +19,10 @@ import torch
 from tqdm import tqdm
 
 from taps.data.classification.images import TaskData
-from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError, first_line
 from taps.runs import cluster
 from taps.runs.adaptation import Experiment, epoch_line
-from taps.runs.setup import adapted, make_accelerator
+from taps.runs.setup import make_accelerator, make_model
 from taps.settings.adaptation import SequentialSettings
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint
@@ -245,8 +244,7 @@ def _train_task(
     os.chdir(cwd)
     torch.set_num_threads(threads)
     own = replace(settings, resume=True, overwrite=False, parallel=None, address=None, track=None)
-    net = make_base(own)
-    prepare, model = make_preprocessing(own, net), adapted(own, net, train_base=False)
+    model, prepare = make_model(own, train_base=False)
     path = Path(run) / "parallel" / name
     accelerator = make_accelerator(own)
     with (

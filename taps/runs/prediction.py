@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +49,9 @@ def predict(settings: PredictSettings, say: Callable[[str], None], complain: Cal
     model = load(settings.folder, base=settings.base, tasks=settings.tasks, keep=settings.keep).to(device)
     bad: dict[str, str] = {}
     found = classify(model, images, settings.top, settings.batch_size, settings.workers, bad.__setitem__)
-    bar = tqdm(total=len(images), unit="image", disable=None if len(images) > 1 else True, leave=False)
-    writer = _as_json if settings.json else _as_csv if settings.csv else _as_table
-    with bar:
-        writer(_counted(found, bar), say)
+    write = _as_json if settings.json else _as_csv if settings.csv else _as_table
+    hidden = True if len(images) == 1 else None  # None: unless this is a terminal
+    write(tqdm(found, total=len(images), unit="image", disable=hidden, leave=False), say)
     if bad and len(bad) == len(images):
         image, reason = next(iter(bad.items()))
         raise UserError(
@@ -173,13 +172,7 @@ def ranked(model: TaskModel, task: str, output: Tensor, top: int) -> list[tuple[
     ]
 
 
-def _counted(found: Iterator[list[Prediction]], bar: tqdm) -> Iterator[list[Prediction]]:
-    for predictions in found:
-        bar.update()
-        yield predictions
-
-
-def _as_table(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> None:
+def _as_table(found: Iterable[list[Prediction]], say: Callable[[str], None]) -> None:
     for predictions in found:
         rows = [
             (one.task, *(f"{name} {100 * probability:.1f} %" for name, probability in one.classes))
@@ -190,7 +183,7 @@ def _as_table(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> 
             say(predictions[0].image + "\n" + "\n".join(f"  {line}".rstrip() for line in table.splitlines()))
 
 
-def _as_json(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> None:
+def _as_json(found: Iterable[list[Prediction]], say: Callable[[str], None]) -> None:
     """Print a JSON array, one line per image."""
     before = None
     say("[")
@@ -205,7 +198,7 @@ def _as_json(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> N
     say(f"{before}\n]" if before is not None else "]")
 
 
-def _as_csv(found: Iterator[list[Prediction]], say: Callable[[str], None]) -> None:
+def _as_csv(found: Iterable[list[Prediction]], say: Callable[[str], None]) -> None:
     say("image,task,rank,class,probability")
     for predictions in found:
         for one in predictions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -14,14 +13,13 @@ from accelerate import Accelerator
 from taps.benchmarks.opening import open_benchmark
 from taps.data.classification.images import TaskData
 from taps.data.classification.mixed_batches import check_batch_size
-from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError
 from taps.methods.registry import METHODS, method_of
 from taps.networks.preprocessing import Preprocessing
 from taps.runs import multi_task_sweep, parallel, sweep
 from taps.runs.adaptation import Experiment, check_budget, prepare_tasks, recipe_of
 from taps.runs.multi_task import MultiTask
-from taps.runs.setup import adapted, make_accelerator
+from taps.runs.setup import make_accelerator, make_model
 from taps.runs.sub_tasks import SubTasks
 from taps.settings.adaptation import AdaptationSettings, JointSettings, SequentialSettings
 from taps.settings.multi_task import MultiTaskSettings
@@ -66,7 +64,7 @@ def _train(settings: A, train: Callable[[Run[A]], None], train_base: bool) -> No
             )
         if own.budget is not None or (len(runs) > 1 and (own.method, own.norm) not in checked):
             checked.add((own.method, own.norm))
-            model = adapted(own, make_base(own), train_base)
+            model, _ = make_model(own, train_base)
             if own.budget is not None:
                 check_budget(own, model, tasks[own.seed])
     with StopSignals() as stop, sweep.shared_start(settings, accelerator) as fork:
@@ -122,9 +120,7 @@ def _with_method(settings: A) -> A:
 
 def _in_sequence(run: Run[SequentialSettings]) -> None:
     """Train one task after another, on a base that stays as it is."""
-    net = make_base(run.settings)
-    prepare = make_preprocessing(run.settings, net)
-    model = adapted(run.settings, net, train_base=False)
+    model, prepare = make_model(run.settings, train_base=False)
     with run.experiment(prepare, stages=run.stages) as experiment:
         if (run.path / "parallel").is_dir():
             raise UserError(f"{run.path} was begun with --parallel; continue it with --parallel")
@@ -143,8 +139,7 @@ def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
     experiments: list[Experiment] = []
     with ExitStack() as stack:
         for run in runs:
-            net = make_base(run.settings)
-            prepare, model = make_preprocessing(run.settings, net), adapted(run.settings, net, train_base=False)
+            model, prepare = make_model(run.settings, train_base=False)
             experiment = stack.enter_context(run.experiment(prepare, stages=run.stages))
             experiment.announce(model)
             experiments.append(experiment)
@@ -161,9 +156,7 @@ def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
 
 def _together(run: Run[JointSettings]) -> None:
     """Train the base and every task's deltas, gates, norms and heads at once."""
-    net = make_base(run.settings)
-    prepare = make_preprocessing(run.settings, net)
-    model = adapted(run.settings, net, train_base=True)
+    model, prepare = make_model(run.settings, train_base=True)
     with run.experiment(prepare) as experiment:
         experiment.announce(model)
         experiment.train_together(model)
@@ -173,9 +166,7 @@ def _together(run: Run[JointSettings]) -> None:
 def _lite(run: Run[JointSettings]) -> None:
     """Train one network that all tasks share, then one task after another on it, with the memory of one task."""
     settings, accelerator, path = run.settings, run.accelerator, run.path
-    net = make_base(settings)
-    prepare = make_preprocessing(settings, net)
-    second = adapted(settings, copy.deepcopy(net), train_base=False)
+    second, prepare = make_model(settings, train_base=False)
     run = replace(run, fork=None)  # each run trains its own shared network
     with run.experiment(prepare, stages=("shared",)) as experiment:
         of_base = replace(
@@ -191,11 +182,11 @@ def _lite(run: Run[JointSettings]) -> None:
             track=None,  # a run has one set of trackers
         )
         with Experiment.start(of_base, accelerator, run.tasks, prepare, path / "shared", run.stop) as shared:
-            model = adapted(of_base, net, train_base=True)
+            model, _ = make_model(of_base, train_base=True)
             shared.announce(model)
             shared.train_together(model)
             shared.finish()
-        del model, net
+        del model
         base = read_tensors(shared.folder.base_path)
         if accelerator.is_main_process and not experiment.folder.base_path.is_file():
             write_tensors(experiment.folder.base_path, base)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
-from torch import nn
 
 from taps.data.opening import make_base, make_preprocessing
 from taps.errors import UserError, unknown
@@ -63,13 +62,15 @@ def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Acceler
     )
 
 
-def adapted(settings: AdaptationSettings, net: nn.Module, train_base: bool) -> TaskModel:
-    """Return the network with its units and norms added."""
+def make_model(settings: AdaptationSettings, train_base: bool) -> tuple[TaskModel, Preprocessing]:
+    """Return the network that the settings name with its units and norms added, and its preprocessing."""
+    net = make_base(settings)
+    prepare = make_preprocessing(settings, net)
     options = {"penalty_divisor": 52} if settings.published and settings.method == "taps" else {}
     model = adapt(net, settings.method, norm=settings.norm, layers=settings.layers, train_base=train_base, **options)
     if settings.checkpoint_activations:
         model.checkpoint_activations()
-    return model
+    return model, prepare
 
 
 def _trackers(names: Sequence[str]) -> list[str]:

@@ -9,6 +9,9 @@ from typing import ClassVar
 from taps.settings.choices import IMAGE_SAMPLINGS, NORMS, OPTIMIZERS
 from taps.settings.declare import Settings, setting, several
 
+#: what the help of a training program says of its exit status
+STATUS = "Exit status: 0 done; 2 a mistake in the options or the data; 130 and 143 stopped, continue with --resume."
+
 
 @dataclass(frozen=True)
 class Data(Settings):
@@ -111,8 +114,8 @@ class Machine(Settings):
     """Devices and precision."""
 
     title: ClassVar[str] = "machine"
-    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
-    gpus: list[int] | None = setting(None, "numbers of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="the first visible one; with --multi_gpu all visible ones")
+    device: str = setting("auto", "device to run on", choices=("auto", "cpu", "cuda", "mps"))
+    gpus: list[int] | None = setting(None, "indices of the GPUs to use; with several, one process runs on each", int, low=0, nargs="+", metavar="N", aliases=("--gpu",), shown="the first visible one; with --multi_gpu all visible ones")
     multi_gpu: bool = setting(False, "run one process on every visible GPU (DistributedDataParallel); accelerate launch and torchrun work too", bool)
     amp: str = setting("none", "mixed precision", choices=("none", "bf16", "fp16"))
 
@@ -129,7 +132,7 @@ class Output(Settings):
     resume: bool = setting(False, "continue the experiment exactly where it stopped, or start it if there is none", bool, repeats=False)
     overwrite: bool = setting(False, "delete an earlier experiment of this name", bool, repeats=False)
     track: list[str] | None = setting(None, "also log to these trackers, e.g. wandb or mlflow", nargs="+", metavar="NAME", shown="TensorBoard's files only")
-    keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run, which holds the optimiser's state", bool)
+    keep_checkpoint: bool = setting(False, "keep the checkpoint of a finished run (weights and optimiser state)", bool)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class Sweep(Settings):
 class AdaptationSettings(Output, Machine, Sweep, Batches, Augmentation, Optimization, Schedule, MethodChoice, Network, Data):
     """Settings that sequential and joint training share."""
 
+    epilog: ClassVar[str] = STATUS
     method: list[str] | str | None = several(MethodChoice, "method", "with several methods, as with several values of --lam, there is one run for each combination")  # type: ignore[assignment]
     lam: list[float] | float = several(Schedule, "lam", "with several values there is one run for each, from one warm-up")  # type: ignore[assignment]
 
@@ -159,6 +163,7 @@ class SequentialSettings(AdaptationSettings):
     """Settings of ``train_sequential.py``."""
 
     title: ClassVar[str] = "sequential"
+    description: ClassVar[str] = "Adapt one pretrained network to one task after another. Without --dataset, run the demo."
     compile: bool = setting(False, "compile the training step with torch.compile; takes minutes, so it pays off only in long runs", bool)
     parallel: int | None = setting(None, "train up to N tasks side by side, each in a process of its own with its share of the processors or GPUs (OMP_NUM_THREADS sets the threads of each); needs Ray: taps-vision[serve]. The files are byte for byte those of training one task after another with as many threads", int, low=1, metavar="N", shown="one after another", repeats=False)
     address: str | None = setting(None, "HOST:PORT of a Ray cluster on which tasks are trained side by side, or auto; its machines share the data and --result_path", metavar="ADDRESS", shown="this machine", repeats=False)
@@ -169,6 +174,7 @@ class JointSettings(AdaptationSettings):
     """Settings of ``train_joint.py``."""
 
     title: ClassVar[str] = "joint"
+    description: ClassVar[str] = "Train one network for many tasks together. Without --dataset, run the demo."
     epochs: int = setting(60, "passes over the training images", int, low=1, metavar="N")
     batch_size: int = setting(12, "images of each task per batch on each process", int, low=1, metavar="N")
     variant: str = setting("joint", "joint: train the base and all tasks' deltas at once, with memory that grows with the number of tasks; lite: train one network that all tasks share, then one task after another on it, with the memory of one task", choices=("joint", "lite"))
@@ -184,6 +190,10 @@ class EvaluateSettings(Settings):
     """Settings of ``evaluate.py``."""
 
     title: ClassVar[str] = "evaluate"
+    description: ClassVar[str] = "Test a results folder on its test splits and print its table."
+    positional: ClassVar[tuple[str, ...]] = ("folder",)
+    required: ClassVar[tuple[str, ...]] = ("folder",)
+    missing: ClassVar[str] = "name the results folder to evaluate, e.g. results/demo"
     folder: str = setting("", "a results folder, e.g. results/demo")
     config: str | None = setting(None, "a YAML file of these settings, or settings.yaml of the run to evaluate; the command line takes precedence", metavar="FILE", repeats=False)
     tasks: list[str] | None = setting(None, "tasks to evaluate", nargs="+", metavar="NAME", shown="all")
@@ -192,8 +202,8 @@ class EvaluateSettings(Settings):
     onnx: bool = setting(False, "with --export: also write every program as .onnx", bool)
     no_test: bool = setting(False, "do not test, only print the stored table or export", bool)
     verify: bool = setting(False, "instead of testing, verify that every tensor of the base is bit for bit what it was after training, and every task's output on a known input up to rounding; exit status 1 if not", bool)
-    batch_size: int | None = setting(None, "", int, low=1, metavar="N", shown="as in the run")
-    workers: int | None = setting(None, "", int, low=0, metavar="N", shown="as in the run")
-    device: str = setting("auto", "", choices=("auto", "cpu", "cuda", "mps"))
+    batch_size: int | None = setting(None, "images per batch", int, low=1, metavar="N", shown="as in the run")
+    workers: int | None = setting(None, "data-loading processes", int, low=0, metavar="N", shown="as in the run")
+    device: str = setting("auto", "device to run on", choices=("auto", "cpu", "cuda", "mps"))
     limit_batches: int | None = setting(None, "test on N batches only", int, low=1, metavar="N")
     skip_bad_images: bool = setting(False, "leave out images that cannot be read", bool)

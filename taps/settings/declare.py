@@ -11,7 +11,6 @@ import difflib
 import inspect
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ class Declaration:
         low, high: the range of a number; ``above`` excludes ``low`` itself.
         choices: the allowed values.
         nargs: for lists, ``"+"`` or their length.
-        metavar: the placeholder of the value in the help.
+        metavar: the placeholder of the value in the help, or one for each of several values.
         aliases: other names of the option.
         negatable: whether ``--no-name`` turns a switch off.
         shown: text that the help shows instead of the default.
@@ -45,7 +44,7 @@ class Declaration:
     above: bool = False
     choices: tuple | None = None
     nargs: str | int | None = None
-    metavar: str | None = None
+    metavar: str | tuple[str, ...] | None = None
     aliases: tuple[str, ...] = ()
     negatable: bool = False
     shown: str | None = None
@@ -70,9 +69,32 @@ def several(kind: type, name: str, more: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """The base class of all groups; a program's settings are a class that inherits from several groups."""
+    """The base class of all groups; a program's settings are a class that inherits from several groups.
+
+    Attributes:
+        title: heading of the group in the help.
+        description, epilog: what the help of a program says before and after its options.
+        positional: settings that are positional arguments.
+        required: settings without which a program does nothing.
+        missing: what it then says.
+    """
 
     title: ClassVar[str] = "options"
+    description: ClassVar[str] = ""
+    epilog: ClassVar[str] = ""
+    positional: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[tuple[str, ...]] = ()
+    missing: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class FromFile(Settings):
+    """The file that may hold a program's settings."""
+
+    title: ClassVar[str] = "settings"
+    config: str | None = setting(
+        None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False
+    )
 
 
 S = TypeVar("S", bound=Settings)
@@ -228,50 +250,7 @@ def check_values(settings: object) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and suggest the nearest option; :meth:`accept_config` adds ``--config``."""
-
-    takes_config = False
-    convert_config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
-    def accept_config(self, convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
-        """Accept ``--config FILE``, a YAML file with values of this parser's arguments, over which the command line wins.
-
-        ``convert`` returns the arguments that the contents of a file stand for.
-        """
-        self.takes_config, self.convert_config = True, convert
-        self.add_argument("--config", metavar="FILE", help="a YAML file of these settings; the command line wins")
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # also called by subparsers
-        values: dict[str, Any] = {}
-        if self.takes_config:
-            finder = Parser(add_help=False, allow_abbrev=False)
-            finder.add_argument("--config")
-            path = argparse.ArgumentParser.parse_known_args(finder, args)[0].config
-            values = {} if path is None else self._use_as_defaults(Path(path))
-        given, rest = super().parse_known_args(args, namespace)
-        beaten = [name for name, value in values.items() if getattr(given, name) != value]
-        if beaten:
-            warnings.warn(f"the command line wins over {given.config}: {', '.join(beaten)}", stacklevel=2)
-        return given, rest
-
-    def _use_as_defaults(self, path: Path) -> dict[str, Any]:
-        """Make the values in a file the defaults, checked like those of the command line."""
-        actions = {one.dest: one for one in self._actions if one.dest not in ("help", "config")}
-        values, lines = _read_yaml(path)
-        if self.convert_config is not None:
-            values = self.convert_config(values)
-        for name, value in values.items():
-            if name not in actions:
-                raise unknown(f"setting in {path}, line {lines.get(name, 1)}:", name, actions)
-            action = actions[name]
-            try:
-                values[name] = _as_typed(action, value)
-            except (ValueError, argparse.ArgumentTypeError) as error:
-                raise UserError(f"{path}, line {lines.get(name, 1)}: {name}: {error}") from None
-            action.default, action.required = values[name], False
-            if not action.option_strings:
-                action.nargs = "*" if action.nargs == "+" else "?"
-        return values
+    """A parser whose errors are one line and suggest the nearest option."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         match = re.search(r"unrecognized arguments: (-\S+)", message)
@@ -280,29 +259,6 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(given, self._option_string_actions, n=1)
             message = f"unknown option {given}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         self.exit(2, f"error: {message}\n")
-
-
-def _as_typed(action: argparse.Action, value: Any) -> Any:
-    """Return a value of a file as the command line's argument would have it."""
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is not true or false")
-        return value
-
-    def convert(one: object) -> Any:
-        try:
-            return action.type(str(one)) if callable(action.type) else str(one)
-        except ValueError:
-            raise ValueError(f"{one!r} is not a {'whole ' if action.type is int else ''}number") from None
-
-    if action.nargs is None:
-        if isinstance(value, (list, dict, bool)):
-            raise ValueError(f"{value!r} is not a single value")
-        return convert(value)
-    found = [convert(one) for one in (value if isinstance(value, list) else [value])]
-    if isinstance(action.nargs, int) and len(found) != action.nargs:
-        raise ValueError(f"{value!r} are not {action.nargs} values")
-    return found
 
 
 class _Given(argparse.Action):
@@ -319,26 +275,21 @@ class _Given(argparse.Action):
             parser.error(f"argument {option_string or self.dest}: {error}")
 
 
-def make_parser(
-    kind: type[Settings],
-    description: str,
-    epilog: str = "",
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
-    positional: Sequence[str] = (),
-) -> Parser:
+def make_parser(kind: type[Settings], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Parser:
     """Return a parser of a program's settings; settings that are not on the command line are absent from its result.
 
     Args:
         kind: the settings class.
-        description, epilog: texts of the help.
-        presets: other sets of defaults by name, which the help shows next to the declared defaults.
-        positional: settings that are positional arguments.
+        presets: other sets of defaults by name; the help shows what each changes in the one before it, and the first in the
+            declared defaults.
     """
-    parser = Parser(description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=kind.description, epilog=kind.epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     for title, fields in _groups(kind):
         group = parser.add_argument_group(title)
         for field in fields:
-            _add(group, field, presets or {}, field.name in positional)
+            _add(group, field, presets or {}, field.name in kind.positional)
     return parser
 
 
@@ -369,15 +320,16 @@ def _default_text(field: dataclasses.Field, declared: Declaration, presets: Mapp
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    parts = []
+    parts, before = [], default
     if declared.shown:
         parts.append(f"default: {declared.shown}")
     elif default not in (None, False, "", []) or (default is False and declared.negatable):
         parts.append(f"default: {_shown(default)}")
     for name, values in presets.items():
         value = values.get(field.name)
-        if value not in (None, {}, default):
+        if value not in (None, {}, before):
             parts.append(f"{name}: {_shown(value)}")
+            before = value
     return f"({'; '.join(parts)})" if parts else ""
 
 
@@ -390,9 +342,9 @@ def _shown(value: Any) -> str:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """Return every declared setting with its value."""
-    return {name: getattr(settings, name) for name in declarations(type(settings))}
+def as_dict(settings: Settings, kind: type[Settings] | None = None) -> dict[str, Any]:
+    """Return every declared setting with its value, or those that ``kind`` declares, from which its class inherits."""
+    return {name: getattr(settings, name) for name in declarations(kind or type(settings))}
 
 
 def as_yaml(settings: Settings) -> str:
@@ -417,7 +369,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if key.value in lines:
-            raise UserError(f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice")
+            raise UserError(f"{path}, line {key.start_mark.line + 1}: {key.value} appears twice")
         lines[key.value] = key.start_mark.line + 1
     return {str(name): value for name, value in values.items()}, lines
 

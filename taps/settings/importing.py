@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taps.settings.declare import Settings, setting
+from taps.settings.declare import FromFile, setting
 
 #: kinds of files that become tasks
 SOURCES = ("taps", "adashare", "dynashare", "automtl", "efficient_mtl", "state_dict", "peft")
@@ -14,12 +14,16 @@ MULTI_TASK_SOURCES = ("adashare", "dynashare", "automtl", "efficient_mtl")
 
 
 @dataclass(frozen=True)
-class ImportSettings(Settings):
+class ImportSettings(FromFile):
     """Settings of ``taps import``."""
 
     title: ClassVar[str] = "import"
+    description: ClassVar[str] = "Turn fine-tuned networks, LoRA adapters of PEFT and checkpoints of the five published programs into tasks of one base."
+    epilog: ClassVar[str] = "Exit status: 0 done; 2 a mistake, or a file that is not what --from says."
+    positional: ClassVar[tuple[str, ...]] = ("files",)
+    required: ClassVar[tuple[str, ...]] = ("files", "source")
+    missing: ClassVar[str] = "name files and what they are, e.g. taps import model_best.pth --from taps"
     files: list[str] = setting([], "checkpoints, or folders of PEFT adapters; each becomes a task; for adashare, dynashare and automtl, one file gives all of its tasks", nargs="+", metavar="FILE")
-    config: str | None = setting(None, "a YAML file of these settings; the command line takes precedence", metavar="FILE", repeats=False)
     source: str | None = setting(None, "taps, adashare, dynashare, automtl, efficient_mtl: checkpoints of the published programs; state_dict: a fully fine-tuned network; peft: LoRA adapters", choices=SOURCES, aliases=("--from",))
     model_type: str | None = setting(None, "the timm model that was tuned", metavar="NAME", shown="for taps, the ResNet in the file")
     model_path: str | None = setting(None, "weights of that model before it was tuned", metavar="FILE", shown="those of timm; for taps, those in the file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taps.settings.adaptation import Machine, Output
+from taps.settings.adaptation import STATUS, Machine, Output
 from taps.settings.choices import (
     BENCHMARKS,
     COSTS,
@@ -39,9 +39,9 @@ class BenchmarkData(Settings):
     subject_column: str = setting("subjectkey", "volumes: the column that names the subjects", metavar="COLUMN")
     group: list[str] | None = setting(None, "volumes: subjects with an equal value in one of these columns, e.g. families, stay together when train is divided", nargs="+", metavar="COLUMN")
     mixed_shapes: bool = setting(False, "volumes: allow different shapes and resize all volumes to one shape", bool)
-    hours: int | None = setting(None, "mimic3: hours kept of each stay", int, low=8, metavar="N")
+    hours: int = setting(170, "mimic3: hours kept of each stay", int, low=8, metavar="N", shown="170; of generated stays 120")
     normalizer: str | None = setting(None, "mimic3: file of means and standard deviations, .json or .npz", metavar="FILE", shown="normalizer.json in the root")
-    num_class: int | None = setting(None, "cityscapes: number of classes, 2, 7 or 19", int, metavar="N")
+    num_class: int = setting(19, "cityscapes: number of classes, 2, 7 or 19", int, metavar="N")
     crop: int | None = setting(None, "dense benchmarks: side length of training crops", int, low=8, metavar="PIXELS")
     input_size: int | None = setting(None, "side length of domainnet's images in pixels, or of the cube in voxels to which volumes are resized", int, low=1, metavar="N")
     cropped: bool = setting(False, "domainnet: scale images without keeping their aspect ratio", bool)
@@ -56,7 +56,7 @@ class BenchmarkNetwork(Settings):
     title: ClassVar[str] = "network"
     model_type: str | None = setting(None, "any timm model with residual blocks; mimic3: resnet10 to resnet152 or tcn; volumes: resnet10 to resnet152", metavar="NAME")
     dynamic_kernels: int = setting(0, "mimic3, resnets: number of kernels per dynamic convolution (arXiv 1912.03458), used in the first layer and in the projections of shortcuts; DynaShare's program has 4", int, low=0, high=64, metavar="K", shown="none are dynamic")
-    causal: bool | None = setting(None, "mimic3: no block sees hours after the one that is predicted; with --no-causal blocks see the whole series, as published. Gates of dynashare see the whole series either way", bool, negatable=True)
+    causal: bool = setting(True, "mimic3: no block sees hours after the one that is predicted; with --no-causal blocks see the whole series, as published. Gates of dynashare see the whole series either way", bool, negatable=True)
     model_path: str | None = setting(None, "initial weights", metavar="FILE")
     pretrained: bool | None = setting(None, "start from timm's ImageNet weights rather than random ones", bool, negatable=True)
     checkpoint_activations: bool = setting(False, "recompute activations in the backward pass instead of keeping them: less memory, more time", bool)
@@ -181,6 +181,8 @@ class MultiTaskSettings(
 ):
     """Settings of ``train_mtl.py``."""
 
+    description: ClassVar[str] = "Learn which blocks of one network each of several tasks runs, train again under sampled policies, and test. Without options, run AdaShare on Scenes, a generated benchmark."
+    epilog: ClassVar[str] = f"Defaults that are not shown depend on the benchmark, the number of tasks and the method; they are the published values where there are any (taps/settings/published). {STATUS}"
     resize: int = 256
 
     def __post_init__(self) -> None:

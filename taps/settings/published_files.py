@@ -52,16 +52,19 @@ def is_published(values: Mapping[str, Any]) -> bool:
     return isinstance(values.get("dataload"), Mapping) and isinstance(values.get("train"), Mapping)
 
 
-def places_of_subjects(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what the fork for ABCD, whose program divides subjects, says of images and labels; other contents as they are."""
+def places_of_subjects(values: Mapping[str, Any], path: Path, ignore_unknown: bool) -> dict[str, Any] | None:
+    """Return what a settings file of the fork for ABCD, whose program divides subjects, says of images and labels.
+
+    Like :func:`translate` it returns ``None`` for other files.
+    """
     if not is_published(values):
-        return values
+        return None
     found = {"images": values["dataload"].get("img_dataroot"), "labels": values["dataload"].get("label_dataroot")}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = False) -> dict[str, Any]:
-    """Return the settings of ``train_mtl.py`` that a published settings file stands for.
+def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool) -> dict[str, Any] | None:
+    """Return the settings of ``train_mtl.py`` that a published settings file stands for, ``None`` for a file of this program.
 
     The weight of NYUv2's normals is divided by 4, since the loss here is 4 times as large, and MIMIC-III's loss weights are squared,
     since the program applies them twice. Lengths of the fork for ABCD, which are epochs of parts of the data, stay the preset's, as do
@@ -75,6 +78,8 @@ def translate(values: Mapping[str, Any], path: Path, ignore_unknown: bool = Fals
     Raises:
         UserError: for an unknown entry, data set, backbone or policy.
     """
+    if not is_published(values):
+        return None
     flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = value if isinstance(value, Mapping) else None

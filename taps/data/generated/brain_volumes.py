@@ -19,7 +19,6 @@ brightness carry no information. The table also has families and sites. No data 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,37 +27,13 @@ from tqdm import tqdm
 from taps.data.generated.tree import make_tree
 from taps.data.multi_label import SPLITS
 from taps.data.records.subjects import list_path
-from taps.errors import UserError
+from taps.settings.data import BrainRecipe
+from taps.settings.declare import as_dict, check_values
 from taps.storage.files import csv_text, write_text
 
 _VERSION = 4
 CATEGORIES, NUMBERS = ("diagnosis", "sex"), ("interview_age", "picvocab")
 COLUMNS = ("subjectkey", "interview_age", "sex", "diagnosis", "picvocab", "rel_family_id", "site_id_l")
-
-
-@dataclass(frozen=True)
-class BrainRecipe:
-    """Recipe of generated volumes.
-
-    Attributes:
-        side: side of the cube in voxels.
-        train, val, test: number of subjects.
-        noise: standard deviation of the noise of a voxel, in units of the tissue's brightness.
-        label_noise: standard deviation of the noise of the targets' factors, which themselves have about 1.
-        missing_numbers, missing_categories: share of the training labels that are missing; in the other splits a twentieth
-            of it. Tasks with few labels gain most from sharing.
-        seed: seed of all random choices.
-    """
-
-    side: int = 24
-    train: int = 320
-    val: int = 200
-    test: int = 300
-    noise: float = 0.15
-    label_noise: float = 0.35
-    missing_numbers: float = 0.4
-    missing_categories: float = 0.75
-    seed: int = 0
 
 
 def make_brain(random: np.random.Generator, accord: float, grain: float, side: int, noise: float) -> np.ndarray:
@@ -98,17 +73,9 @@ def make_brains(root: Path, recipe: BrainRecipe | None = None) -> None:
         UserError: if ``root`` holds other data, or for an invalid recipe.
     """
     recipe = recipe or BrainRecipe()
-    shares = (recipe.missing_numbers, recipe.missing_categories)
-    large_enough = recipe.side >= 16 and min(recipe.train, recipe.val, recipe.test) >= 6
-    if not (
-        large_enough
-        and 0 <= min(shares) <= max(shares) < 0.9
-        and min(recipe.noise, recipe.label_noise, recipe.seed) >= 0
-    ):
-        raise UserError(
-            "brains need 16 voxels per side, six subjects per split, less than 0.9 of the labels missing, and no negative number"
-        )
-    make_tree(root, {"version": _VERSION, "brains": asdict(recipe)}, lambda building: _write(building, recipe))
+    check_values(recipe)
+    about = {"version": _VERSION, "brains": as_dict(recipe, BrainRecipe)}
+    make_tree(root, about, lambda building: _write(building, recipe))
 
 
 def _write(root: Path, recipe: BrainRecipe) -> None:

@@ -14,7 +14,6 @@ So ``ihm`` and ``pheno`` share everything, ``los`` has nothing in common with ei
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,8 @@ from taps.data.generated.tree import make_tree
 from taps.data.multi_label import SPLITS
 from taps.data.records.mimic3 import fit_normalizer
 from taps.data.records.mimic3_lists import PHENOTYPES, folder_of
-from taps.errors import UserError
+from taps.settings.data import StayRecipe
+from taps.settings.declare import as_dict, check_values
 from taps.storage.files import csv_text, write_json, write_text
 
 _VERSION = 3
@@ -84,23 +84,6 @@ _MEASURED = {"Glucose": 0.25, "pH": 0.15, "Oxygen saturation": 0.9, "Fraction in
              "Capillary refill rate": 0.05}  # fmt: skip
 _LISTS = "filename,length of stay,in-hospital mortality task (pos;mask;label),length of stay task (masks;labels)," \
     "phenotyping task (labels),decompensation task (masks;labels)"  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StayRecipe:
-    """Recipe of generated stays.
-
-    Attributes:
-        train, val, test: number of stays; one patient in five has two.
-        noise: standard deviation of a measurement's noise, relative to the spread between patients.
-        seed: seed of all random choices.
-    """
-
-    train: int = 400
-    val: int = 160
-    test: int = 400
-    noise: float = 0.15
-    seed: int = 0
 
 
 def make_stay(random: np.random.Generator, noise: float) -> tuple[list[list[str]], dict]:
@@ -195,9 +178,9 @@ def make_stays(root: Path, recipe: StayRecipe | None = None) -> None:
         UserError: if ``root`` holds other data, or for an invalid recipe.
     """
     recipe = recipe or StayRecipe()
-    if min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.noise <= 10 or recipe.seed < 0:
-        raise UserError("stays need at least one stay per split, a noise in 0..10 and a seed of at least 0")
-    make_tree(root, {"version": _VERSION, "stays": asdict(recipe)}, lambda building: _write(building, recipe))
+    check_values(recipe)
+    about = {"version": _VERSION, "stays": as_dict(recipe, StayRecipe)}
+    make_tree(root, about, lambda building: _write(building, recipe))
 
 
 def _write(root: Path, recipe: StayRecipe) -> None:

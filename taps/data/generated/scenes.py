@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +29,12 @@ from tqdm import tqdm
 from taps.data.dense.adashare_layout import SCENE_CLASSES
 from taps.data.generated.tree import make_tree
 from taps.data.multi_label import IGNORE_INDEX
-from taps.errors import UserError
+from taps.settings.data import SceneRecipe
+from taps.settings.declare import as_dict, check_values
 from taps.storage.files import write_json
 
 _VERSION = 1
 _FLOOR, _CEILING, _WALL, _SPHERE, _BOX, _CYLINDER, _CONE = range(len(SCENE_CLASSES))
-
-
-@dataclass(frozen=True)
-class SceneRecipe:
-    """Recipe of generated scenes.
-
-    Attributes:
-        size: (height, width) in pixels.
-        train, val, test: number of scenes.
-        difficulty: number of objects and strength of textures, shadows and noise, 0..1.
-        seed: seed of all random choices.
-    """
-
-    size: tuple[int, int] = (64, 64)
-    train: int = 480
-    val: int = 80
-    test: int = 160
-    difficulty: float = 0.5
-    seed: int = 0
 
 
 class _View:
@@ -307,9 +288,8 @@ def make_scenes(root: Path, recipe: SceneRecipe | None = None) -> None:
         UserError: if ``root`` holds other data, or for an invalid recipe.
     """
     recipe = recipe or SceneRecipe()
-    if min(recipe.size) < 16 or min(recipe.train, recipe.val, recipe.test) < 1 or not 0 <= recipe.difficulty <= 1:
-        raise UserError("scenes need 16 pixels per side, one scene per split and a difficulty in 0..1")
-    about = {"version": _VERSION, **asdict(recipe), "size": list(recipe.size)}
+    check_values(recipe)
+    about = {"version": _VERSION, **as_dict(recipe, SceneRecipe), "size": list(recipe.size)}
     make_tree(root, about, lambda building: _write(building, recipe))
 
 
