@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from taps.core.execution import Execution
 from taps.core.find import choose, find_everything
-from taps.core.modules import computed_tensors, evaluating, first_input
-from taps.core.network import Network, inner_first
+from taps.core.modules import computed_tensors, evaluating
+from taps.core.network import NO_INPUT, Network, inner_first
 from taps.errors import UserError, check_known, unknown
 from taps.methods.registry import METHODS
 from taps.multitask import mixed_batch, shared_pass
 from taps.multitask.macs import macs
+from taps.multitask.trees import tensors
 from taps.networks import backbones, preprocessing
 from taps.networks.classifier import attach_head, classifier_layers, without_classifier
 from taps.networks.heads import make_head
@@ -27,8 +28,6 @@ from taps.networks.origin import checked, described, rebuild
 from taps.storage import hub, run_folder, task_file
 from taps.storage.files import read_tensors, write_tensors
 from taps.storage.library import Library, TaskCache
-
-_NONE = object()
 
 
 def adapt(
@@ -240,6 +239,8 @@ class TaskModel(Network):
         self._preprocessing = preprocessing.of_network(net)
         super().__init__(net, *args, **kwargs)
         self._about: dict[str, dict] = {}
+        #: what a library's files, which may be read again, do not replace
+        self._described_by_user: dict[str, dict] = {}
         self._compact: dict[str, bool] = {}  # whether files of the task were packed
         self._cache: TaskCache | None = None
         self._mixable = mixed_batch.Mixable()
@@ -279,7 +280,11 @@ class TaskModel(Network):
             if task not in self.heads and not (cache and task in cache):
                 raise unknown("task", task, self.tasks, "" if self.tasks else "add it with add_task or load_task")
         with cache.holding([task for task in tasks if task in cache]) if cache else ExitStack():
+            heads = {task: self.heads[task] for task in tasks}
             yield
+            for task, head in heads.items():  # another thread's change would give parts of two versions
+                if self.heads.get(task) is not head:
+                    raise UserError(f"task {task!r} was removed or replaced while it ran; call again")
 
     def remove_task(self, task: str) -> None:
         """Remove a task and everything that belongs to it; files are not changed."""
@@ -288,6 +293,7 @@ class TaskModel(Network):
             self._cache.forget(task)
         self.forget(task)
         self._about.pop(task, None)
+        self._described_by_user.pop(task, None)
         self._compact.pop(task, None)
 
     def describe_task(self, task: str, **about: object) -> None:
@@ -301,6 +307,7 @@ class TaskModel(Network):
         if names is not None and outputs is not None and len(names) != outputs:
             raise UserError(f"task {task!r} has {outputs} outputs, classes= has {len(names)} names")
         self._about[task] = both
+        self._described_by_user[task] = {key: both[key] for key in about if key in both}
 
     def about(self, task: str) -> dict:
         """Return what is stored about a task besides its weights: class names, preprocessing, accuracy and so on."""
@@ -360,11 +367,13 @@ class TaskModel(Network):
         with self._loaded([] if task is None else [task]), self.state.running(task):
             yield
 
-    def features(self, x, task: str | Execution | None = None, **inputs):
+    def features(self, x=NO_INPUT, task: str | Execution | None = None, **inputs):
         with self._loaded([task] if isinstance(task, str) else []):
             return super().features(x, task, **inputs)
 
-    def forward(self, x=_NONE, task: str | Sequence[str] | None = None, tasks: Sequence[str] | None = None, **inputs):
+    def forward(
+        self, x=NO_INPUT, task: str | Sequence[str] | None = None, tasks: Sequence[str] | None = None, **inputs
+    ):
         """Run one task, a batch whose samples belong to different tasks, or several tasks on the same samples.
 
         Args:
@@ -386,10 +395,12 @@ class TaskModel(Network):
         """
         if getattr(self, "_is_replica", False):
             raise UserError("nn.DataParallel copies a model without its parameters; use DistributedDataParallel")
-        args = () if x is _NONE else (x,)
+        args = () if x is NO_INPUT else (x,)
         if not args and not inputs:
             raise UserError("the model was called without an input")
         if tasks is not None:
+            if task is not None:
+                raise UserError("give task= or tasks=, not both")
             names = self._names(tasks)
             if self.training:
                 self.hold_buffers()
@@ -402,7 +413,7 @@ class TaskModel(Network):
             with self._loaded([task]):
                 return self.heads[task](self.run(task, args, inputs))
         names = list(task)
-        size = len(first_input(args, inputs))
+        size = len(next(iter(tensors((args, inputs))), ()))
         if len(names) != size:
             raise UserError(f"task= has {len(names)} names for a batch of {size} samples; give one for each sample")
         if not names:
@@ -422,7 +433,7 @@ class TaskModel(Network):
         """Return each of the tasks once; ``None``: all."""
         return self.tasks if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
 
-    def predict(self, x=_NONE, tasks: Sequence[str] | None = None, **inputs) -> dict[str, Tensor]:
+    def predict(self, x=NO_INPUT, tasks: Sequence[str] | None = None, **inputs) -> dict[str, Tensor]:
         """Return every task's output on the same batch, in evaluation mode and without gradients.
 
         A part of the network that two tasks share and that gets the same input from both is computed once. With
@@ -439,7 +450,7 @@ class TaskModel(Network):
         """
         names = self._names(tasks)
         at_once = max(self._cache.keep if self._cache else len(names), 1)  # at most those that a library may hold
-        args = () if x is _NONE else (x,)
+        args = () if x is NO_INPUT else (x,)
         outputs = {}
         with torch.inference_mode(False), torch.no_grad():
             args, inputs = shared_pass.outside_of_inference(args, inputs)
@@ -449,21 +460,22 @@ class TaskModel(Network):
                     outputs.update(shared_pass.outputs(self, self._shared, args, inputs, some))
         return outputs
 
-    def predict_cost(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, int]:
-        """Return the multiply-accumulate operations (MACs) of :meth:`predict` on ``x``: convolutions, matrix products, attention.
+    def predict_cost(self, x=NO_INPUT, tasks: Sequence[str] | None = None, **inputs) -> dict[str, int]:
+        """Return the multiply-accumulate operations (MACs) of :meth:`predict` on a batch: convolutions, matrix products, attention.
 
         Returns:
             ``macs``, the network's MACs for all tasks in one pass; ``macs_separate``, its MACs for one separate
             pass per task; ``macs_heads``, the MACs of the heads, which are added to either.
         """
         names = self._names(tasks)
+        args = () if x is NO_INPUT else (x,)
         with self._loaded(names), evaluating(self), torch.no_grad():
-            self._shared.check_copies((x,), {})
+            self._shared.check_copies(args, inputs)
             heads = separate = 0
             for task in names:
-                separate += macs(self.run, task, (x,), {})
-                heads += macs(self.heads[task], self.run(task, (x,), {}))
-            one_pass = macs(shared_pass.outputs, self, self._shared, (x,), {}, names)
+                separate += macs(self.run, task, args, inputs)
+                heads += macs(self.heads[task], self.run(task, args, inputs))
+            one_pass = macs(shared_pass.outputs, self, self._shared, args, inputs, names)
         return {"macs": one_pass - heads, "macs_separate": separate, "macs_heads": heads}
 
     def predictor(self, tasks: Sequence[str] | None = None) -> nn.Module:
@@ -545,7 +557,7 @@ class TaskModel(Network):
         with torch.inference_mode(False):  # inference tensors could not be used elsewhere
             description = task_file.load(self, folder, task, head, trainable, METHODS.get, make_head)
         kept = ("classes", "preprocessing") if trainable else None
-        self._about.setdefault(task, _about(description, kept))
+        self._about[task] = {**_about(description, kept), **self._described_by_user.get(task, {})}
         self._compact[task] = bool(description.get("compact")) and not trainable
 
     def save_pretrained(self, folder: str | Path, tasks: Sequence[str] | None = None) -> Path:
@@ -625,6 +637,8 @@ class TaskModel(Network):
         if task not in self.heads:
             with torch.no_grad():
                 self._load(folder, task)
+            if self._cache:
+                self._cache.library.descriptions[task] = task_file.read_description(folder)
 
     def merge(self, task: str) -> nn.Module:
         """Return an ordinary network, without any class of this library, that gives the same outputs as ``model(x, task)``.

@@ -505,7 +505,7 @@ def test_fit_leaves_the_generator_and_asks_the_user_for_what_it_needs():
     assert torch.equal(torch.rand(3), expected)
     for options, message in (
         ({"accelerator": Accelerator(cpu=True, gradient_accumulation_steps=4)}, "accumulate="),
-        ({"patience": 2}, "give val_loader="),
+        ({"patience": 2}, "needs val_loader="),
     ):
         with pytest.raises(taps.UserError, match=message):
             taps.fit(fresh(), "a", DataLoader(samples(), 20), epochs=1, **options)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from types import MethodType
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+#: names of the attributes that every module has
+OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def first_input(args: tuple, kwargs: dict):
     """Return the first argument of a call, which is the input that gates see."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def at_rows(args: tuple, kwargs: dict, rows: Tensor) -> tuple[tuple, dict]:
+    """Return the arguments of a call for some of its samples; what does not have a row per sample belongs to all."""
+    count = len(first_input(args, kwargs))
+
+    def cut(value):
+        return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
 
 class TaskDict(nn.Module):
@@ -92,6 +109,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers:
     plain._parameters = dict(module._parameters)
     plain._modules = dict(module._modules)
     _rebind(module, plain)
+    if not type(module).__module__.startswith(("torch.", "timm.")):  # which keep nothing from call to call
+        _hand_back(module, plain)
     if copy_buffers:
         plain._buffers = {
             name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
@@ -127,14 +146,48 @@ def _rebind(module: nn.Module, plain: nn.Module) -> None:
     own.update({name: {} for name in _caches(module)})
 
 
+def _hand_back(module: nn.Module, plain: nn.Module) -> None:
+    """Give a module the attributes that a shallow copy of it sets when it is called, which the network may read."""
+    before = dict(vars(plain))
+
+    def after(plain: nn.Module, args: object, output: object) -> None:
+        changed = {name: value for name, value in vars(plain).items() if before.get(name, before) is not value}
+        vars(module).update({name: value for name, value in changed.items() if name not in OF_MODULES})
+        before.update(changed)
+
+    plain._forward_hooks = OrderedDict(module._forward_hooks)
+    plain._forward_hooks[-1] = after  # torch counts from 0
+
+
+class _Modes(NamedTuple):
+    """The modules of one that were in training mode, and a list with an entry per thread that uses it in evaluation mode."""
+
+    training: list[nn.Module]
+    users: list[None]
+
+
+_MODES: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+_MODES_LOCK = Lock()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Use evaluation mode inside the ``with`` block and restore each module's mode afterwards."""
-    modes = [inner for inner in module.modules() if inner.training] if module.training else []
-    if modes:
-        module.eval()
+    """Use evaluation mode inside the ``with`` block and restore each module's mode afterwards, when the last thread leaves it."""
+    look = getattr(module, "in_training", None)
+    with _MODES_LOCK:
+        held = _MODES.get(module)
+        if held is None and (module.training if look is None else look()):
+            held = _MODES[module] = _Modes([inner for inner in module.modules() if inner.training], [])
+            module.eval()
+        if held is not None:
+            held.users.append(None)
     try:
         yield
     finally:
-        for inner in modes:
-            inner.training = True
+        if held is not None:
+            with _MODES_LOCK:
+                held.users.pop()
+                if not held.users:
+                    _MODES.pop(module, None)
+                    for inner in held.training:
+                        inner.training = True

@@ -37,6 +37,10 @@ class Origin(NamedTuple):
     units: tuple[str, ...]
 
 
+#: default of the first argument of calls, for networks that take named inputs only
+NO_INPUT: Any = object()
+
+
 class Network(nn.Module):
     """A base network whose units and norms may differ between tasks.
 
@@ -284,9 +288,9 @@ class Network(nn.Module):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def features(self, x, task: str | Execution | None = None, **inputs):
+    def features(self, x=NO_INPUT, task: str | Execution | None = None, **inputs):
         """Return the backbone's output for ``task`` (``None``: the base alone); further inputs are passed to the network."""
-        return self.run(task, (x,), inputs)
+        return self.run(task, () if x is NO_INPUT else (x,), inputs)
 
     def run(self, task: str | Execution | None, args: tuple, kwargs: dict):
         """Call the backbone with ``task``: a task's name, ``None`` or an :class:`taps.core.execution.Execution`."""
@@ -343,21 +347,41 @@ class Network(nn.Module):
             module.training = False
         return self
 
+    def in_training(self) -> bool:
+        """Return whether the model, its network or one of its units or norms is in training mode."""
+        parts = (self, self.backbone, *self._units, *self._norms)
+        return any(part.training for part in parts)
+
+    def load_state_dict(self, *args, **kwargs):
+        found = super().load_state_dict(*args, **kwargs)
+        self._prepare_again()
+        return found
+
+    def _prepare_again(self) -> None:
+        """Take into account that tensors of loaded tasks have changed."""
+        for place in (*self._units, *self._norms):
+            for task in [task for task in place.ready if task is not None]:
+                place.prepare(task)
+
     def _apply(self, fn, *args, **kwargs):
         like = next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.empty(0))
         new = fn(torch.empty(0, dtype=like.dtype, device=like.device))
         changes, widened = new.dtype != like.dtype and not self.train_base, new.itemsize > like.itemsize
         known = self.fingerprint() if changes else ""
+        gates = [unit.gates[task] for unit in self._units for task in unit.gates]
+        scores = [(gate, name, own.data) for gate in gates for name, own in gate.named_parameters(recurse=False)]
         super()._apply(fn, *args, **kwargs)
+        for gate, name, before in scores:  # a score that is rounded could pass its threshold
+            own = getattr(gate, name)
+            if own.dtype.itemsize < before.dtype.itemsize:
+                own.data = before.to(own.device)
         if (
             changes
         ):  # in another precision it is still the base that tasks were made for, unless rounded and widened again
             self._fingerprint = None  # new tensors may lie where the old ones did
             self._converted = None if widened and self._is_rounded else (fingerprint(self._weights()), known)
             self._is_rounded = self._is_rounded or not widened
-        for place in (*self._units, *self._norms):
-            for task in [task for task in place.ready if task is not None]:
-                place.prepare(task)
+        self._prepare_again()
         return self
 
     # -- what a task has learned ---------------------------------------------------------------------------------

@@ -191,8 +191,11 @@ class TaskNorm(Place):
         for norm in (self.base, *(self.norms[task] for task in self.norms if tasks)):
             for inner in norm.modules():
                 if isinstance(inner, nn.modules.batchnorm._BatchNorm):
-                    momentum = inner.__dict__.setdefault("_momentum", inner.momentum)
-                    inner.momentum = 0.0 if frozen else momentum
+                    if frozen:
+                        inner.__dict__.setdefault("_momentum", inner.momentum)
+                        inner.momentum = 0.0
+                    elif "_momentum" in inner.__dict__:
+                        inner.momentum = inner.__dict__.pop("_momentum")
 
     def train(self, mode: bool = True) -> TaskNorm:
         super().train(mode)

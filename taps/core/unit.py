@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from taps.core.delta import Deltas, add_delta
 from taps.core.execution import Place, State, plain_state
 from taps.core.gate import Decision, Gate
-from taps.core.modules import TaskDict, first_input, with_tensors, without_caches
+from taps.core.modules import TaskDict, at_rows, first_input, with_tensors, without_caches
 from taps.errors import UserError
 
 
@@ -52,14 +52,14 @@ class GatedUnit(Place):
     def _blend(self, task: str | None, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         """Evaluate the equation with a tensor ``run``: one value for all samples, or one value per sample, shape (B,)."""
         f = self._effective(task, decision)
-        relaxed = self.training and (run.requires_grad or not bool(((run == 0) | (run == 1)).all()))
-        if run.dim() == 0 or relaxed:
+        if run.dim() == 0 or (self.training and (run.requires_grad or not bool(((run == 0) | (run == 1)).all()))):
             y = f(*args, **kwargs)
             run = run.reshape(-1, *[1] * (y.dim() - 1)) if run.dim() else run
             return run * y + (1 - run) * self.state.again(self.shortcut, x)
         y = self.shortcut(x)
         rows = run.nonzero().flatten()  # the unit is not computed for samples that skip it
-        return y.index_copy(0, rows, f(x[rows], *args[1:], **kwargs).to(y.dtype)) if rows.numel() else y
+        args, kwargs = at_rows(args, kwargs, rows)
+        return y.index_copy(0, rows, f(*args, **kwargs).to(y.dtype)) if rows.numel() else y
 
     def __init__(
         self, name: str, base: nn.Module, names: tuple[str, ...], state: State, shortcut: nn.Module | None = None

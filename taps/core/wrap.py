@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from taps.core.execution import Place, State
 from taps.core.find import Found, find_layers, is_norm
+from taps.core.modules import OF_MODULES
 from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
@@ -67,10 +70,9 @@ def wrap(
         for child_name, child in list(parent._modules.items()):
             if id(child) in replacement:
                 parent._modules[child_name] = replacement[id(child)]
-        for name, value in list(
-            vars(parent).items()
-        ):  # layers that the network also holds in a list, and may call there
-            if not name.startswith("_") and _holds(value, replacement):
+        # Layers that the network also holds in a list or the like, and may call there.
+        for name, value in list(vars(parent).items()):
+            if name not in OF_MODULES and _holds(value, replacement):
                 vars(parent)[name] = _with_places(value, replacement)
                 state.hides_layers = True
     for wrapper in units:
@@ -82,19 +84,32 @@ def wrap(
 
 
 def _holds(value: Any, replacement: dict[int, nn.Module]) -> bool:
-    """Return whether a plain attribute is or holds one of the modules."""
-    inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
-    return id(value) in replacement or any(_holds(one, replacement) for one in inner)
+    """Return whether a plain attribute is or holds one of the modules, or a method of one."""
+    inner = value if isinstance(value, (list, tuple, set, deque)) else ()
+    if isinstance(value, dict):
+        inner = (*value, *value.values())
+    held = value.__self__ if isinstance(value, MethodType) else value
+    return id(held) in replacement or any(_holds(one, replacement) for one in inner)
 
 
 def _with_places(value: Any, replacement: dict[int, nn.Module]) -> Any:
     """Return a plain attribute with the modules in it replaced; lists and dictionaries keep their identity."""
     if isinstance(value, nn.Module):
         return replacement.get(id(value), value)
-    if type(value) is list:
-        value[:] = [_with_places(one, replacement) for one in value]
-    elif type(value) is dict:
-        value.update({key: _with_places(one, replacement) for key, one in value.items()})
-    elif type(value) is tuple:
-        return tuple(_with_places(one, replacement) for one in value)
+    if isinstance(value, MethodType):
+        place = replacement.get(id(value.__self__))
+        if place is None:
+            return value
+        is_call = value.__name__ in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+        return place if is_call else getattr(place, value.__name__)
+    if isinstance(value, dict):
+        items = [tuple(_with_places(one, replacement) for one in item) for item in value.items()]
+        value.clear()
+        value.update(items)
+    elif isinstance(value, (list, tuple, set, deque)):
+        inner = [_with_places(one, replacement) for one in value]
+        if isinstance(value, tuple):
+            return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(inner)
     return value

@@ -49,6 +49,8 @@ class MixedBatch:
     def run(self, place: Place, args: tuple, kwargs: dict):
         """Run a unit or norm once on the rows of all tasks that share it, and separately on the rows of each other task."""
         x = first_input(args, kwargs)
+        if not isinstance(x, Tensor):
+            raise Inseparable("the input of a layer is not a tensor")
         rows = self.rows(len(x))
         decisions, closed = {}, {}
         groups: dict[Hashable, list[str]] = {}
@@ -94,7 +96,7 @@ def split(tree, sizes: list[int]) -> list:
     leaves, build = flatten(tree)
     cut = []
     for leaf in leaves:
-        each = len(leaf) // sum(sizes) if isinstance(leaf, Tensor) and leaf.dim() else 0
+        each = _rows_per_sample(leaf, sum(sizes))
         cut.append(leaf.split([each * size for size in sizes]) if each else None)
     return [
         build([leaf if part is None else part[index] for leaf, part in zip(leaves, cut, strict=True)])
@@ -102,12 +104,23 @@ def split(tree, sizes: list[int]) -> list:
     ]
 
 
+def _rows_per_sample(leaf: object, count: int) -> int:
+    """Return how many rows of a tensor belong to each of ``count`` samples; 0 for what belongs to all of them, such as a mask of
+    positions."""
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return 0
+    each, rest = divmod(len(leaf), count)
+    is_of_positions = each != 1 and leaf.dim() == 2 and leaf.shape[0] == leaf.shape[1]
+    return 0 if rest or is_of_positions else each
+
+
 def _concatenated(trees: list):
     if len(trees) == 1:
         return trees[0]
     flat = [flatten(tree) for tree in trees]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return flat[0][1]([torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns])
+    # What belongs to all samples was not cut, and is the same tensor in every tree.
+    return flat[0][1]([torch.cat(c) if isinstance(c[0], Tensor) and c[0] is not c[1] else c[0] for c in columns])
 
 
 class Mixable:
@@ -133,7 +146,7 @@ class Mixable:
 
     @torch.no_grad()
     def _find_out(self, model: Network, args: tuple, kwargs: dict) -> str | None:
-        x = first_input(args, kwargs)
+        x = next(iter(tensors((args, kwargs))))
         noise = torch.randn(
             x[:1].shape, generator=torch.Generator().manual_seed(0)
         )  # leaves the run's own random state unchanged

@@ -10,6 +10,7 @@ In-place activations work on copies where this does not change results.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import wraps
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_structure
 
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import OneTask, Place, State
-from taps.core.modules import computed_tensors, evaluating, first_input
+from taps.core.modules import OF_MODULES, computed_tensors, evaluating, first_input
 from taps.core.network import Network
+from taps.errors import UserError
 from taps.multitask.trees import flatten, map_tensors, run_head, tensors
 
 
@@ -34,6 +36,8 @@ class SharedPass:
         self.tasks, self.hides_layers = tuple(tasks), hides_layers
         self.records: dict[Hashable, list[_Record]] = {}
         self.is_inside = False
+        #: ids of the modules of which an attribute was set, so that inputs alone do not determine their outputs
+        self.touched: set[int] = set()
         #: ids of the tensors that several tasks may get: the call's own and outputs in the records, which keep them alive
         self.common: set[int] = set()
         self._keys: dict[tuple[int, str], Hashable | None] = {}
@@ -116,10 +120,16 @@ class OneOfSeveral(OneTask):
 
 
 class _Record:
-    """A call of a module: its inputs and output, and their versions at that time."""
+    """A call of a module: its inputs and output, and their versions at that time.
 
-    def __init__(self, inputs: list, structure: object) -> None:
+    A task that calls a module twice gets an output for each call, as without records: random modules draw twice, and in a program
+    that is being exported, where tensors have no values, calls are told apart by their order.
+    """
+
+    def __init__(self, inputs: list, structure: object, task: str) -> None:
         self.inputs, self.input_versions, self.structure = inputs, versions(inputs), structure
+        #: those that have its output
+        self.tasks = {task}
         self.output: object = None
 
     def answered(self, output: object, parts: list) -> None:
@@ -139,6 +149,7 @@ class _Record:
 def _is_equal(a: object, b: object, by_value: bool) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = by_value and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+        alike = alike and a.requires_grad == b.requires_grad
         return alike and (torch.compiler.is_exporting() or torch.equal(a, b))
     return type(a) is type(b) and isinstance(a, (int, float, str, bool, torch.Size, torch.dtype)) and a == b
 
@@ -174,6 +185,8 @@ class SharedView:
     def _forget(self) -> None:
         self._seen: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._places: dict[int, list[Place]] = {}
+        self._collections: dict[int, list] = {}
+        self._classes: dict[type, type] = {}
         #: whether in-place activations work on copies, unless the network relies on the change of their input
         self.copies = True
         self._is_checked = False
@@ -212,9 +225,25 @@ class SharedView:
             self._places[id(module)] = [inner for inner in module.modules() if isinstance(inner, Place)]
         return self._places[id(module)]
 
+    def contents(self, module: nn.Module) -> list[tuple[int, ...]]:
+        """Return what the lists and dictionaries hold that are attributes of a module or of its parts, by identity."""
+        if id(module) not in self._collections:
+            plain = (value for part in module.modules() for name, value in vars(part).items() if name not in OF_MODULES)
+            self._collections[id(module)] = [value for value in plain if isinstance(value, (list, dict, set, deque))]
+        held = self._collections[id(module)]
+        return [tuple(map(id, one.values() if isinstance(one, dict) else one)) for one in held]
+
     def is_common(self, module: nn.Module) -> bool:
         """Return whether a module without places is the same object for all tasks."""
         return self.common is None or id(module) in self.common or id(module) in self.of_some or not module._modules
+
+    def _remembering(self, kind: type) -> type:
+        if kind not in self._classes:
+            names = {"__slots__": ("_taps_module", "_taps_view"), "__module__": kind.__module__}
+            self._classes[kind] = type(
+                kind.__name__, (_Remembering, kind), {**names, "__qualname__": kind.__qualname__}
+            )
+        return self._classes[kind]
 
     def of(self, module: nn.Module) -> nn.Module:
         """Return this view's version of the module."""
@@ -222,12 +251,12 @@ class SharedView:
             return module
         known = self._seen.get(id(module))
         if known is None:
-            seen: Any = object.__new__(_remembering(type(module)))
+            seen: Any = object.__new__(self._remembering(type(module)))
             object.__setattr__(
                 seen, "__dict__", module.__dict__
             )  # shared state: modes, buffers and hooks are the module's
-            object.__setattr__(seen, "_view", self)
-            object.__setattr__(seen, "_module", module)
+            object.__setattr__(seen, "_taps_view", self)
+            object.__setattr__(seen, "_taps_module", module)
             known = self._seen[id(module)] = (seen, module)
         return known[0]
 
@@ -236,6 +265,9 @@ class _Remembering:
     """Mixin for the class of each module of a :class:`SharedView`."""
 
     __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        """Hide the class from what a network's own classes do with their subclasses."""
 
     @property
     def _modules(self) -> dict[str, nn.Module | None]:
@@ -254,7 +286,8 @@ class _Remembering:
     @property
     def inplace(self) -> bool:  # an activation that changes its input would invalidate the stored one
         view = _view_of(self)
-        return self.__dict__["inplace"] and (view is None or not view.copies)
+        own = self.__dict__["inplace"] if "inplace" in self.__dict__ else super().inplace  # type: ignore[misc]
+        return own and (view is None or not view.copies)
 
     @inplace.setter
     def inplace(self, value: bool) -> None:
@@ -262,7 +295,14 @@ class _Remembering:
 
     def _unseen(self) -> nn.Module:  # no plain name, which a parameter of the module might have
         """Return the module itself."""
-        return self if _view_of(self) is None else self._module  # type: ignore[attr-defined,return-value]
+        return self if _view_of(self) is None else self._taps_module  # type: ignore[attr-defined,return-value]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        view = _view_of(self)
+        call = None if view is None else view.state.call
+        if call is not None and isinstance(call.execution, OneOfSeveral):
+            call.execution.shared.touched.add(id(self._taps_module))  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str):
         child, view = self.__dict__["_modules"].get(name), _view_of(self)
@@ -277,9 +317,12 @@ class _Remembering:
         call = None if view is None else view.state.call
         if view is None or call is None or not isinstance(call.execution, OneOfSeveral) or call.look_for_checkpoints():
             return run(*args, **kwargs)
-        module, execution = self._module, call.execution  # type: ignore[attr-defined]
+        module, execution = self._taps_module, call.execution  # type: ignore[attr-defined]
         shared = execution.shared
         if shared.is_inside:
+            return run(*args, **kwargs)
+        if _is_touched(module, shared):
+            execution.has_differed = True
             return run(*args, **kwargs)
         is_of_some = id(module) in view.of_some
         is_own = id(module) in view.differing and not is_of_some
@@ -287,24 +330,30 @@ class _Remembering:
         if key is None:
             execution.has_differed |= is_own or shared.changes(module, execution.task)
             return run(*args, **kwargs)
-        inputs, structure = _leaves(args, kwargs)
+        inputs, form = _leaves(args, kwargs)
+        structure = (form, view.contents(module))
         differs = is_of_some or shared.differs(view, module, key)
         record = None
         if not execution.has_differed or shared.may_be_common(inputs):
             records = shared.records.setdefault((id(module), key), [])
             for known in records:
+                if execution.task in known.tasks:
+                    continue
                 if known.serves(inputs, structure, by_value=not execution.has_differed):
+                    known.tasks.add(execution.task)
                     execution.reused(module)
                     execution.has_differed |= differs
                     return known.output
-            record = _Record(inputs, structure)
+            record = _Record(inputs, structure, execution.task)
         shared.is_inside = view.of_some.get(id(module), True)
         try:
             output = run(*args, **kwargs)
         finally:
             shared.is_inside = False
         execution.has_differed |= differs
-        if record is not None:
+        if structure[1] != view.contents(module) or _is_touched(module, shared):
+            execution.has_differed = True
+        elif record is not None:
             parts = [output] if isinstance(output, Tensor) else flatten(output)[0]
             if all(isinstance(part, Tensor) for part in parts):
                 record.answered(output, parts)
@@ -313,9 +362,14 @@ class _Remembering:
         return output
 
 
+def _is_touched(module: nn.Module, shared: SharedPass) -> bool:
+    """Return whether an attribute of a module or of a part of it was set in this pass."""
+    return bool(shared.touched) and any(id(part) in shared.touched for part in module.modules())
+
+
 def _view_of(module: object) -> SharedView | None:
     try:
-        return object.__getattribute__(module, "_view")
+        return object.__getattribute__(module, "_taps_view")
     except AttributeError:  # made by the network's code, for example a slice of an ``nn.Sequential``
         return None
 
@@ -329,16 +383,6 @@ def _leaves(args: tuple, kwargs: dict) -> tuple[list, object]:
     if not kwargs and all(isinstance(value, Tensor) for value in args):
         return list(args), torch.is_grad_enabled()
     return flatten((args, kwargs))[0], (torch.is_grad_enabled(), tree_structure((args, kwargs)))
-
-
-_CLASSES: dict[type, type] = {}
-
-
-def _remembering(kind: type) -> type:
-    if kind not in _CLASSES:
-        body = {"__slots__": ("_module", "_view"), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        _CLASSES[kind] = type(kind.__name__, (_Remembering, kind), body)
-    return _CLASSES[kind]
 
 
 def outputs(model: Network, view: SharedView, args: tuple, kwargs: dict, tasks: Sequence[str]) -> dict[str, Tensor]:
@@ -443,8 +487,8 @@ class Predictor(nn.Module):
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_views"}
 
-    def forward(self, x: Tensor, **inputs) -> dict[str, Tensor]:
-        args, kwargs = outside_of_inference((x,), inputs)
+    def forward(self, x: Tensor | None = None, **inputs) -> dict[str, Tensor]:
+        args, kwargs = outside_of_inference(() if x is None else (x,), inputs)
         shared, found = SharedPass(self.tasks, self.state.hides_layers), {}
         with _outside_of_inference():
             each = zip(self.tasks, self._views, self.heads, _unchanged(args, kwargs), strict=False)
@@ -459,6 +503,8 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
     Raises:
         ValueError: if a decision depends on the input, so that no fixed network is equivalent.
     """
+    if not tasks:
+        raise UserError("a predictor needs at least one task")
     places = (*model.units, *model.task_norms)
     modules = {
         module: [inner for inner in module.modules() if isinstance(inner, Place)] for module in _parts(model.backbone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 
 #: classifiers that torchvision's networks have for training from random weights
@@ -77,9 +78,13 @@ def attach_head(net: nn.Module, head: nn.Module) -> nn.Module:
         type(head) is nn.Linear and head.bias is not None and not head._forward_hooks and not head._forward_pre_hooks
     )
     if is_plain and hasattr(net, "reset_classifier") and getattr(net, "num_classes", None) == 0:
-        net.reset_classifier(head.out_features)
+        before = {name for name, _ in net.named_parameters()}
+        with torch.random.fork_rng(devices=[]):  # its random weights are replaced at once
+            net.reset_classifier(head.out_features)
         own = net.get_classifier()
-        if isinstance(own, nn.Linear) and own.weight.shape == head.weight.shape:
+        made = {id(parameter) for name, parameter in net.named_parameters() if name not in before}
+        fits = isinstance(own, nn.Linear) and own.weight.shape == head.weight.shape
+        if fits and made <= {id(parameter) for parameter in own.parameters()}:  # VOLO makes a second one beside it
             own.load_state_dict(head.state_dict())
             return net.to(head.weight.device, head.weight.dtype)
         net.reset_classifier(0)

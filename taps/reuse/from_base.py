@@ -213,7 +213,9 @@ class Reuse:
     def product(self, task: str, unit: GatedUnit, decision: Decision) -> Product:
         """Return a task's product, prepared again if its weights have changed."""
         deltas = unit.deltas[task].parameters() if task in unit.deltas else ()
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in (*unit.base.parameters(), *deltas))
+        specific = decision.specific if isinstance(decision.specific, float) else id(decision.specific)
+        version: tuple = (decision.run, specific)
+        version += tuple((tensor.data_ptr(), tensor._version) for tensor in (*unit.base.parameters(), *deltas))
         known = self._products.get((task, unit.name))
         if known is None or known[0] != version:
             known = self._products[task, unit.name] = (version, Product(unit, task, decision))

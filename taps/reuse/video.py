@@ -71,6 +71,7 @@ class VideoReuse:
                 f"a frame of shape {tuple(x.shape)} came after those of {tuple(self._shape)}: call reset() where a video begins"
             )
         self._shape = x.shape
+        x = x.clone()  # the caller may write the next frame into the same memory
         number = frame if frame is not None else (0 if self.frame is None else self.frame + 1)
         key = self.frame is None or self._since_key + 1 >= self.key_every
         reuse, model = self.reuse, self.reuse.model

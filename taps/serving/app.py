@@ -104,6 +104,10 @@ class Service:
         async with self.uploads.receive(request) as wanted:
             received = time.perf_counter()
             tasks = self._find(wanted.tasks)
+            if len(wanted.images) > self.batches.most:
+                raise refusal(
+                    413, f"{len(wanted.images)} images are more than the {self.batches.most} that may wait at a time"
+                )
             try:
                 with self.batches.admit(len(wanted.images)):
                     images, macs = await asyncio.wait_for(self._answer(wanted, tasks), self.settings.timeout)
@@ -339,7 +343,8 @@ def make_app(service: Service, is_ready: Callable[[], Awaitable[bool]]) -> FastA
 
     async def allowed(request: Request) -> None:
         given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        # Headers come as Latin-1, whatever they were written in.
+        if token is not None and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode()):
             raise refusal(401, "send the header Authorization: Bearer TOKEN", **{"WWW-Authenticate": "Bearer"})
 
     @contextmanager

@@ -38,7 +38,7 @@ class Batches:
     def __init__(
         self, send: Callable[[int, Sequence[Item]], Awaitable[Sequence[Answer]]], groups: int, size: int, most: int
     ) -> None:
-        self._send, self._size, self._most = send, size, most
+        self._send, self._size, self.most = send, size, most
         self.admitted = 0
         self._waiting: list[deque[tuple[Item, asyncio.Future]]] = [deque() for _ in range(groups)]
         self._on_their_way = [0] * groups
@@ -51,8 +51,8 @@ class Batches:
         Raises:
             Busy: if there are too many already.
         """
-        if self.admitted + images > self._most:
-            raise Busy(f"{self.admitted} images are waiting already, and at most {self._most} may")
+        if self.admitted + images > self.most:
+            raise Busy(f"{self.admitted} images are waiting already, and at most {self.most} may")
         self.admitted += images
         try:
             yield

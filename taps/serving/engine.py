@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.metrics.cost import seconds
 from taps.runs.prediction import ranked
 from taps.serving.folder import ServedFolder, StoredTask
@@ -144,8 +146,9 @@ class Engine:
             answers[index].update(reasons)
         usable = [name for name in wanted if name not in reasons]
         top = max(items[index].top for index in members)
-        for name, output in self.model.predict(x, tasks=usable).items() if usable else ():
-            for index, own in zip(members, self._ranked(name, output, top), strict=True):
+        for name, output in _outputs(usable, lambda names: self.model.predict(x, tasks=names)).items():
+            every = [output] * len(members) if isinstance(output, str) else self._ranked(name, output, top)
+            for index, own in zip(members, every, strict=True):
                 answers[index][name] = own if isinstance(own, str) else own[: items[index].top]
 
     @torch.no_grad()
@@ -157,17 +160,32 @@ class Engine:
         ]
         for index, (name, _) in zip(members, asked, strict=True):
             answers[index][name] = reasons.get(name, CHANGED)
-        if usable:
-            outputs = self.model(x[usable], task=[asked[row][0] for row in usable])
-            for row, output in zip(usable, outputs, strict=True):
-                index, name = members[row], asked[row][0]
-                answers[index][name] = self._ranked(name, output[None], items[index].top)[0]
+
+        def run(names: Sequence[str]) -> dict[str, list]:
+            rows = [row for row in usable if asked[row][0] in names]
+            found: dict[str, list] = {name: [] for name in names}
+            for row, output in zip(rows, self.model(x[rows], task=[asked[row][0] for row in rows]), strict=True):
+                found[asked[row][0]].append((members[row], output))
+            return found
+
+        for name, of_rows in _outputs(list(dict.fromkeys(asked[row][0] for row in usable)), run).items():
+            if isinstance(of_rows, str):
+                answered = [members[row] for row in usable if asked[row][0] == name]
+                of_rows = [(index, of_rows) for index in answered]
+            for index, output in of_rows:
+                is_reason = isinstance(output, str)
+                answers[index][name] = output if is_reason else self._ranked(name, output[None], items[index].top)[0]
 
     def _ranked(self, name: str, output: Tensor, top: int) -> Sequence[tuple[tuple[str, float], ...] | str]:
         try:
-            return ranked(self.model, name, output, top)
+            found = ranked(self.model, name, output, top)
         except UserError as error:
             return [str(error)] * len(output)
+        finite = [all(math.isfinite(probability) for _, probability in own) for own in found]
+        return [
+            own if is_finite else f"the output of task {name!r} is not finite"
+            for own, is_finite in zip(found, finite, strict=True)
+        ]
 
     def _mark_changed(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
         """Withdraw answers of tasks whose files have changed meanwhile, since it is not known which ones were read."""
@@ -250,3 +268,15 @@ class Engine:
                 self._costs.clear()
             self._costs[key] = self.model.predict_cost(torch.zeros(1, *shape, device=self.device), names)
         return self._costs[key]
+
+
+def _outputs(names: Sequence[str], run: Callable[[Sequence[str]], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the tasks' outputs, run together or, if that fails, one by one; for a task that fails alone, the reason."""
+    if not names:
+        return {}
+    try:
+        return dict(run(names))
+    except Exception as error:  # whatever the network of a task raises concerns that task alone
+        if len(names) == 1:
+            return {names[0]: f"task {names[0]!r} cannot be run: {first_line(error, 200)}"}
+    return {name: output for one in names for name, output in _outputs([one], run).items()}
