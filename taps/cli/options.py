@@ -133,7 +133,12 @@ def _given(kind: type[S], arguments: Sequence[str], of_run: dict[str, Any] | Non
     )
     if _keeps_only_a_budget({**stored, **given}):  # settings.yaml has their defaults
         stored = {name: value for name, value in stored.items() if name not in _OF_PENALTIES}
-    for name, derived in (("input_size", "resize"), ("seed", "seeds"), ("seeds", "seed")):
+    derivations = [("input_size", "resize"), ("seed", "seeds"), ("seeds", "seed")]
+    if stored.get("shared_epochs") == stored.get("epochs"):
+        derivations.append(("epochs", "shared_epochs"))
+    if not stored.get("dataset"):  # the demo's phases are parts of its epochs
+        derivations += [("epochs", "warmup_epochs"), ("epochs", "settle_epochs")]
+    for name, derived in derivations:
         if name in given and given[name] != stored.get(name):
             stored.pop(derived, None)  # the file's belongs to the file's other value
     beaten = [
@@ -188,8 +193,14 @@ def _like_published(settings: A, given: Mapping[str, Any]) -> A:
     """The published program's choices that depend on others: torchvision's weights of ResNets, no margin around the crop, bilinear
     resizing, and folders' names that say nothing."""
     tagged = f"{settings.model_type}.tv_in1k"
-    record = Path(settings.result_path, settings.experiment_name or "demo", "settings.json")
-    is_older = settings.resume and record.is_file() and '"interpolation"' not in record.read_text(encoding="utf-8")
+    name = settings.experiment_name or ("" if settings.dataset else "demo")
+    record = Path(settings.result_path, name, "settings.json")
+    is_older = (
+        bool(name)
+        and settings.resume
+        and record.is_file()
+        and '"interpolation"' not in record.read_text(encoding="utf-8")
+    )
     known = re.fullmatch(r"resnet(18|34|50|101|152)", settings.model_type) and not settings.model_path
     return replace(
         settings,
@@ -320,6 +331,8 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
             given[name] = {**preset[name], **own}
     settings = build(MultiTaskSettings, {"task_weights": {}, "positive_weights": {}}, preset, given)
     changes: dict[str, Any] = {"resize": round((settings.input_size or 224) * 8 / 7)}
+    if "retrain" not in settings.phases and "exp_ids" not in given:
+        changes["exp_ids"] = None  # all that have been trained are tested
     if chosen:
         others = preset["task_weights"].keys() - set(chosen)
         changes["task_weights"] = {n: w for n, w in (settings.task_weights or {}).items() if n not in others}

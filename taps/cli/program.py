@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.stop_signals import Interrupted
 
 
@@ -44,6 +44,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         status = 130
+    except MemoryError as error:
+        print(f"error: out of memory{f': {error}' if str(error) else ''}; lower --batch_size", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which need not have been imported
+            raise
+        print(f"error: {first_line(error)} Lower --batch_size, or give --checkpoint_activations", file=sys.stderr)
+        status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1

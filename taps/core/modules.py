@@ -109,7 +109,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers:
     plain._parameters = dict(module._parameters)
     plain._modules = dict(module._modules)
     _rebind(module, plain)
-    if not type(module).__module__.startswith(("torch.", "timm.")):  # which keep nothing from call to call
+    if keeps_state(module):
         _hand_back(module, plain)
     if copy_buffers:
         plain._buffers = {
@@ -144,6 +144,11 @@ def _rebind(module: nn.Module, plain: nn.Module) -> None:
         held = tuple(plain if value is module else value for value in forward.args)
         own["forward"] = partial(forward.func, *held, **forward.keywords)
     own.update({name: {} for name in _caches(module)})
+
+
+def keeps_state(module: nn.Module) -> bool:
+    """Return whether a module may set attributes when it is called; those of torch and timm do not."""
+    return not type(module).__module__.startswith(("torch.", "timm."))
 
 
 def _hand_back(module: nn.Module, plain: nn.Module) -> None:

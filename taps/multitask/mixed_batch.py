@@ -16,7 +16,7 @@ from torch import Tensor
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import Place, State
 from taps.core.gate import Decision
-from taps.core.modules import evaluating, first_input
+from taps.core.modules import evaluating, first_input, keeps_state
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
 from taps.errors import Inseparable, UserError
@@ -161,6 +161,8 @@ class Mixable:
 
             return map_tensors(rows, (args, kwargs))  # type: ignore[return-value]
 
+        places = (*model.units, *model.task_norms)
+        held = [(place.base, dict(vars(place.base))) for place in places if keeps_state(place.base)]
         try:
             with evaluating(model.backbone), without_reentrant_warning():
                 for changed in (x[1:2], other):
@@ -171,6 +173,8 @@ class Mixable:
                         return "the network returns objects that cannot be cut into rows"
         except Inseparable as reason:
             return str(reason)
+        if any(before.get(name, before) is not value for base, before in held for name, value in vars(base).items()):
+            return "a layer keeps something from its calls"
         for before, after in zip(*seen, strict=True):
             half = len(before) // 2 if before.dim() else 0
             kept = half and len(before) % 2 == 0 and torch.equal(before[:half], after[:half])

@@ -227,11 +227,13 @@ class SharedView:
 
     def contents(self, module: nn.Module) -> list[tuple[int, ...]]:
         """Return what the lists and dictionaries hold that are attributes of a module or of its parts, by identity."""
-        if id(module) not in self._collections:
-            plain = (value for part in module.modules() for name, value in vars(part).items() if name not in OF_MODULES)
-            self._collections[id(module)] = [value for value in plain if isinstance(value, (list, dict, set, deque))]
-        held = self._collections[id(module)]
-        return [tuple(map(id, one.values() if isinstance(one, dict) else one)) for one in held]
+        held = self._collections.get(id(module))
+        if held is None:
+            own = (part for part in module.modules() if not type(part).__module__.startswith("taps.core."))
+            plain = (value for part in own for name, value in vars(part).items() if name not in OF_MODULES)
+            held = [value for value in plain if isinstance(value, (list, dict, set, deque))]
+            self._collections[id(module)] = held
+        return [tuple(map(id, one.values() if isinstance(one, dict) else one)) for one in held] if held else held
 
     def is_common(self, module: nn.Module) -> bool:
         """Return whether a module without places is the same object for all tasks."""
@@ -321,7 +323,7 @@ class _Remembering:
         shared = execution.shared
         if shared.is_inside:
             return run(*args, **kwargs)
-        if _is_touched(module, shared):
+        if shared.touched and _is_touched(module, shared):
             execution.has_differed = True
             return run(*args, **kwargs)
         is_of_some = id(module) in view.of_some
@@ -331,7 +333,8 @@ class _Remembering:
             execution.has_differed |= is_own or shared.changes(module, execution.task)
             return run(*args, **kwargs)
         inputs, form = _leaves(args, kwargs)
-        structure = (form, view.contents(module))
+        held = view.contents(module)
+        structure = (form, held) if held else form
         differs = is_of_some or shared.differs(view, module, key)
         record = None
         if not execution.has_differed or shared.may_be_common(inputs):
@@ -351,7 +354,7 @@ class _Remembering:
         finally:
             shared.is_inside = False
         execution.has_differed |= differs
-        if structure[1] != view.contents(module) or _is_touched(module, shared):
+        if (held and held != view.contents(module)) or (shared.touched and _is_touched(module, shared)):
             execution.has_differed = True
         elif record is not None:
             parts = [output] if isinstance(output, Tensor) else flatten(output)[0]
@@ -364,7 +367,7 @@ class _Remembering:
 
 def _is_touched(module: nn.Module, shared: SharedPass) -> bool:
     """Return whether an attribute of a module or of a part of it was set in this pass."""
-    return bool(shared.touched) and any(id(part) in shared.touched for part in module.modules())
+    return any(id(part) in shared.touched for part in module.modules())
 
 
 def _view_of(module: object) -> SharedView | None:

@@ -131,7 +131,7 @@ class MultiTask:
                         "--policy without a policy stage leaves no weights to start from: add --retrain_from scratch"
                     )
         if options.single_task not in (None, "none", "measure"):
-            read_reference(Path(options.single_task), self.benchmark.tasks)
+            read_reference(Path(options.single_task), self.benchmark.tasks, options.metrics)
 
     # -- models --------------------------------------------------------------------------------------------------
 
@@ -367,6 +367,12 @@ class MultiTask:
         stages = sorted(path.parent.name for path in self.folder.path.glob("retrain_*/trained.json"))
         if not stages:
             raise UserError(f"{self.folder.path} has no trained network to test; run --phases retrain first")
+        if "retrain" not in options.phases and options.exp_ids is not None:
+            asked = [f"retrain_{number:03d}" for number in options.exp_ids]
+            missing = [stage for stage in asked if stage not in stages]
+            if missing:
+                raise UserError(f"{self.folder.path} has no trained {missing[0]}; it has {', '.join(stages)}")
+            stages = asked
 
         def measure(stage: str) -> dict:
             model = self.stored(stage, tasks)
@@ -433,7 +439,9 @@ class MultiTask:
 
             stages = [f"single_task/{task}" for task in self.benchmark.tasks]
             return {task: own for stage in stages for task, own in self._once(stage, measure)["tasks"].items()}
-        return read_reference(Path(source), self.benchmark.tasks) if source not in (None, "none") else None
+        if source in (None, "none"):
+            return None
+        return read_reference(Path(source), self.benchmark.tasks, self.options.metrics)
 
     def _shown(self, best: str | None) -> list[dict]:
         """Return test samples with the predictions of the best network, or of each task's single-task network."""

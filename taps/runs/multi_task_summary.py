@@ -19,14 +19,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def read_reference(path: Path, tasks: Sequence[str]) -> Metrics:
+def read_reference(path: Path, tasks: Sequence[str], metrics_of: str) -> Metrics:
     """Read single-task results: ``summary.json`` of a run, or a JSON file ``{"tasks": {task: {metric: value}}}``.
 
+    Args:
+        path: the folder of the run, or the file.
+        tasks: names of the tasks.
+        metrics_of: the way in which metrics are computed, ``"exact"`` or ``"published"``.
+
     Raises:
-        UserError: if the file lacks a task.
+        UserError: if the file lacks a task, or its run computed metrics in the other way.
     """
+    record = path / "settings.json" if path.is_dir() else path.with_name("settings.json")
     path = path / "summary.json" if path.is_dir() else path
     stored = read_json(path)
+    other = read_json(record).get("metrics", metrics_of) if record.is_file() else metrics_of
+    if other != metrics_of:
+        raise UserError(f"{path} has --metrics {other}, which mean something else than --metrics {metrics_of}")
     metrics = stored.get("single_task")
     if metrics is None and stored.get("method", "single_task") == "single_task":
         metrics = stored.get("tasks")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from accelerate import Accelerator
 
 from taps.benchmarks.opening import open_benchmark
+from taps.core.modules import evaluating
 from taps.data.classification.images import TaskData
 from taps.data.classification.mixed_batches import check_batch_size
-from taps.errors import UserError
+from taps.errors import UserError, first_line
 from taps.methods.registry import METHODS, method_of
 from taps.networks.preprocessing import Preprocessing
 from taps.runs import multi_task_sweep, parallel, sweep
@@ -25,6 +28,7 @@ from taps.settings.adaptation import AdaptationSettings, JointSettings, Sequenti
 from taps.settings.multi_task import MultiTaskSettings
 from taps.stop_signals import StopSignals
 from taps.storage.files import read_tensors, write_tensors
+from taps.task_model import TaskModel
 from taps.training.loop import start_file
 
 A = TypeVar("A", bound=AdaptationSettings)
@@ -118,11 +122,32 @@ def _with_method(settings: A) -> A:
     return replace(settings, norm=settings.norm or method.norms[0], budget=budget)
 
 
+def _checked_model(settings: AdaptationSettings, train_base: bool) -> tuple[TaskModel, Preprocessing]:
+    """Return a run's model and preprocessing, before its folder is opened, whose earlier contents may be deleted.
+
+    Raises:
+        UserError: if the network does not take images of this size.
+    """
+    model, prepare = make_model(settings, train_base)
+    side = settings.input_size
+    try:
+        with evaluating(model), torch.no_grad():
+            model.features(torch.zeros(1, 3, side, side, dtype=next(model.backbone.parameters()).dtype))
+    except Exception as error:  # of any network
+        reason = first_line(error, 200)
+        raise UserError(f"{settings.model_type} does not take images of --input_size {side}: {reason}") from None
+    return model, prepare
+
+
 def _in_sequence(run: Run[SequentialSettings]) -> None:
     """Train one task after another, on a base that stays as it is."""
-    model, prepare = make_model(run.settings, train_base=False)
+    model, prepare = _checked_model(run.settings, train_base=False)
     with run.experiment(prepare, stages=run.stages) as experiment:
-        if (run.path / "parallel").is_dir():
+        begun = list((run.path / "parallel").glob("*"))
+        for path in [path for path in begun if experiment.folder.finished_epochs(path.name)]:
+            shutil.rmtree(path)  # the process was killed after it had moved the task into the run
+            begun.remove(path)
+        if begun:
             raise UserError(f"{run.path} was begun with --parallel; continue it with --parallel")
         experiment.announce(model)
         experiment.train_in_sequence(model)
@@ -139,7 +164,7 @@ def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
     experiments: list[Experiment] = []
     with ExitStack() as stack:
         for run in runs:
-            model, prepare = make_model(run.settings, train_base=False)
+            model, prepare = _checked_model(run.settings, train_base=False)
             experiment = stack.enter_context(run.experiment(prepare, stages=run.stages))
             experiment.announce(model)
             experiments.append(experiment)
@@ -156,7 +181,7 @@ def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
 
 def _together(run: Run[JointSettings]) -> None:
     """Train the base and every task's deltas, gates, norms and heads at once."""
-    model, prepare = make_model(run.settings, train_base=True)
+    model, prepare = _checked_model(run.settings, train_base=True)
     with run.experiment(prepare) as experiment:
         experiment.announce(model)
         experiment.train_together(model)
@@ -166,7 +191,7 @@ def _together(run: Run[JointSettings]) -> None:
 def _lite(run: Run[JointSettings]) -> None:
     """Train one network that all tasks share, then one task after another on it, with the memory of one task."""
     settings, accelerator, path = run.settings, run.accelerator, run.path
-    second, prepare = make_model(settings, train_base=False)
+    second, prepare = _checked_model(settings, train_base=False)
     run = replace(run, fork=None)  # each run trains its own shared network
     with run.experiment(prepare, stages=("shared",)) as experiment:
         of_base = replace(

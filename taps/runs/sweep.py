@@ -193,7 +193,8 @@ def _without_copies(found: Mapping[str, run_folder.Run]) -> dict[str, run_folder
 
 
 def _without_seed(run: run_folder.Run) -> tuple:
-    return tuple(str(run.settings.get(name)) for name in SWEPT if name != "seed")
+    tasks = tuple(sorted(run.summary["tasks"]))
+    return (*(str(run.settings.get(name)) for name in SWEPT if name != "seed"), tasks)
 
 
 def _tuned(run: run_folder.Run) -> float:

@@ -129,6 +129,8 @@ def check(name: str, value: Any, declared: Declaration) -> Any:
         return None
     if declared.nargs is not None and declared.kind != "weights":
         values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if declared.nargs == "+" and not values:
+            raise ValueError("an empty list is no value")
         if isinstance(declared.nargs, int) and len(values) != declared.nargs:
             raise ValueError(f"{values!r} are not {declared.nargs} values")
         return [_check_one(name, one, declared) for one in values]
@@ -138,11 +140,13 @@ def check(name: str, value: Any, declared: Declaration) -> Any:
 def _check_one(name: str, value: Any, declared: Declaration) -> Any:
     kind = declared.kind
     if kind == "weights":
-        pairs = (
-            dict(value)
-            if isinstance(value, Mapping)
-            else dict([task_weight(value)] if isinstance(value, str) else value)
-        )
+        if isinstance(value, Mapping):
+            pairs = dict(value)
+        else:
+            given = [value] if isinstance(value, str) else value
+            if not isinstance(given, (list, tuple)) or not all(isinstance(one, (str, tuple)) for one in given):
+                raise ValueError(f"{value!r} is not a weight per task, such as {{depth: 2.0}}")
+            pairs = dict(task_weight(one) if isinstance(one, str) else one for one in given)
         for weight in pairs.values():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise ValueError(f"{weight!r} is not a number of at least 0")
@@ -323,7 +327,9 @@ def _default_text(field: dataclasses.Field, declared: Declaration, presets: Mapp
     parts, before = [], default
     if declared.shown:
         parts.append(f"default: {declared.shown}")
-    elif default not in (None, False, "", []) or (default is False and declared.negatable):
+    elif default is False:
+        parts += ["default: False"] if declared.negatable else []
+    elif default is not None and default not in ("", []):
         parts.append(f"default: {_shown(default)}")
     for name, values in presets.items():
         value = values.get(field.name)

@@ -106,7 +106,7 @@ class Stages(Settings):
 
     title: ClassVar[str] = "stages"
     phases: list[str] = setting(list(STAGES), "stages to run: policy learns policies, retrain trains under them, test measures", choices=STAGES, nargs="+", repeats=False)
-    exp_ids: list[int] | None = setting(None, "numbers of the policies to train under: each is the seed of its draw or, with --no-sample, its rank", int, low=0, nargs="+", metavar="N")
+    exp_ids: list[int] | None = setting(None, "numbers of the policies to train under, or with --phases test to test: each is the seed of its draw or, with --no-sample, its rank", int, low=0, nargs="+", metavar="N")
     sample: bool | None = setting(None, "draw policies from the learned probabilities; --no-sample: use the most probable ones", bool, negatable=True)
     policy: list[str] | str | None = setting(None, "train under this policy.json instead of the run's own; with several there is one run for each", nargs="+", metavar="FILE")
     retrain_from: str | None = setting(None, "start retraining from the initial weights (scratch) or from those of policy learning (policy)", choices=("scratch", "policy"))

@@ -32,6 +32,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+#: options that a method or the data fill in where they are not given
+LATER = ("norm", "tasks", "budget")
 #: options that may differ when a run is continued, because they do not change its result
 FREE_ON_RESUME = (
     "resume", "overwrite", "workers", "device", "multi_gpu", "gpus", "compile", "result_path", "experiment_name", "phases",
@@ -185,6 +187,8 @@ class RunFolder:
                 folder.rows = folder.read_metrics()
                 if longer or (folder.changed and records):
                     folder._write_settings(settings, repeatable)
+                if longer:  # its numbers are those of fewer epochs than the settings say
+                    (path / "summary.json").unlink(missing_ok=True)
                 return folder
             if not overwrite:
                 raise UserError(
@@ -218,7 +222,10 @@ class RunFolder:
         """
         stored, wanted = read_json(self.path / "settings.json"), json.loads(json.dumps(dict(settings)))
         free = (*FREE_ON_RESUME, "dataset", "data")  # the same images may lie elsewhere
-        given = {key: value for key, value in wanted.items() if value is not None and key not in free}
+        # What a method fills in is not known yet.
+        given = {
+            key: value for key, value in wanted.items() if key not in free and (value is not None or key not in LATER)
+        }
         other = [key for key, value in given.items() if key in stored and _unordered(stored[key]) != _unordered(value)]
         if other:
             raise UserError(

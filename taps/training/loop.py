@@ -142,6 +142,8 @@ def run_phases(
     if state is not None:
         run.resume(state)
         del state  # its tensors
+    elif done and folder is not None:
+        run.save()  # the task's files are replaced before the next checkpoint, and could not be trained on
     try:
         while run.progress.epoch < recipe.epochs and not run.has_stalled():
             phase = run.train_epoch()
@@ -640,7 +642,7 @@ class _Run:
                     "train_error": None
                     if math.isnan(sums["wrong"])
                     else 100.0 * sums["wrong"] / max(sums["images"], 1.0),
-                    "lr": self.recipes[phase.optimizer].lr * self._decay(phase),
+                    "lr": self._rate(phase),
                     "penalty": float(self.model.penalty(task).detach()),
                     "tuned_layers": sum(map(is_tuned, rows)) / len(rows),
                     "executed": sum(row["run"] for row in rows) / len(rows),
@@ -648,6 +650,11 @@ class _Run:
                 }
             )
         return numbers
+
+    def _rate(self, phase: Phase) -> float:
+        """Return the learning rate of the weights: of deltas if there are any, else of the base, norms or heads."""
+        rates = {group["role"]: group["lr"] for group in self.optimizers[phase.optimizer].param_groups}
+        return next(rates[role] for role in ("delta", "base", "norm", "head", *rates) if role in rates)
 
     def _sums(self) -> dict[str, dict[str, float]]:
         """Return the epoch's sums over all processes for every task."""
