@@ -417,6 +417,7 @@ def test_bad_data_is_one_line_and_status_2(tree, here, tmp_path, kind, message):
         (("--device", "cuda"), "--device cuda is not available"),
         (("--layers", "nothing"), "matches none"),
         (("--budget", "lots"), "is not a size"),
+        (("--model_type", "test_vit", "--input_size", "40"), "test_vit does not take images of --input_size 40: "),
         (("--budget", "3MB", "3mb"), "--budget names one size twice: 3mb and 3mb"),
         (("--budget", "300KB", "0.3MB"), "--budget names one size twice: 300kb and 0.3mb"),
         (

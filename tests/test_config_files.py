@@ -63,6 +63,7 @@ def test_the_command_line_wins_and_says_so(program, tmp_path):
         ("- 1\n", "own.yaml does not hold name: value lines"),
         ("lr: [1\n", "own.yaml cannot be read"),
         ("lr: 1\nlr: 2\n", "own.yaml, line 2: lr appears twice"),
+        ("seeds: []\n", "own.yaml, line 1: seeds: an empty list is no value"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(program, text, message, here, tmp_path):
@@ -71,6 +72,21 @@ def test_a_mistake_in_the_file_is_one_line(program, text, message, here, tmp_pat
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+
+
+@pytest.mark.parametrize("value", ["3", "[1, 2]", "[[depth, 2]]"])
+def test_weights_that_name_no_task_are_one_line(value, here, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"task_weights: {value}\n")
+    done = here("train_mtl.py", "--config", "own.yaml", check=2)
+    assert "is not a weight per task, such as {depth: 2.0}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_another_number_of_epochs_takes_what_follows_from_it_along(tmp_path):
+    (tmp_path / "demo.yaml").write_text("epochs: 6\nwarmup_epochs: 0.5\nsettle_epochs: 4.5\n")
+    with pytest.warns(UserWarning, match="--epochs"):
+        given = PARSERS["train_sequential.py"](["--config", str(tmp_path / "demo.yaml"), "--epochs", "3"])
+    assert (given.warmup_epochs, given.settle_epochs) == (0.25, 2.25)
 
 
 def test_every_command_takes_a_file(finished, here, tmp_path):

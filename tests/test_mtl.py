@@ -113,6 +113,9 @@ def test_a_test_of_other_options_is_measured_again(complete, scenes, here, tmp_p
         here(*again, *options)
         found.append(json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"])
     assert found[0] == found[2] != found[1]
+    here(*again, "--exp_ids", 0)
+    assert [*json.loads((tmp_path / "results/run/summary.json").read_text())["retrains"]] == ["retrain_000"]
+    assert "has no trained retrain_007; it has retrain_000" in here(*again, "--exp_ids", 7, check=2).stderr
 
 
 def test_phases_one_at_a_time_are_the_same_run(complete, scenes, here, tmp_path):

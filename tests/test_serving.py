@@ -5,6 +5,7 @@ import base64
 import copy
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -190,6 +191,21 @@ def test_a_damaged_task_is_refused_until_its_file_is_whole_while_others_go_on(ro
         assert answers[1]["oil"] == answers[2]["oil"]
     path.write_bytes(whole)
     assert isinstance(engine.answer(items)[0]["ink"], tuple)
+
+
+def test_a_task_that_cannot_run_does_not_take_the_others_with_it(root):
+    engine = Engine(root)
+    versions = {name: task.version for name, task in engine.folder.tasks.items()}
+    image = np.zeros((3, 32, 32), np.float32)
+    items = [*(Item(image, {name: version}, 1) for name, version in versions.items()), Item(image, versions, 1)]
+    before = engine.answer(items)
+    engine.model.heads["ink"].weight.data.fill_(math.nan)
+    engine.model.heads["pen"] = torch.nn.Linear(7, 3)
+    after = engine.answer(items)
+    for index, answer in enumerate(after):
+        for name, found in answer.items():
+            reason = {"ink": "is not finite", "pen": "cannot be run"}.get(name)
+            assert found == before[index][name] if reason is None else reason in found, (index, name)
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_no_error_of_the_server(root, monkeypatch):
@@ -500,6 +516,8 @@ def test_a_token_is_asked_for(shelf):
         {**get, "url": "/healthz"}, {**get, "url": "/metrics"},
     )  # fmt: skip
     assert [answer.status_code for answer in answers] == [401, 200, 401, 200, 401, 200, 401]
+    (answer,) = Local(shelf, token="nö")({**get, "headers": {"authorization": "Bearer nö".encode()}})
+    assert answer.status_code == 200
     assert answers[0].headers["www-authenticate"] == "Bearer"
 
 
