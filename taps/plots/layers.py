@@ -187,8 +187,8 @@ def overlap(tasks: Mapping[str, list[dict]]) -> Figure:
     def text(row: int, column: int) -> str:
         return str(len(tuned[row])) if row == column else f"{shared[row][column]:.0f}"
 
-    title = "which tasks tune the same layers (diagonal: how many)"
-    return pair_map(list(tasks), shared, 0, 0.42, "tuned by both, % of tuned by either", title, text)
+    title = "overlap of tuned layers (diagonal: count)"
+    return pair_map(list(tasks), shared, 0, 0.42, "Jaccard index, %", title, text)
 
 
 def trade_off(
