@@ -263,7 +263,7 @@ def test_patience_waits_for_a_validation():
     stalled = []
     for epoch in range(5, 11):
         run.progress.epoch = epoch
-        stalled.append(run.has_stalled())
+        stalled.append(run.is_out_of_patience())
     assert stalled == [False] * 5 + [True]
 
 

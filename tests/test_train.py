@@ -184,7 +184,7 @@ def test_losses_that_are_read_late_change_nothing(accelerator, tmp_path, monkeyp
     """On a GPU no step waits for its loss: sums stay on the device, and a lost loss is noticed at the latest by the epoch's end."""
     recipe = Recipe(epochs=3, warmup_epochs=1, lr=0.05)
     model, rows = run(accelerator, recipe)
-    monkeypatch.setattr("taps.training.loop.READS_LATE", True)
+    monkeypatch.setattr("taps.training.loop.DEFERS_LOSS_READS", True)
     late, late_rows = run(accelerator, recipe)
     assert same(model, late, atol=0, rtol=0)
     assert rows == late_rows

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taps.storage.files import whole
+from taps.storage.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,6 +102,6 @@ def save(figure: Figure, path: Path) -> None:
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # names with a $ are not formulas
-    with whole(path) as temporary, warnings.catch_warnings():
+    with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(temporary, dpi=150, format="png")

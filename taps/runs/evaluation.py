@@ -204,7 +204,7 @@ def export(model: TaskModel, names: list[str], target: Path, options: Adaptation
             what = f"task {name}" if name in labels else "all tasks together"
             warnings.warn(f"no program for {what}: {line}", stacklevel=2)
             continue
-        with files.whole(target / f"{name}.pt2") as temporary:
+        with files.atomic_write(target / f"{name}.pt2") as temporary:
             torch.export.save(program, temporary)
         say(f"{target / name}.pt2: torch.export program, {outputs}")
         if onnx:
@@ -236,5 +236,5 @@ def write_onnx(
         verbose=False,
     )
     program.model.metadata_props.update(about)
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         program.save(temporary)

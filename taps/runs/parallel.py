@@ -27,7 +27,7 @@ from taps.runs.setup import make_accelerator, make_model
 from taps.settings.adaptation import SequentialSettings
 from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint
-from taps.storage.files import whole
+from taps.storage.files import atomic_write
 from taps.storage.run_folder import RunFolder
 
 #: how often Ray starts a task again whose process died
@@ -80,7 +80,7 @@ class Job:
             if was_begun:
                 shutil.copytree(folder.state_path.parent, own.state_path.parent)
             own.add_metrics([row for row in folder.rows if row["task"] == self.task])
-            with whole(record_path) as temporary:
+            with atomic_write(record_path) as temporary:
                 shutil.copy(folder.path / "settings.json", temporary)
             if was_begun:
                 shutil.rmtree(folder.state_path.parent)
@@ -115,7 +115,7 @@ class Job:
         if target.is_dir():
             shutil.rmtree(target)
         if not folder.fingerprints_path.is_file():
-            with whole(folder.fingerprints_path) as temporary:
+            with atomic_write(folder.fingerprints_path) as temporary:
                 shutil.copy(own.fingerprints_path, temporary)
         for events in self.path.glob("events.out.*"):
             shutil.move(events, folder.path / events.name)

@@ -22,7 +22,7 @@ _METADATA = {"format": "pt"}
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` if the ``with`` block succeeds and is deleted if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -37,18 +37,18 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def both(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
+def atomic_write_pair(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
     """Yield temporary paths for two files that belong together, which replace both or, if the ``with`` block fails, none.
 
-    The replacement of ``second`` decides: until then ``first`` waits under the name :func:`waiting`. A reader that finds a
+    The replacement of ``second`` decides: until then ``first`` waits under the name :func:`pending_path`. A reader that finds a
     waiting file has to check which of the two belongs to ``second``, since a crash may have left it there.
     """
-    with whole(second) as new_second, whole(waiting(first)) as new_first:
+    with atomic_write(second) as new_second, atomic_write(pending_path(first)) as new_first:
         yield new_first, new_second
-    os.replace(waiting(first), first)
+    os.replace(pending_path(first), first)
 
 
-def waiting(path: Path) -> Path:
+def pending_path(path: Path) -> Path:
     """Return the name of a file that will replace ``path`` once the file that describes it is there."""
     return path.with_name(f"{path.name}.new")
 
@@ -69,7 +69,7 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be Unicode
 
 
@@ -112,7 +112,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         UserError: if it cannot be written, e.g. because the disk is full.
     """
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         put_tensors(temporary, tensors, metadata)
 
 

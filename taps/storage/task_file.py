@@ -35,7 +35,16 @@ from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
 from taps.errors import UserError, first_line
 from taps.storage.encoding import ENCODINGS, EncodedDelta, encode, encode_as, is_sparse
-from taps.storage.files import both, json_text, plain_bytes, put_tensors, read_json, read_tensors, sha256, waiting
+from taps.storage.files import (
+    atomic_write_pair,
+    json_text,
+    pending_path,
+    plain_bytes,
+    put_tensors,
+    read_json,
+    read_tensors,
+    sha256,
+)
 from taps.storage.norms_and_head import decoded, fill_columns, small_tensors, stored_norm
 from taps.storage.packing import pack, unpack
 
@@ -175,7 +184,7 @@ def save(
         **({"compact": True} if compact else {}),
         **about,
     }
-    with both(folder / TENSORS, folder / "task.json") as (tensors_file, json_file):
+    with atomic_write_pair(folder / TENSORS, folder / "task.json") as (tensors_file, json_file):
         put_tensors(tensors_file, {PACKED: pack(tensors)} if compact else tensors)
         description["bytes"] = tensors_file.stat().st_size
         description["checksums"] = {
@@ -239,7 +248,7 @@ def _checksum_of_metric(description: Mapping[str, object]) -> str:
 def tensors_path(folder: Path, description: Mapping) -> Path:
     """Return the file with a task's tensors: the one that belongs to its description, should a crash have left two."""
     path = folder / TENSORS
-    left = waiting(path)
+    left = pending_path(path)
     try:
         known = (description.get("checksums") or {}).get("tensors")
         return left if known is not None and left.is_file() and sha256(left) == known else path

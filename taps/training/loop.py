@@ -42,7 +42,7 @@ from taps.training.recipe import Recipe, make_optimizer, phase_at
 
 _LINE_SECONDS = 60.0
 #: whether losses are read from the device only when they are shown, even on a CPU, where reading costs nothing
-READS_LATE = False
+DEFERS_LOSS_READS = False
 #: mean loss of a batch from outputs and labels
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,12 +145,12 @@ def run_phases(
     elif done and folder is not None:
         run.save()  # the task's files are replaced before the next checkpoint, and could not be trained on
     try:
-        while run.progress.epoch < recipe.epochs and not run.has_stalled():
+        while run.progress.epoch < recipe.epochs and not run.is_out_of_patience():
             phase = run.train_epoch()
             run.check_finite(run.progress.epoch + 1)
             if validate is not None and run.stop_requested():  # validation may take longer than there is time
                 run.save()
-                run.obey()
+                run.stop_if_requested()
             rows = run.numbers(phase)
             is_last = run.progress.epoch + 1 == recipe.epochs
             is_best = validate is None and is_last
@@ -189,7 +189,7 @@ def run_phases(
                 run.save()
             if not is_last and run.stop_requested():
                 run.save()
-                run.obey()
+                run.stop_if_requested()
     finally:
         set_trainable(run.roles, ROLES)
         run.set_curriculum(None)
@@ -335,12 +335,12 @@ class _Run:
                 f"{self._which()}: weights are no longer finite in epoch {epoch}{self._kept()}; lower --lr"
             )
 
-    def obey(self) -> None:
+    def stop_if_requested(self) -> None:
         """End the run if any process was asked to stop."""
         if self.stop_requested():
             raise Interrupted(self.stop.received or signal.SIGTERM)
 
-    def has_stalled(self) -> bool:
+    def is_out_of_patience(self) -> bool:
         """Return whether validation has not improved for ``patience`` epochs."""
         progress, patience = self.progress, self.recipe.patience
         has_validated = progress.epoch % self.recipe.eval_epochs == 0 or self.recipe.plan is not None
@@ -394,7 +394,7 @@ class _Run:
                     tqdm.write(f"{where}, loss {loss / len(self.tasks):.3f}", file=sys.stderr)
                 if self.progress.batch < self.batches and self.stop_requested():
                     self.save()
-                    self.obey()
+                    self.stop_if_requested()
         return phase
 
     def _enter_phase(self, batches: int) -> Phase:
@@ -490,7 +490,7 @@ class _Run:
 
     def _read(self, number: Tensor) -> float | Tensor:
         """Return a scalar: its value if reading it is free, else the scalar itself, so that no step waits for the device."""
-        if self.accelerator.device.type == "cpu" and not READS_LATE:
+        if self.accelerator.device.type == "cpu" and not DEFERS_LOSS_READS:
             return number.item()
         return number.detach().to(torch.float32 if number.device.type == "mps" else torch.float64)
 
