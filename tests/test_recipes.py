@@ -198,7 +198,7 @@ def test_smoothing_and_class_weights_are_those_of_the_definition():
 
 
 def test_a_criterion_of_ones_own_is_not_smoothed():
-    with pytest.raises(taps.UserError, match="label_smoothing= is for the default criterion"):
+    with pytest.raises(taps.UserError, match="label_smoothing= applies only to the default criterion"):
         taps.fit(fresh(), "a", [samples()[:16]], epochs=1, label_smoothing=0.1, criterion=torch.nn.functional.mse_loss)
 
 

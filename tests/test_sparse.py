@@ -272,7 +272,7 @@ def test_momentum_of_the_gates_phase_does_not_leave_the_support():
     [
         (lambda m: fix_support(m, "b"), "unknown task 'b'"),
         (lambda m: fix_support(m, "a", 2.0), "density must lie in 0..1"),
-        (lambda m: fix_support(m, "a", 1e-6), "has no room for single weights: the task's own norms take"),
+        (lambda m: fix_support(m, "a", 1e-6), "has no room for individual weights: the task's own norms take"),
     ],
 )
 def test_supports_that_cannot_be_fixed(work, message):
@@ -282,7 +282,7 @@ def test_supports_that_cannot_be_fixed(work, message):
         work(model)
     other = taps.adapt(NETWORKS["perceptron"][0](), "taps")
     other.add_task("a", num_classes=2)
-    with pytest.raises(ValueError, match="task 'a' has no gate on single weights"):
+    with pytest.raises(ValueError, match="task 'a' has no gate on individual weights"):
         fix_support(other, "a")
 
 

@@ -23,7 +23,7 @@ def is_linear_in_parameters(module: nn.Module) -> bool:
     """Return whether f(x; W + s·δ) = f(x; W) + s·f(x; δ)."""
     module = unseen(module)
     known = type(module) in _LINEAR_IN_PARAMETERS or "is_linear_in_parameters" in type(module).__dict__
-    return known and not (module._forward_pre_hooks or module._forward_hooks)  # as those of weight normalisation
+    return known and not module._forward_pre_hooks  # weight normalisation uses such a hook
 
 
 class _AddDelta(torch.autograd.Function):

@@ -196,6 +196,7 @@ class Reuse:
 
         def call(unit: GatedUnit, decision: Decision, x: Tensor) -> Tensor:
             y, share = product(self.product(task, unit, decision), unit, x)
+            y = _after_hooks(unit.base, x, y)
             dense = unit.base.weight.numel() * (y.numel() // _channels(unit, y))
             self._dense[unit.name] = dense
             counts.done += share * dense
@@ -359,3 +360,12 @@ def _slower(product: Product, inputs: tuple[Tensor, Tensor, Tensor], threshold: 
     whole = statistics.median(seconds(lambda: product.full(x), x.device) for _ in range(rounds))
     reused = statistics.median(seconds(lambda: product.reuse(*inputs, threshold), x.device) for _ in range(rounds))
     return reused > whole
+
+
+def _after_hooks(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return an output after the module's forward hooks, which a product does not call."""
+    for key, hook in module._forward_hooks.items():
+        given = (module, (x,), {}, y) if key in module._forward_hooks_with_kwargs else (module, (x,), y)
+        found = hook(*given)
+        y = y if found is None else found
+    return y
