@@ -295,6 +295,7 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
 def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
     """Parse the settings of ``train_mtl.py``: the command line, then ``--config``, then the benchmark's published values."""
     given = _given(MultiTaskSettings, arguments)
+    named = vars(parser_of(MultiTaskSettings).parse_intermixed_args(arguments))
     benchmark, method = given.get("benchmark", "scenes"), given.get("method", "adashare")
     if method not in {**catalog(), "single_task": ""}:
         raise UserError(f"argument --method: {not_one_of(method, [*catalog(), 'single_task'])}")
@@ -331,7 +332,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
             given[name] = {**preset[name], **own}
     settings = build(MultiTaskSettings, {"task_weights": {}, "positive_weights": {}}, preset, given)
     changes: dict[str, Any] = {"resize": round((settings.input_size or 224) * 8 / 7)}
-    if "retrain" not in settings.phases and "exp_ids" not in given:
+    if "retrain" not in settings.phases and "exp_ids" not in named:
         changes["exp_ids"] = None  # all that have been trained are tested
     if chosen:
         others = preset["task_weights"].keys() - set(chosen)

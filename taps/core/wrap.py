@@ -72,7 +72,9 @@ def wrap(
                 parent._modules[child_name] = replacement[id(child)]
         # Layers that the network also holds in a list or the like, and may call there.
         for name, value in list(vars(parent).items()):
-            own = isinstance(value, MethodType) and value.__self__ is parent  # a module's own forward is no call of another
+            own = (
+                isinstance(value, MethodType) and value.__self__ is parent
+            )  # a module's own forward is no call of another
             if name not in OF_MODULES and not own and _holds(value, replacement):
                 vars(parent)[name] = _with_places(value, replacement)
                 state.hides_layers = True

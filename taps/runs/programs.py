@@ -143,11 +143,12 @@ def _in_sequence(run: Run[SequentialSettings]) -> None:
     """Train one task after another, on a base that stays as it is."""
     model, prepare = _checked_model(run.settings, train_base=False)
     with run.experiment(prepare, stages=run.stages) as experiment:
-        begun = list((run.path / "parallel").glob("*"))
-        for path in [path for path in begun if experiment.folder.finished_epochs(path.name)]:
+        begun, epochs = [*(run.path / "parallel").glob("*")], run.settings.epochs
+        left = [path for path in begun if experiment.folder.finished_epochs(path.name) >= epochs]
+        run.accelerator.wait_for_everyone()
+        for path in left if run.accelerator.is_main_process else ():
             shutil.rmtree(path)  # the process was killed after it had moved the task into the run
-            begun.remove(path)
-        if begun:
+        if len(begun) > len(left):
             raise UserError(f"{run.path} was begun with --parallel; continue it with --parallel")
         experiment.announce(model)
         experiment.train_in_sequence(model)

@@ -35,6 +35,7 @@ class Declaration:
         negatable: whether ``--no-name`` turns a switch off.
         shown: text that the help shows instead of the default.
         repeats: whether ``settings.yaml`` includes the setting, so that a run repeated from it uses the same value.
+        may_be_empty: whether a list may have no values.
     """
 
     help: str
@@ -49,11 +50,12 @@ class Declaration:
     negatable: bool = False
     shown: str | None = None
     repeats: bool = True
+    may_be_empty: bool = False
 
 
 def setting(default: Any, help: str, kind: Any = str, **more: Any) -> Any:
     """Return a dataclass field that declares a setting; see :class:`Declaration`."""
-    metadata = {"setting": Declaration(help, kind, **more)}
+    metadata = {"setting": Declaration(help, kind, may_be_empty=default == [], **more)}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -129,7 +131,7 @@ def check(name: str, value: Any, declared: Declaration) -> Any:
         return None
     if declared.nargs is not None and declared.kind != "weights":
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if declared.nargs == "+" and not values:
+        if declared.nargs == "+" and not values and not declared.may_be_empty:
             raise ValueError("an empty list is no value")
         if isinstance(declared.nargs, int) and len(values) != declared.nargs:
             raise ValueError(f"{values!r} are not {declared.nargs} values")
