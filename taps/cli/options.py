@@ -332,7 +332,7 @@ def parse_mtl(arguments: Sequence[str]) -> MultiTaskSettings:
             given[name] = {**preset[name], **own}
     settings = build(MultiTaskSettings, {"task_weights": {}, "positive_weights": {}}, preset, given)
     changes: dict[str, Any] = {"resize": round((settings.input_size or 224) * 8 / 7)}
-    if "retrain" not in settings.phases and "exp_ids" not in named:
+    if "test" in settings.phases and "retrain" not in settings.phases and "exp_ids" not in named:
         changes["exp_ids"] = None  # all that have been trained are tested
     if chosen:
         others = preset["task_weights"].keys() - set(chosen)
