@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from taps.core.execution import Execution
 from taps.core.find import choose, find_everything
-from taps.core.modules import computed_tensors, evaluating
+from taps.core.modules import computed_tensors, evaluating, first_input
 from taps.core.network import NO_INPUT, Network, inner_first
 from taps.errors import UserError, check_known, unknown
 from taps.methods.registry import METHODS
@@ -280,10 +280,10 @@ class TaskModel(Network):
             if task not in self.heads and not (cache and task in cache):
                 raise unknown("task", task, self.tasks, "" if self.tasks else "add it with add_task or load_task")
         with cache.holding([task for task in tasks if task in cache]) if cache else ExitStack():
-            heads = {task: self.heads[task] for task in tasks}
+            heads = {task: self.heads.get(task) for task in tasks}
             yield
             for task, head in heads.items():  # another thread's change would give parts of two versions
-                if self.heads.get(task) is not head:
+                if head is None or self.heads.get(task) is not head:
                     raise UserError(f"task {task!r} was removed or replaced while it ran; call again")
 
     def remove_task(self, task: str) -> None:
@@ -307,7 +307,7 @@ class TaskModel(Network):
         if names is not None and outputs is not None and len(names) != outputs:
             raise UserError(f"task {task!r} has {outputs} outputs, classes= has {len(names)} names")
         self._about[task] = both
-        self._described_by_user[task] = {key: both[key] for key in about if key in both}
+        self._described_by_user.setdefault(task, {}).update(about)
 
     def about(self, task: str) -> dict:
         """Return what is stored about a task besides its weights: class names, preprocessing, accuracy and so on."""
@@ -413,7 +413,8 @@ class TaskModel(Network):
             with self._loaded([task]):
                 return self.heads[task](self.run(task, args, inputs))
         names = list(task)
-        size = len(next(iter(tensors((args, inputs))), ()))
+        x = first_input(args, inputs)
+        size = len(x if isinstance(x, (list, tuple)) else next(iter(tensors((args, inputs))), ()))
         if len(names) != size:
             raise UserError(f"task= has {len(names)} names for a batch of {size} samples; give one for each sample")
         if not names:
@@ -523,6 +524,7 @@ class TaskModel(Network):
             UserError: if a value is not finite, or ``max_error`` is out of range.
         """
         self.check_task(task)
+        self._described_by_user.setdefault(task, {}).update(about or {})
         about = {**self._about.get(task, {}), **task_file.plain_entries(about or {})}
         compact = self._compact.get(task, False) if compact is None else compact
         task_file.save(self, task, Path(folder), about, max_error, compact, self._base_origin)
@@ -557,7 +559,8 @@ class TaskModel(Network):
         with torch.inference_mode(False):  # inference tensors could not be used elsewhere
             description = task_file.load(self, folder, task, head, trainable, METHODS.get, make_head)
         kept = ("classes", "preprocessing") if trainable else None
-        self._about[task] = {**_about(description, kept), **self._described_by_user.get(task, {})}
+        both = {**_about(description, kept), **self._described_by_user.get(task, {})}
+        self._about[task] = task_file.plain_entries({key: value for key, value in both.items() if value is not None})
         self._compact[task] = bool(description.get("compact")) and not trainable
 
     def save_pretrained(self, folder: str | Path, tasks: Sequence[str] | None = None) -> Path:

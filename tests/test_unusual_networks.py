@@ -1,6 +1,8 @@
 """Networks that call a layer twice, keep something from call to call, or hold their layers in unusual ways give the same outputs
 by every route: one task, merged, several tasks in one pass, and exported."""
 
+import copy
+import pickle
 from collections import OrderedDict, deque, namedtuple
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 import taps
+from taps.core.modules import evaluating
 
 Pair = namedtuple("Pair", "first second")
 
@@ -129,6 +132,57 @@ class Held(Net):
         return x
 
 
+class Runner(nn.Module):
+    """Runs layers that another module has."""
+
+    def __init__(self, layers) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class HasARunner(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules = {"runner": Runner([self.a, self.b]), **self._modules}
+
+    def forward(self, x):
+        return self.runner(x)
+
+
+class LooksUp(Net):
+    """Finds its layers in a set and a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.doubled = {self.a: 3.0}, {self.b}
+        self.itself = {"self": self}
+
+    def forward(self, x):
+        for layer in (self.a, self.b):
+            x = layer(x) * (self.scale.get(layer, 1.0) + (layer in self.doubled))
+        return x
+
+
+class WideKeeping(nn.Linear):
+    def forward(self, x):
+        self.rows = len(x)
+        return super().forward(x)
+
+
+class ReadsTheLastSize(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = WideKeeping(4, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.b.rows
+
+
 HELD = {
     "list": lambda net: [net.a, net.b],
     "ordered": lambda net: OrderedDict(one=net.a, two=net.b),
@@ -145,6 +199,8 @@ KINDS = (
     OwnNames,
     AsksForInplace,
     HasARegistry,
+    HasARunner,
+    LooksUp,
 )
 MAKE = {
     **{kind.__name__: kind for kind in KINDS},
@@ -193,6 +249,35 @@ def test_every_route_gives_the_same_outputs(name):
         for task in "ab":
             torch.testing.assert_close(exported[task], expected[task])
     assert Registered.kinds == ["one"]
+
+
+def test_what_a_layer_keeps_is_of_its_last_call(tmp_path):
+    torch.manual_seed(0)
+    model = adapted(ReadsTheLastSize())
+    model.save_task("a", tmp_path / "a")
+    model.remove_task("a")
+    model.load_task(tmp_path / "a")
+    with torch.no_grad():
+        small, large = torch.randn(2, 4), torch.randn(5, 4)
+        expected = [model.merge("a")(x) for x in (small, large, small)]
+        for x, want in zip((small, large, small), expected, strict=True):
+            torch.testing.assert_close(model(x, "a"), want)
+        other = copy.deepcopy(model)
+        other(large, "a")
+        assert model.backbone.b.rows == 2, "a copy keeps what is its own"
+    assert pickle.loads(pickle.dumps(model)).tasks == ["b", "a"]
+
+
+def test_evaluation_mode_inside_of_evaluation_mode():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = taps.adapt(net, norm="task")
+    model.add_task("a", num_classes=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with evaluating(model):
+        model.train()
+        model.predict(torch.randn(6, 4))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_random_layers_draw_anew_for_each_call():

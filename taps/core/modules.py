@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import RLock
 from types import MethodType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,12 +22,18 @@ def first_input(args: tuple, kwargs: dict):
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
+def is_square(tensor: Tensor) -> bool:
+    """Return whether a tensor is a square matrix, as masks of positions are."""
+    return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+
+
 def at_rows(args: tuple, kwargs: dict, rows: Tensor) -> tuple[tuple, dict]:
     """Return the arguments of a call for some of its samples; what does not have a row per sample belongs to all."""
-    count = len(first_input(args, kwargs))
+    x = first_input(args, kwargs)
 
     def cut(value):
-        return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+        has_rows = isinstance(value, Tensor) and value.dim() and len(value) == len(x)
+        return value[rows] if value is x or (has_rows and not is_square(value)) else value
 
     return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
@@ -156,7 +162,7 @@ def _hand_back(module: nn.Module, plain: nn.Module) -> None:
     before = dict(vars(plain))
 
     def after(plain: nn.Module, args: object, output: object) -> None:
-        changed = {name: value for name, value in vars(plain).items() if before.get(name, before) is not value}
+        changed = {name: value for name, value in dict(vars(plain)).items() if before.get(name, before) is not value}
         vars(module).update({name: value for name, value in changed.items() if name not in OF_MODULES})
         before.update(changed)
 
@@ -172,17 +178,18 @@ class _Modes(NamedTuple):
 
 
 _MODES: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
-_MODES_LOCK = Lock()
+_MODES_LOCK = RLock()  # a network's own train() may come here
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Use evaluation mode inside the ``with`` block and restore each module's mode afterwards, when the last thread leaves it."""
-    look = getattr(module, "in_training", None)
+    look = getattr(type(module), "_in_training", None)
     with _MODES_LOCK:
         held = _MODES.get(module)
-        if held is None and (module.training if look is None else look()):
-            held = _MODES[module] = _Modes([inner for inner in module.modules() if inner.training], [])
+        if module.training if look is None else look(module):  # perhaps again, inside of another block
+            held = _MODES.setdefault(module, held or _Modes([], []))
+            held.training.extend(inner for inner in module.modules() if inner.training)
             module.eval()
         if held is not None:
             held.users.append(None)

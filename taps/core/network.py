@@ -103,6 +103,7 @@ class Network(nn.Module):
         #: the fingerprint of a base in another precision, and that of the base it was converted from
         self._converted: tuple[str, str] | None = None
         self._is_rounded = False
+        self.register_load_state_dict_post_hook(_after_loading)
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -347,15 +348,10 @@ class Network(nn.Module):
             module.training = False
         return self
 
-    def in_training(self) -> bool:
+    def _in_training(self) -> bool:
         """Return whether the model, its network or one of its units or norms is in training mode."""
         parts = (self, self.backbone, *self._units, *self._norms)
         return any(part.training for part in parts)
-
-    def load_state_dict(self, *args, **kwargs):
-        found = super().load_state_dict(*args, **kwargs)
-        self._prepare_again()
-        return found
 
     def _prepare_again(self) -> None:
         """Take into account that tensors of loaded tasks have changed."""
@@ -373,8 +369,9 @@ class Network(nn.Module):
         super()._apply(fn, *args, **kwargs)
         for gate, name, before in scores:  # a score that is rounded could pass its threshold
             own = getattr(gate, name)
-            if own.dtype.itemsize < before.dtype.itemsize:
-                own.data = before.to(own.device)
+            if own.dtype.itemsize < 4:
+                own.data = before.to(own.device, torch.float32)
+                own.grad = None if own.grad is None else own.grad.to(torch.float32)
         if (
             changes
         ):  # in another precision it is still the base that tasks were made for, unless rounded and widened again
@@ -526,6 +523,10 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _after_loading(model: Network, incompatible: object) -> None:
+    model._prepare_again()
 
 
 def inner_first(modules: Iterable[GatedUnit | TaskNorm]) -> list[GatedUnit | TaskNorm]:

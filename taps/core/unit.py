@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from taps.core.delta import Deltas, add_delta
 from taps.core.execution import Place, State, plain_state
 from taps.core.gate import Decision, Gate
-from taps.core.modules import TaskDict, at_rows, first_input, with_tensors, without_caches
+from taps.core.modules import TaskDict, at_rows, first_input, keeps_state, with_tensors, without_caches
 from taps.errors import UserError
 
 
@@ -159,10 +159,10 @@ class GatedUnit(Place):
         self.ready.pop(task, None)
         gate = self.gates[task]
         decision = Decision(run=0.5) if gate.uses_input else gate.decide()
-        if decision.run == 1.0 and isinstance(decision.specific, float):
-            self.ready[task] = self._effective(task, decision)
-            if self.ready[task] is not self.base:  # a copy, used only in evaluation mode
-                self.ready[task].training = False
+        made = self._effective(task, decision) if decision.run == 1.0 and isinstance(decision.specific, float) else None
+        if made is not None and (made is self.base or not keeps_state(made)):
+            self.ready[task] = made
+            made.training &= made is self.base  # a copy is used only in evaluation mode
 
     def merged(self, task: str, memo: dict) -> nn.Module:
         """Return an ordinary copy of the base with ``task``'s decision; raise ``ValueError`` if that depends on the input."""

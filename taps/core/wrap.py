@@ -71,12 +71,10 @@ def wrap(
             if id(child) in replacement:
                 parent._modules[child_name] = replacement[id(child)]
         # Layers that the network also holds in a list or the like, and may call there.
+        others = {known: place for known, place in replacement.items() if known != id(parent)}  # not its own methods
         for name, value in list(vars(parent).items()):
-            own = (
-                isinstance(value, MethodType) and value.__self__ is parent
-            )  # a module's own forward is no call of another
-            if name not in OF_MODULES and not own and _holds(value, replacement):
-                vars(parent)[name] = _with_places(value, replacement)
+            if name not in OF_MODULES and _holds(value, others):
+                vars(parent)[name] = _with_places(value, others)
                 state.hides_layers = True
     for wrapper in units:
         wrapper.shortcut = replacement.get(id(wrapper.shortcut), wrapper.shortcut)
@@ -86,17 +84,21 @@ def wrap(
     return replacement.get(id(net), net), units, norms
 
 
-def _holds(value: Any, replacement: dict[int, nn.Module]) -> bool:
-    """Return whether a plain attribute is or holds one of the modules, or a method of one."""
+def _holds(value: Any, replacement: dict[int, nn.Module], around: tuple[int, ...] = ()) -> bool:
+    """Return whether a plain attribute is or holds one of the modules, or a method of one; ``around``: what it is held by."""
+    if id(value) in around:
+        return False
     inner = value if isinstance(value, (list, tuple, set, deque)) else ()
     if isinstance(value, dict):
         inner = (*value, *value.values())
     held = value.__self__ if isinstance(value, MethodType) else value
-    return id(held) in replacement or any(_holds(one, replacement) for one in inner)
+    return id(held) in replacement or any(_holds(one, replacement, (*around, id(value))) for one in inner)
 
 
-def _with_places(value: Any, replacement: dict[int, nn.Module]) -> Any:
+def _with_places(value: Any, replacement: dict[int, nn.Module], around: tuple[int, ...] = ()) -> Any:
     """Return a plain attribute with the modules in it replaced; lists and dictionaries keep their identity."""
+    if id(value) in around:
+        return value
     if isinstance(value, nn.Module):
         return replacement.get(id(value), value)
     if isinstance(value, MethodType):
@@ -104,13 +106,16 @@ def _with_places(value: Any, replacement: dict[int, nn.Module]) -> Any:
         if place is None:
             return value
         is_call = value.__name__ in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
-        return place if is_call else getattr(place, value.__name__)
+        if is_call:
+            return place
+        is_known = hasattr(type(value.__self__), value.__name__)
+        return getattr(place, value.__name__) if is_known else MethodType(value.__func__, place)
     if isinstance(value, dict):
-        items = [tuple(_with_places(one, replacement) for one in item) for item in value.items()]
+        items = [tuple(_with_places(one, replacement, (*around, id(value))) for one in item) for item in value.items()]
         value.clear()
         value.update(items)
     elif isinstance(value, (list, tuple, set, deque)):
-        inner = [_with_places(one, replacement) for one in value]
+        inner = [_with_places(one, replacement, (*around, id(value))) for one in value]
         if isinstance(value, tuple):
             return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
         value.clear()

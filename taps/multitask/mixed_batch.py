@@ -16,7 +16,7 @@ from torch import Tensor
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import Place, State
 from taps.core.gate import Decision
-from taps.core.modules import evaluating, first_input, keeps_state
+from taps.core.modules import evaluating, first_input, is_square, keeps_state
 from taps.core.network import Network
 from taps.core.unit import GatedUnit
 from taps.errors import Inseparable, UserError
@@ -68,7 +68,7 @@ class MixedBatch:
             if everyone:
                 inputs = args, kwargs
             else:
-                parts = parts or dict(zip(rows, split((args, kwargs), self._lengths(rows)), strict=True))
+                parts = parts or dict(zip(rows, split((args, kwargs), self._lengths(rows), True), strict=True))
                 inputs = _concatenated([parts[task] for task in tasks])
             with self.state.running(tasks[0] if len(tasks) == 1 else group):
                 y = place.compute(tasks[0], decisions[tasks[0]], *inputs)
@@ -89,14 +89,15 @@ class MixedBatch:
         raise Inseparable("the network reads a layer's weights instead of calling it")
 
 
-def split(tree, sizes: list[int]) -> list:
-    """Split a tree of tensors along the rows, of which a sample may have several, into one tree per task."""
+def split(tree, sizes: list[int], are_inputs: bool = False) -> list:
+    """Split a tree of tensors along the rows, of which a sample may have several, into one tree per task; ``are_inputs``: of a
+    call, whose first one has the samples."""
     if len(sizes) == 1:
         return [tree]
     leaves, build = flatten(tree)
     cut = []
-    for leaf in leaves:
-        each = _rows_per_sample(leaf, sum(sizes))
+    for index, leaf in enumerate(leaves):
+        each = _rows_per_sample(leaf, sum(sizes), are_inputs and index > 0)
         cut.append(leaf.split([each * size for size in sizes]) if each else None)
     return [
         build([leaf if part is None else part[index] for leaf, part in zip(leaves, cut, strict=True)])
@@ -104,14 +105,13 @@ def split(tree, sizes: list[int]) -> list:
     ]
 
 
-def _rows_per_sample(leaf: object, count: int) -> int:
+def _rows_per_sample(leaf: object, count: int, may_be_mask: bool) -> int:
     """Return how many rows of a tensor belong to each of ``count`` samples; 0 for what belongs to all of them, such as a mask of
     positions."""
-    if not isinstance(leaf, Tensor) or not leaf.dim():
+    if not isinstance(leaf, Tensor) or not leaf.dim() or (may_be_mask and is_square(leaf)):
         return 0
     each, rest = divmod(len(leaf), count)
-    is_of_positions = each != 1 and leaf.dim() == 2 and leaf.shape[0] == leaf.shape[1]
-    return 0 if rest or is_of_positions else each
+    return 0 if rest else each
 
 
 def _concatenated(trees: list):
@@ -225,7 +225,7 @@ def run_mixed(model: Network, mixable: Mixable, args: tuple, kwargs: dict, names
         features = split(model.run(MixedBatch(model.state, sizes), args, kwargs), list(sizes.values()))
         outputs = [run_head(model.heads[name], part) for name, part in zip(sizes, features, strict=True)]
     else:
-        parts = split((args, kwargs), list(sizes.values()))
+        parts = split((args, kwargs), list(sizes.values()), True)
         outputs = [model.heads[name](model.run(name, *part)) for name, part in zip(sizes, parts, strict=True)]
     for output, size in zip(outputs, sizes.values(), strict=True):
         if any(leaf.shape[:1] != (size,) for leaf in tensors(output)):

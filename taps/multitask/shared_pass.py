@@ -222,7 +222,7 @@ class SharedView:
     def places(self, module: nn.Module) -> list[Place]:
         """Return the places in a module, including the module itself."""
         if id(module) not in self._places:
-            self._places[id(module)] = [inner for inner in module.modules() if isinstance(inner, Place)]
+            self._places[id(module)] = _places_of(module, self.state.hides_layers)
         return self._places[id(module)]
 
     def contents(self, module: nn.Module) -> list[tuple[int, ...]]:
@@ -299,9 +299,17 @@ class _Remembering:
         """Return the module itself."""
         return self if _view_of(self) is None else self._taps_module  # type: ignore[attr-defined,return-value]
 
+    def __hash__(self) -> int:
+        return hash(self._unseen())
+
+    def __eq__(self, other: object) -> bool:  # networks look for modules in collections
+        return self._unseen() is (other._unseen() if isinstance(other, _Remembering) else other)
+
     def __setattr__(self, name: str, value: object) -> None:
+        known = self.__dict__.get(name)
+        is_same = type(known) is type(value) and isinstance(value, _PLAIN) and known == value
         super().__setattr__(name, value)
-        view = _view_of(self)
+        view = None if is_same else _view_of(self)
         call = None if view is None else view.state.call
         if call is not None and isinstance(call.execution, OneOfSeveral):
             call.execution.shared.touched.add(id(self._taps_module))  # type: ignore[attr-defined]
@@ -363,6 +371,10 @@ class _Remembering:
                 records.append(record)
                 shared.common.update(map(id, parts))
         return output
+
+
+#: types of attributes that say no more when they are set to an equal value
+_PLAIN = (int, float, str, torch.Size, type(None))
 
 
 def _is_touched(module: nn.Module, shared: SharedPass) -> bool:
@@ -508,10 +520,11 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
     """
     if not tasks:
         raise UserError("a predictor needs at least one task")
-    places = (*model.units, *model.task_norms)
-    modules = {
-        module: [inner for inner in module.modules() if isinstance(inner, Place)] for module in _parts(model.backbone)
-    }
+    places, hides = (*model.units, *model.task_norms), model.state.hides_layers
+    parts = list(_parts(model.backbone))
+    if hides:  # modules with lists of places come after these
+        parts.sort(key=lambda module: not isinstance(module, Place))
+    modules = {module: _places_of(module, hides) for module in parts}
     copies: dict[tuple, nn.Module] = {}  # copies of modules, by their behaviour
     tensors_of = computed_tensors(model.backbone)  # copies of tensors that belong to no place
     networks = {}
@@ -534,6 +547,27 @@ def predictor(model: Network, tasks: Sequence[str]) -> Predictor:
     made.state.hides_layers = model.state.hides_layers
     made.networks.requires_grad_(False)
     return made
+
+
+def _places_of(module: nn.Module, hides_layers: bool) -> list[Place]:
+    """Return the places in a module, including the module itself and, if ``hides_layers``, those that it holds in collections."""
+    found = [inner for inner in module.modules() if isinstance(inner, Place)]
+    if hides_layers:
+        own = (part for part in module.modules() if not type(part).__module__.startswith("taps.core."))
+        held = [value for part in own for name, value in vars(part).items() if name not in OF_MODULES]
+        found += [place for place in _places_in(held, ()) if place not in found]
+    return found
+
+
+def _places_in(value: Any, around: tuple[int, ...]) -> Iterator[Place]:
+    if isinstance(value, Place):
+        yield value
+        return
+    inner = value if isinstance(value, (list, tuple, set, deque)) else ()
+    if isinstance(value, dict):
+        inner = (*value, *value.values())
+    for one in inner if id(value) not in around else ():
+        yield from _places_in(one, (*around, id(value)))
 
 
 def _parts(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:
