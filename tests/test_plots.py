@@ -58,7 +58,7 @@ def test_a_map_of_many_pairs_stays_small():
     assert not figure.axes[0].texts
     assert len(figure.axes[0].get_xticks()) <= 160
     pair = layer_plots.overlap({name: rows(12, 2) for name in ("one", "two")})
-    assert pair.get_size_inches()[0] > 5, "the title has room"
+    assert pair.get_size_inches()[0] > 4, "the title has room"
 
 
 @pytest.mark.parametrize("tasks", [1, 14])
