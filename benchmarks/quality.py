@@ -21,8 +21,9 @@ All rows train on the training images and are tested once, after the last epoch;
 refused. ``--tune`` never reads the test images: it uses a copy of the demo that is made from what the demo trains on, other digits
 and other strips of the photographs for validation, or a quarter of the training images of other data sets. It tries nine
 combinations per row. Settings of ``qat`` and ``coded_lora`` (rank 8) were chosen in this way at 1 %, on three tasks; of the
-latter's nine combinations rank 16 at the largest rate was not tried. Those of ``one_bit_lora`` are those of ``lora``; those of the other rivals were chosen
-on a quarter of the training images of three tasks; how budgets are trained was chosen as ``docs/budget.md`` says.
+latter's nine combinations rank 16 at the largest rate was not tried. Those of ``one_bit_lora`` are those of ``lora``; those of the
+other rivals were chosen on a quarter of the training images of three tasks; how budgets are trained was chosen as
+``docs/budget.md`` says.
 """
 
 from __future__ import annotations
