@@ -214,7 +214,7 @@ def test_task_parameters_are_named_after_the_task(case):
     if model.method.learns_policy:
         owned = [u for u in model.units if u.gates["x-1_Y"].decide().uses_delta]
     else:
-        owned = model.units if gated or model.method.name in ("finetune", "sparse_delta") else []
+        owned = [u for u in model.units if u.gates["x-1_Y"].needs_delta]
     assert holding == sum(len(u.parameter_names) for u in owned)
 
 

@@ -170,3 +170,12 @@ def test_a_budget_is_kept_in_python_too(tmp_path):
     run(None, Recipe(epochs=6, lr=0.1, budget="10%"), model)
     folder = model.save_task("a", tmp_path, compact=True)
     assert (folder / "task.safetensors").stat().st_size <= 0.1 * 4 * model.base_parameters
+
+
+def test_summaries_are_read_from_the_source_however_they_are_given(tmp_path, monkeypatch):
+    from taps.methods import registry
+
+    (tmp_path / "one.py").write_text('\nregister("named", Method(summary="by name", gate=None))\n')
+    (tmp_path / "two.py").write_text('\nregister("placed", Method("by place", "a test", None))\n')
+    monkeypatch.setattr(registry, "_FOLDER", tmp_path)
+    assert registry._read() == {"named": "by name", "placed": "by place"}

@@ -526,6 +526,10 @@ def test_too_much_waiting_a_slow_answer_and_a_dead_replica_are_503(shelf):
     local.slow = 0.1
     statuses = [answer.status_code for answer in local(*[form(picture(seed), tasks="ink") for seed in range(12)])]
     assert set(statuses) == {200, 503}
+    several = {"files": [("image", (f"{seed}.png", picture(seed))) for seed in range(4)], "data": {"tasks": "ink"}}
+    (answer,) = local(several)
+    assert (answer.status_code, "retry-after" in answer.headers) == (413, False), "waiting does not help"
+    assert "4 images are more than the 3" in answer.json()["detail"]
     local.slow = 1.0
     (answer,) = local(form(picture()))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

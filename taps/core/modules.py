@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,13 @@ OF_MODULES = frozenset(vars(nn.Module()))
 def first_input(args: tuple, kwargs: dict):
     """Return the first argument of a call, which is the input that gates see."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def members(value: object) -> tuple:
+    """Return what a collection holds, keys of dictionaries too; nothing for anything else."""
+    if isinstance(value, dict):
+        return (*value, *value.values())
+    return tuple(value) if isinstance(value, (list, tuple, set, deque)) else ()
 
 
 def is_square(tensor: Tensor) -> bool:

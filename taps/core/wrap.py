@@ -10,7 +10,7 @@ from torch import nn
 
 from taps.core.execution import Place, State
 from taps.core.find import Found, find_layers, is_norm
-from taps.core.modules import OF_MODULES
+from taps.core.modules import OF_MODULES, members
 from taps.core.norm import TaskNorm
 from taps.core.unit import GatedUnit
 from taps.errors import UserError
@@ -88,11 +88,8 @@ def _holds(value: Any, replacement: dict[int, nn.Module], around: tuple[int, ...
     """Return whether a plain attribute is or holds one of the modules, or a method of one; ``around``: what it is held by."""
     if id(value) in around:
         return False
-    inner = value if isinstance(value, (list, tuple, set, deque)) else ()
-    if isinstance(value, dict):
-        inner = (*value, *value.values())
     held = value.__self__ if isinstance(value, MethodType) else value
-    return id(held) in replacement or any(_holds(one, replacement, (*around, id(value))) for one in inner)
+    return id(held) in replacement or any(_holds(one, replacement, (*around, id(value))) for one in members(value))
 
 
 def _with_places(value: Any, replacement: dict[int, nn.Module], around: tuple[int, ...] = ()) -> Any:

@@ -108,7 +108,7 @@ def _read(without: Sequence[str] = ()) -> dict[str, str]:
                 name, row = node.value.args[0], cast(ast.Call, node.value.args[1])
                 fields = {keyword.arg: keyword.value for keyword in row.keywords}
                 if not fields.keys() & set(without):
-                    found[ast.literal_eval(name)] = ast.literal_eval(fields["summary"])
+                    found[ast.literal_eval(name)] = ast.literal_eval(fields.get("summary") or row.args[0])
     return found
 
 

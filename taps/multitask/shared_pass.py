@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_structure
 
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import OneTask, Place, State
-from taps.core.modules import OF_MODULES, computed_tensors, evaluating, first_input
+from taps.core.modules import OF_MODULES, computed_tensors, evaluating, first_input, members
 from taps.core.network import Network
 from taps.errors import UserError
 from taps.multitask.trees import flatten, map_tensors, run_head, tensors
@@ -233,7 +233,7 @@ class SharedView:
             plain = (value for part in own for name, value in vars(part).items() if name not in OF_MODULES)
             held = [value for value in plain if isinstance(value, (list, dict, set, deque))]
             self._collections[id(module)] = held
-        return [tuple(map(id, one.values() if isinstance(one, dict) else one)) for one in held] if held else held
+        return [tuple(map(id, members(one))) for one in held] if held else held
 
     def is_common(self, module: nn.Module) -> bool:
         """Return whether a module without places is the same object for all tasks."""
@@ -563,10 +563,7 @@ def _places_in(value: Any, around: tuple[int, ...]) -> Iterator[Place]:
     if isinstance(value, Place):
         yield value
         return
-    inner = value if isinstance(value, (list, tuple, set, deque)) else ()
-    if isinstance(value, dict):
-        inner = (*value, *value.values())
-    for one in inner if id(value) not in around else ():
+    for one in members(value) if id(value) not in around else ():
         yield from _places_in(one, (*around, id(value)))
 
 
