@@ -209,3 +209,23 @@ def test_norms_forget_tasks_that_are_removed(shelf):
     for name in NAMES:
         model.predict(torch.randn(2, 6), tasks=[name, NAMES[0]])
     assert all(len(norm._contents) <= held(model) for norm in model.task_norms)
+
+
+def test_a_task_that_is_read_again_has_the_names_of_its_new_files(shelf, copied):
+    other = taps.adapt(network()).eval()
+    names = other.load_library(copied, keep=1)[:2]
+    x = torch.randn(2, 6)
+    other(x, names[0])
+    old = other.about(names[0]).get("classes")
+    source = taps.adapt(network()).eval()
+    source.load_task(copied / names[0])
+    source.describe_task(names[0], classes=[f"new {index}" for index in range(source.heads[names[0]].out_features)])
+    other(x, names[1])
+    source.save_task(names[0], copied / names[0])
+    other(x, names[0])
+    assert other.classes(names[0])[0] == "new 0"
+    assert old != other.classes(names[0])
+    other.describe_task(names[0], classes=None)
+    other(x, names[1])
+    other(x, names[0])
+    assert other.about(names[0]).get("classes") is None, "what was removed stays removed"

@@ -356,6 +356,27 @@ def test_what_is_equal_is_not_computed_again():
         torch.testing.assert_close(outputs["sub"], model(x, "sub"), rtol=1e-4, atol=1e-5)
 
 
+def test_hooks_of_layers_change_what_is_reused_too():
+    model = draws("vit", 0.05)
+    reuse, x = Reuse(model, "base"), torch.randn(2, 3, 32, 32)
+    model.units[-1].base.register_forward_hook(lambda module, inputs, output: 3 * output)
+    outputs = reuse(x)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["sub"], model(x, "sub"), rtol=1e-4, atol=1e-4)
+
+
+def test_frames_may_come_in_one_buffer():
+    model = draws("vit", 0.05)
+    video = VideoReuse(Reuse(model, "base"), threshold=0.0, key_every=8)
+    buffer = np.zeros((1, 3, 32, 32), np.float32)
+    for seed in range(3):
+        buffer[:] = np.random.default_rng(seed).normal(size=buffer.shape)
+        outputs = video(torch.from_numpy(buffer))
+        with torch.no_grad():
+            for task in ("base", "sub"):
+                torch.testing.assert_close(outputs[task], model(torch.from_numpy(buffer), task), rtol=1e-3, atol=1e-3)
+
+
 def test_larger_errors_leave_out_more_and_change_more():
     model = draws("vit", 0.02, "row")
     images = [torch.randn(4, 3, 32, 32) for _ in range(2)]
