@@ -49,7 +49,7 @@ _LEVELS = (2.2, 1.6, 1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.
 #: steps in which norms may be stored, from fine to coarse, in parts of a channel's weight; the head is stored as finely
 _STEPS = tuple(0.002 * 2 ** (half / 2) for half in range(16))
 #: the coarsest that is planned for, and the part of a budget that norms and head may take if they are stored more finely
-_COARSEST, _PART = 0.05, 0.2
+_COARSEST, _PART = 0.05, 0.12
 
 
 #: largest level at which no units must be chosen: when gates are decided, and, with room for changes, when deltas are rounded
