@@ -46,7 +46,7 @@ _SAMPLE = 1 << 16  # number of weights from which size and error of a delta's en
 _LEVELS = (2.2, 1.6, 1.2, 0.9, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015, 0.005, 0.001, 0.0)
 
 
-#: steps in which norms may be stored, from fine to coarse, in parts of a channel's weight; the head is stored as finely
+#: steps in which norms may be stored, from fine to coarse, in parts of a channel's weight; the head's error follows from them
 _STEPS = tuple(0.002 * 2 ** (half / 2) for half in range(16))
 #: the coarsest that is planned for, and the part of a budget that norms and head may take if they are stored more finely
 _COARSEST, _PART = 0.05, 0.12

@@ -30,8 +30,9 @@ from taps.storage.range_code import LARGEST
 _COLUMNS = ("weight", "bias")
 #: median of weights below which a norm is taken for one that starts at zero, as the last of a residual block may
 _SMALL = 1e-3
-#: relative error of an encoded head for each unit of the norms' step: up to 0.3, and where norms are stored coarsely
-_HEAD_ERROR, _COARSE_HEAD_ERROR = 24.0, 6.0
+#: relative error of an encoded head for each unit of the norms' step, up to an error from which the loss rises; beyond it, where
+#: bytes are too few for more, for each unit of the step
+_HEAD_ERROR, _LARGEST_UNNOTICED, _COARSE_HEAD_ERROR = 24.0, 0.3, 6.0
 
 
 def small_tensors(
@@ -81,7 +82,7 @@ def encoded_small(
             own = max(step, float(difference.abs().max()) / LARGEST) if len(difference) else step
             found[key] = EncodedDelta("range_coded", code_steps((difference / own).round_(), own))
         elif kind == "head" and with_head and tensor.is_floating_point() and value.dim() > 1:
-            error = max(min(_HEAD_ERROR * step, 0.3), min(_COARSE_HEAD_ERROR * step, 0.9))
+            error = max(min(_HEAD_ERROR * step, _LARGEST_UNNOTICED), min(_COARSE_HEAD_ERROR * step, 0.9))
             found[key] = encode_as("range_coded", value, error)
     return found
 
