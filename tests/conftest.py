@@ -22,6 +22,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from taps.memory import keep_freed_memory  # noqa: E402
+
+keep_freed_memory()
+
 
 #: files whose tests run programs, train to a quality, or draw and generate a lot
 SLOW_FILES = (

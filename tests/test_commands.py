@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -653,3 +654,37 @@ def test_a_stopped_run_is_finished_before_it_is_extended(finished, tree, here, t
     done = here(*line, "--resume", "--epochs", 4, check=2)
     assert "was stopped before its 2 epochs: finish them with --resume" in done.stderr
     here(*line, "--resume")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="concerns glibc")
+@pytest.mark.parametrize("thread", ["the program's", "another"])
+def test_programs_use_freed_memory_again(thread):
+    """Large blocks that are freed and requested again cost no page faults, in whichever thread."""
+    program = """
+import ctypes, resource, sys, threading
+from taps.memory import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.malloc.argtypes, libc.memset.argtypes = [ctypes.c_size_t], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def faults(times, size=40_000_000):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        block = libc.malloc(size)
+        libc.memset(block, 1, size)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+run = lambda: print(faults(1), faults(10))
+if sys.argv[1] == "another":
+    worker = threading.Thread(target=run)
+    worker.start()
+    worker.join()
+else:
+    run()
+"""
+    line = [sys.executable, "-c", program, thread]
+    printed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    once, again = map(int, printed.split())
+    assert again < max(once, 100), "one for each page each time"

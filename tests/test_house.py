@@ -15,7 +15,7 @@ from taps.methods.registry import METHODS
 
 #: the folders and files of ``taps/`` from the ground up; a line imports from those above it, and its own files form no circle
 LEVELS = (
-    ("version", "errors", "stop_signals"),
+    ("version", "errors", "stop_signals", "memory"),
     ("settings",),
     ("core",),
     ("storage", "multitask"),

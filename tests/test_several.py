@@ -87,6 +87,26 @@ def test_mixed_batch_is_each_task_on_its_samples(case):
             torch.testing.assert_close(torch.stack([outputs[row] for row in rows]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("settled", [("a", "c"), TASKS], ids=["some", "all"])
+@pytest.mark.parametrize("network", ["resnet", "vit"])
+def test_settled_tasks_run_in_a_mixed_batch_without_decisions(network, settled, monkeypatch):
+    model, x = prepared(network, "taps").eval(), batch(network)
+    with torch.no_grad():
+        expected = model(x, NAMES)
+        for task in settled:
+            model.settle(task)
+        asked = []
+        for kind in (taps.core.unit.GatedUnit, taps.core.norm.TaskNorm):
+            original = kind.decision_for
+            monkeypatch.setattr(
+                kind, "decision_for", lambda place, task, x, of=original: (asked.append(task), of(place, task, x))[1]
+            )
+        outputs = model(x, NAMES)
+    assert set(asked) == set(TASKS) - set(settled)
+    for own, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_training_on_a_mixed_batch_is_training_on_each_task(case, monkeypatch):
     """Gradients of all parameters, including those of closed gates, and the running statistics agree."""
     original = taps.methods.sparse_delta.hard_concrete  # draws would differ

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from taps.errors import UserError, first_line
+from taps.memory import keep_freed_memory
 from taps.stop_signals import Interrupted
 
 
@@ -25,6 +26,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # What imports make lives as long as the program. Looking for garbage among it takes seconds, at the end too.
     gc.set_threshold(50_000, 20, 20)
+    keep_freed_memory()
     atexit.register(gc.freeze)
     try:
         main(sys.argv[1:])

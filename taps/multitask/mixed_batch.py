@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taps.core.checkpointing import without_reentrant_warning
 from taps.core.execution import Place, State
@@ -52,9 +52,16 @@ class MixedBatch:
         if not isinstance(x, Tensor):
             raise Inseparable("the input of a layer is not a tensor")
         rows = self.rows(len(x))
+        base, known = place.base, {} if place.training else place.ready
         decisions, closed = {}, {}
+        ready: dict[str, nn.Module] = {}  # of tasks that are no longer trained
         groups: dict[Hashable, list[str]] = {}
         for task, where in rows.items():
+            module = known.get(task)
+            if module is not None:
+                ready[task] = module
+                groups.setdefault("base" if module is base else (task,), []).append(task)
+                continue
             decisions[task] = place.decision_for(task, x[where])
             if isinstance(place, GatedUnit) and is_closed(place, decisions[task]):
                 closed[task], decisions[task] = decisions[task], Decision()
@@ -63,22 +70,30 @@ class MixedBatch:
         pieces: dict[str, object] = {}
         parts: dict[str, tuple] = {}
         for tasks in groups.values():
-            everyone = len(tasks) == len(rows)
+            first, everyone = tasks[0], len(tasks) == len(rows)
             group = self if everyone else MixedBatch(self.state, {task: self.sizes[task] for task in tasks})
             if everyone:
                 inputs = args, kwargs
             else:
                 parts = parts or dict(zip(rows, split((args, kwargs), self._lengths(rows), True), strict=True))
                 inputs = _concatenated([parts[task] for task in tasks])
-            with self.state.running(tasks[0] if len(tasks) == 1 else group):
-                y = place.compute(tasks[0], decisions[tasks[0]], *inputs)
-            places = group.rows(len(first_input(*inputs)))
-            learning = {task: closed[task] for task in tasks if task in closed}
+            with self.state.running(first if len(tasks) == 1 else group):
+                y = (
+                    ready[first](*inputs[0], **inputs[1])
+                    if first in ready
+                    else place.compute(first, decisions[first], *inputs)
+                )
+            learning = {task: closed[task] for task in tasks if task in closed} if closed else {}
             if learning and isinstance(place, GatedUnit):
-                y = closed_gate_gradient(place, y, first_input(*inputs), places, learning)
+                seen = first_input(*inputs)
+                y = closed_gate_gradient(place, y, seen, group.rows(len(seen)), learning)
             if everyone:
                 return y
-            pieces.update(zip(tasks, split(y, self._lengths(places)), strict=True))
+            if len(tasks) == 1:
+                pieces[first] = y
+            else:
+                places = group.rows(len(first_input(*inputs)))
+                pieces.update(zip(tasks, split(y, self._lengths(places)), strict=True))
         return _concatenated([pieces[task] for task in rows])
 
     @staticmethod
@@ -94,6 +109,8 @@ def split(tree, sizes: list[int], are_inputs: bool = False) -> list:
     call, whose first one has the samples."""
     if len(sizes) == 1:
         return [tree]
+    if are_inputs and not tree[1] and len(tree[0]) == 1 and _rows_per_sample(tree[0][0], sum(sizes), False) == 1:
+        return [((part,), {}) for part in tree[0][0].split(sizes)]  # as below, in a fraction of the time
     leaves, build = flatten(tree)
     cut = []
     for index, leaf in enumerate(leaves):
@@ -117,6 +134,8 @@ def _rows_per_sample(leaf: object, count: int, may_be_mask: bool) -> int:
 def _concatenated(trees: list):
     if len(trees) == 1:
         return trees[0]
+    if isinstance(trees[0], Tensor):
+        return torch.cat(trees)
     flat = [flatten(tree) for tree in trees]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     # What belongs to all samples was not cut, and is the same tensor in every tree.

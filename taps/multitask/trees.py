@@ -37,6 +37,8 @@ class _Opened:
 
 def flatten(tree) -> tuple[list, Callable[[list], object]]:
     """Return the leaves of a tree and a function that builds a tree of the same structure from other leaves."""
+    if isinstance(tree, Tensor):
+        return [tree], itemgetter(0)
     leaves, spec = tree_flatten(_opened(tree))
     parts: list = []
     builders: list[tuple[int, Callable[[list], object]]] = []

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from taps.data.classification.images import TaskData
 from taps.errors import UserError, first_line
+from taps.memory import keep_freed_memory
 from taps.runs import cluster
 from taps.runs.adaptation import Experiment, epoch_line
 from taps.runs.setup import make_accelerator, make_model
@@ -245,6 +246,7 @@ def _train_task(
     """Train one task of a run, from its checkpoint if it has one, and return whether it is finished; executed by Ray."""
     os.chdir(cwd)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     own = replace(settings, resume=True, overwrite=False, parallel=None, address=None, track=None)
     model, prepare = make_model(own, train_base=False)
     path = Path(run) / "parallel" / name

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from taps.errors import UserError
+from taps.memory import keep_freed_memory
 from taps.runs import cluster
 from taps.runs.setup import pick_device
 from taps.serving.engine import Answer, Engine, Item
@@ -40,6 +41,7 @@ class Replica:
 
     def __init__(self, root: str, base: str | None, keep: int, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self._engine = Engine(Path(root), base, keep, pick_device(device))
         self._pool = ThreadPoolExecutor(1)  # one batch after another, while the next one is received
 
