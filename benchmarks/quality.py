@@ -58,6 +58,7 @@ from taps.data.classification.folders import find_tasks  # noqa: E402
 from taps.data.classification.images import TaskData, make_loader, split_validation  # noqa: E402
 from taps.data.generated.demo import make_demo, read_demo  # noqa: E402
 from taps.errors import UserError  # noqa: E402
+from taps.memory import keep_freed_memory  # noqa: E402
 from taps.methods import taps_budget  # noqa: E402
 from taps.methods.taps_budget import parse_budget  # noqa: E402
 from taps.metrics.accuracy import accuracy_by_class  # noqa: E402
@@ -179,6 +180,7 @@ def bytes_of(row: Row, model: taps.TaskModel, task: str, of_deltas: int = 0) -> 
 def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     """Run all tasks of one row and seed; returns accuracies, bytes, seconds and drift."""
     torch.set_num_threads(given.threads)
+    keep_freed_memory()
     accelerator = Accelerator(cpu=given.device == "cpu", rng_types=[])
     base = taps.create_backbone(given.model_type, pretrained=True)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **of_network(base))

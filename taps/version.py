@@ -1,3 +1,3 @@
 """The version of this library."""
 
-VERSION = "0.19.1"
+VERSION = "0.20.0"
