@@ -415,11 +415,11 @@ def _is_stored(model: Network, task: str) -> bool:
 _MANY_BITS = 2.0
 
 
-#: bits per weight from which learning rates are halved, and from which many epochs lower them
-_SOME_BITS, _FEW_BITS = 0.6, 0.2
+#: bits per weight from which learning rates are halved
+_SOME_BITS = 0.6
 
 
-#: number of epochs from which rates follow a cosine, and are lower
+#: number of epochs from which rates follow a cosine and are lower
 _MANY_EPOCHS = 12
 
 
@@ -479,12 +479,11 @@ def _size(model: Network, lengths: Lengths) -> int | None:
 
 
 def by_bits(model: Network, lengths: Lengths) -> Defaults:
-    """Return how to train for a size: for few bits per weight, deltas of which few weights change much; for many, by Adam as in full
-    fine-tuning.
+    """Return how to train for a size: for few bits per weight, deltas of which few weights change much; for many, by Adam as
+    in full fine-tuning.
 
-    Coarse rounding drops what a high rate overfits, and needs it for deltas to reach their first step; finer rounding keeps it, the
-    more so the more often the images are seen. In a short training rates fall late, since norms and head learn while deltas are
-    rounded.
+    Coarse rounding drops what a high rate overfits, and needs it for deltas to reach their first step; finer rounding keeps it.
+    In few epochs rates fall late, since norms and head learn while deltas are rounded; in many, lower ones reach as far.
     """
     size = _size(model, lengths)
     bits = math.inf if size is None else 8 * size / model.base_parameters
@@ -493,7 +492,7 @@ def by_bits(model: Network, lengths: Lengths) -> Defaults:
     rate = 0.5 if bits >= _SOME_BITS else 1.0
     if lengths.epochs < _MANY_EPOCHS:
         return Defaults("split", "poly", rate=rate)
-    return Defaults("split", "cosine", rate=0.7 * rate if bits >= _FEW_BITS else rate)
+    return Defaults("split", "cosine", rate=0.7 * rate)
 
 
 def fade_norms(model: Network, task: str, part: float, begins: float = 1.0, ends: float = 1.0) -> None:
