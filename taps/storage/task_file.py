@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from taps.core.accounting import accounting
-from taps.core.gate import ConstantGate
+from taps.core.find import Unit
+from taps.core.gate import ConstantGate, Gate
 from taps.core.method import Method
 from taps.core.network import Network, Origin
 from taps.core.norm import TaskNorm
@@ -543,66 +544,24 @@ def _fill(
     trainable: bool,
     method: Method,
 ) -> None:
-    stored_norms, encodings = set(description["norms"]), description.get("encodings", {})
-    compact = description.get("compact", False)
-    like = next(model.backbone.parameters())
-    listed = [row["name"] for row in description["units"]]
-    if _difference(model, description) is None:
-        gates = model.make_gates(description.get("policy"))
-    else:
-        options = {**method.options, **description["options"]}
-        gates = [
-            method.gate(unit, **options) if unit.name in listed else ConstantGate(specific=0.0)
-            for unit in model.descriptions
-        ]
-        model.origins[task] = Origin(
-            method.name, options, description["norm"], description.get("layers"), tuple(listed)
-        )
-    for unit, unit_description, gate in zip(model.units, model.descriptions, gates, strict=True):
-        used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
-        values, encoded = {}, {}
-        for parameter, shape in unit_description.shapes.items() if used else ():
-            key = f"delta/{unit.name}/{parameter}"
-            value = tensors.pop(key, None)
-            if key in encodings and value is not None:
-                encoded[parameter] = EncodedDelta(encodings[key], value)
-                continue
-            values[parameter] = value
-            if value is None or value.shape != shape:
-                found = "missing" if value is None else f"of shape {tuple(value.shape)}"
-                raise UserError(f"{path}: {key} is {found}, the base needs {tuple(shape)}")
-        unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values)
-        for parameter, one in encoded.items():
-            try:
-                unit.deltas[task].set_encoded(parameter, one)
-            except (RuntimeError, ValueError) as error:
-                reason = first_line(error)
-                raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
-        sparse = encoded and all(one.name == "sparse32" for one in encoded.values())
-        if trainable and sparse:
-            inside = {parameter: unit.deltas[task][parameter] != 0 for parameter in unit.parameter_names}
-            learner = model.method.gate(unit_description, **model.options)
-            if learner.fix_support(inside):  # training continues inside the stored support
-                unit.gates[task] = learner.to(like.device).train(model.training)
+    encodings = description.get("encodings", {})
+    gates = _gates(model, task, description, method)
+    for unit, about, gate in zip(model.units, model.descriptions, gates, strict=True):
+        _fill_unit(model, task, unit, about, gate, tensors, encodings, path, trainable)
     if description.get("policy") is not None:
         model.policies[task] = tuple(map(tuple, description["policy"]))
-    norms = []
-    for norm in model.task_norms:
-        if norm.name in stored_norms or trainable:
-            norm.add_task(task, always=norm.name in stored_norms)
-        if norm.name in stored_norms:
-            norms.append(norm)
-            if not trainable:
-                norm.use_always(task)
-    head = head.to(like.device, model.head_type(is_own=False)).train(model.training)
+    norms = _own_norms(model, task, set(description["norms"]), trainable)
+    device = next(model.backbone.parameters()).device
+    head = head.to(device, model.head_type(is_own=False)).train(model.training)
     by_name = {unit.name: unit for unit in model.units}
-    fill_columns("gate", tensors, [by_name[name].gates[task].state_dict() for name in listed], path)
+    gate_states = [by_name[row["name"]].gates[task].state_dict() for row in description["units"]]
+    fill_columns("gate", tensors, gate_states, path)
     small = {key: EncodedDelta(name, tensors[key]) for key, name in encodings.items() if not key.startswith("delta/")}
     for key, one in small.items():
         shape = head.state_dict()[key[5:]].shape if key[5:] in head.state_dict() else None
         tensors[key] = _decoded(norms, task, key, one, shape, path)
     model.encoded[task] = small
-    fill_columns("norm", tensors, [stored_norm(norm, task, compact) for norm in norms], path)
+    fill_columns("norm", tensors, [stored_norm(norm, task, description.get("compact", False)) for norm in norms], path)
     for unit in model.units:
         if task not in unit.deltas and unit.gates[task].decide().uses_delta:
             raise UserError(f"{path} lacks the delta of {unit.name}, whose gate is open")
@@ -619,3 +578,67 @@ def _fill(
         if not model.train_base:
             model.settle(task)
     model.heads[task] = head  # last, so that no call begins that finds only parts of the task
+
+
+def _gates(model: Network, task: str, description: dict, method: Method) -> Sequence[Gate]:
+    """Return a gate for each unit; those of another method are noted with the task's origin."""
+    if _difference(model, description) is None:
+        return model.make_gates(description.get("policy"))
+    options = {**method.options, **description["options"]}
+    listed = [row["name"] for row in description["units"]]
+    model.origins[task] = Origin(method.name, options, description["norm"], description.get("layers"), tuple(listed))
+    return [
+        method.gate(unit, **options) if unit.name in listed else ConstantGate(specific=0.0)
+        for unit in model.descriptions
+    ]
+
+
+def _fill_unit(
+    model: Network,
+    task: str,
+    unit: GatedUnit,
+    about: Unit,
+    gate: Gate,
+    tensors: dict,
+    encodings: Mapping[str, str],
+    path: Path,
+    trainable: bool,
+) -> None:
+    """Give a unit the task's gate and its deltas, which are taken out of ``tensors``."""
+    used = any(key.startswith(f"delta/{unit.name}/") for key in tensors)
+    values, encoded = {}, {}
+    for parameter, shape in about.shapes.items() if used else ():
+        key = f"delta/{unit.name}/{parameter}"
+        value = tensors.pop(key, None)
+        if key in encodings and value is not None:
+            encoded[parameter] = EncodedDelta(encodings[key], value)
+            continue
+        values[parameter] = value
+        if value is None or value.shape != shape:
+            found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+            raise UserError(f"{path}: {key} is {found}, the base needs {tuple(shape)}")
+    unit.add_task(task, gate, with_deltas=used or (trainable and gate.needs_delta), values=values)
+    for parameter, one in encoded.items():
+        try:
+            unit.deltas[task].set_encoded(parameter, one)
+        except (RuntimeError, ValueError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path}: delta/{unit.name}/{parameter} is damaged: {reason}") from None
+    if trainable and encoded and all(one.name == "sparse32" for one in encoded.values()):
+        inside = {parameter: unit.deltas[task][parameter] != 0 for parameter in unit.parameter_names}
+        learner = model.method.gate(about, **model.options)
+        if learner.fix_support(inside):  # training continues inside the stored support
+            unit.gates[task] = learner.to(next(model.backbone.parameters()).device).train(model.training)
+
+
+def _own_norms(model: Network, task: str, stored: Collection[str], trainable: bool) -> list[TaskNorm]:
+    """Give the task norms of its own, and return those that its file holds."""
+    found = []
+    for norm in model.task_norms:
+        if norm.name in stored or trainable:
+            norm.add_task(task, always=norm.name in stored)
+        if norm.name in stored:
+            found.append(norm)
+            if not trainable:
+                norm.use_always(task)
+    return found

@@ -115,23 +115,8 @@ def fit(
     """
     model.check_task(task)
     accelerator = accelerator or Accelerator()
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError(
-            "accumulate gradients with accumulate=, not by the accelerator, which would divide them once more"
-        )
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "taps.fit runs in one process; for several, use the commands with accelerate launch or torchrun"
-        )
-    if not model.parameters_of(task):
-        raise UserError(
-            f"task {task!r} is frozen: load it with load_task(…, trainable=True), or remove it and add it again to train anew"
-        )
+    _check_possible(model, task, accelerator)
     check_known("option of taps.fit", recipe, [field.name for field in fields(Recipe)])
-    if model.train_base:
-        raise UserError(
-            "taps.fit trains one task on a frozen base; adapt it with train_base=False, or use train_joint.py"
-        )
     if budget is not None and model.method.budget is None:
         raise UserError(
             f"method {model.method.name!r} does not support a size budget; adapt the base with method='taps_budget'"
@@ -164,62 +149,102 @@ def fit(
     if budget is not None:
         check_size(model, task, parse_budget(budget, model))
     kept = None if folder is None else Path(folder)
-    taken = folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir())
-    if taken and not (resume or overwrite):
-        raise UserError(
-            f"{folder} exists: give resume=True to continue that run, overwrite=True to replace it, or another folder"
-        )
+    if kept is not None:
+        _check_folder(kept, epochs, resume, overwrite)
     settings = {"task": task, "program": "taps.fit", "method": model.method.name, **_plain(plan)}
-    record = Path(folder, "settings.json") if resume and folder is not None else None
-    begun = read_json(record).get("epochs", epochs) if record is not None and record.is_file() else epochs
-    if begun != epochs:
-        raise UserError(
-            f"{folder} was begun with epochs={begun}: continue it with as many, or train again in another folder"
-        )
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),  # the caller's draws do not depend on the run's seed
-        nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place,
+        nullcontext(kept) if kept is not None else tempfile.TemporaryDirectory() as place,
         _open(Path(place), settings, resume, overwrite) as run,
     ):
         model.describe_task(task, **about)
-
-        def validate() -> tuple[dict[str, dict], float]:
-            name, value = evaluate_loss_or_error(model, task, validation, criterion, accelerator, plan.limit_batches)
-            return {task: {name: value}}, -value
-
-        def keep(best: list[dict]) -> None:
-            model.save_task(task, run.task_path(task), {"epoch": best[0]["epoch"]}, compact=budget is not None)
-
-        def on_epoch(new: list[dict], is_best: bool) -> None:
-            if report is not None:
-                report(new[0], is_best)
-
         head = copy.deepcopy(model.heads[task])
         with _restored_if_interrupted(model, task):
-            try:
-                run_phases(
-                    model,
-                    task,
-                    train,
-                    train,
-                    plan,
-                    accelerator,
-                    criterion=criterion,
-                    validate=None if validation is None else validate,
-                    on_epoch=on_epoch,
-                    keep=keep,
-                    folder=run,
-                )
-            finally:  # half precision is for training alone
-                accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-                model.__dict__.pop("_is_accelerate_prepared", None)
+            _train(model, task, train, validation, plan, accelerator, criterion, run, report)
         rows = [row for row in run.rows if row["task"] == task]
         model.remove_task(task)
         model.load_task(run.task_path(task), name=task, head=head)
         model.to(memory_format=torch.contiguous_format).eval()  # the order of sums of a model loaded from files
         best = model.about(task)["epoch"]
         return Record(task, tuple(rows), best, None if kept is None else kept / task)
+
+
+def _check_possible(model: TaskModel, task: str, accelerator: Accelerator) -> None:
+    """Raise a ``UserError`` for a model, task or accelerator that :func:`fit` cannot train with."""
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            "accumulate gradients with accumulate=, not by the accelerator, which would divide them once more"
+        )
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "taps.fit runs in one process; for several, use the commands with accelerate launch or torchrun"
+        )
+    if not model.parameters_of(task):
+        raise UserError(
+            f"task {task!r} is frozen: load it with load_task(…, trainable=True), or remove it and add it again to train anew"
+        )
+    if model.train_base:
+        raise UserError(
+            "taps.fit trains one task on a frozen base; adapt it with train_base=False, or use train_joint.py"
+        )
+
+
+def _check_folder(folder: Path, epochs: int, resume: bool, overwrite: bool) -> None:
+    """Raise a ``UserError`` if a folder holds a run that is neither to be continued nor replaced, or one of other lengths."""
+    if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
+        raise UserError(
+            f"{folder} exists: give resume=True to continue that run, overwrite=True to replace it, or another folder"
+        )
+    record = folder / "settings.json"
+    begun = read_json(record).get("epochs", epochs) if resume and record.is_file() else epochs
+    if begun != epochs:
+        raise UserError(
+            f"{folder} was begun with epochs={begun}: continue it with as many, or train again in another folder"
+        )
+
+
+def _train(
+    model: TaskModel,
+    task: str,
+    train: UserLoader,
+    validation: UserLoader | None,
+    plan: Recipe,
+    accelerator: Accelerator,
+    criterion: Criterion,
+    run: RunFolder,
+    report: Callable[[dict, bool], None] | None,
+) -> None:
+    """Train the task and leave its best epoch in the run's folder."""
+
+    def validate() -> tuple[dict[str, dict], float]:
+        name, value = evaluate_loss_or_error(model, task, validation, criterion, accelerator, plan.limit_batches)
+        return {task: {name: value}}, -value
+
+    def keep(best: list[dict]) -> None:
+        model.save_task(task, run.task_path(task), {"epoch": best[0]["epoch"]}, compact=plan.budget is not None)
+
+    def on_epoch(new: list[dict], is_best: bool) -> None:
+        if report is not None:
+            report(new[0], is_best)
+
+    try:
+        run_phases(
+            model,
+            task,
+            train,
+            train,
+            plan,
+            accelerator,
+            criterion=criterion,
+            validate=None if validation is None else validate,
+            on_epoch=on_epoch,
+            keep=keep,
+            folder=run,
+        )
+    finally:  # half precision is for training alone
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model.__dict__.pop("_is_accelerate_prepared", None)
 
 
 @contextmanager

@@ -153,23 +153,13 @@ def run_phases(
                 run.stop_if_requested()
             rows = run.numbers(phase)
             is_last = run.progress.epoch + 1 == recipe.epochs
-            is_best = validate is None and is_last
             validates = validate is not None and (is_last or run.validates_now())
             stored = phase.stored if validates or is_last else None
             undo = [] if stored is None else [stored(model, task) for task in tasks]
             if validate is not None and validates:
-                with run.averaged():
-                    found, number = validate()
-                number = -math.inf if math.isnan(number) else number
-                for row in rows:
-                    row.update(found[row["task"]])
-                # Epochs of earlier phases may not meet the settings (e.g. a budget) yet; the last epoch always competes.
-                competes = run.competes(phase) or is_last
-                is_best = competes and (run.progress.best is None or number >= run.progress.best)
-                if is_best:
-                    if run.progress.best is None or number > run.progress.best:
-                        run.progress.risen = run.progress.epoch + 1
-                    run.progress.best = number
+                is_best = run.validate(validate, rows, run.competes(phase) or is_last)
+            else:
+                is_best = validate is None and is_last
             now = time.perf_counter()
             rows = [{**row, "seconds": round((now - started) / len(rows), 3)} for row in rows]
             started = now
@@ -350,6 +340,24 @@ class _Run:
         """Return whether the loop validates after the current epoch."""
         so_far = [phase.validates for phase in self.epochs[: self.progress.epoch + 1]]
         return so_far[-1] and sum(so_far) % self.recipe.eval_epochs == 0
+
+    def validate(self, validate: Callable[[], tuple[dict[str, dict], float]], rows: list[dict], competes: bool) -> bool:
+        """Validate, add the numbers to the rows, and return whether the epoch, if it ``competes``, is the best so far.
+
+        Epochs of earlier phases may not meet the settings (e.g. a budget) yet, and do not compete.
+        """
+        with self.averaged():
+            found, number = validate()
+        number = -math.inf if math.isnan(number) else number
+        for row in rows:
+            row.update(found[row["task"]])
+        best = self.progress.best
+        if not competes or (best is not None and number < best):
+            return False
+        if best is None or number > best:
+            self.progress.risen = self.progress.epoch + 1
+        self.progress.best = number
+        return True
 
     def train_epoch(self) -> Phase:
         """Train the rest of the current epoch and return the phase of its last step."""
