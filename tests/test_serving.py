@@ -725,6 +725,8 @@ def test_a_killed_replica_is_replaced_and_no_request_is_lost(server):
                 statuses.append(answer.status_code)
                 if answer.status_code == 200:
                     check(answer.json()["images"][0], wanted)
+                else:  # the new replica needs the processor
+                    time.sleep(0.2)
         return statuses
 
     with ThreadPoolExecutor(4) as pool:

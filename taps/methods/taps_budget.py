@@ -415,11 +415,11 @@ def _is_stored(model: Network, task: str) -> bool:
 _MANY_BITS = 2.0
 
 
-#: bits per weight from which learning rates are halved
-_SOME_BITS = 0.6
+#: factors on learning rates, by the bits per weight below which they apply
+_RATES = {0.2: 1.0, 0.6: 0.7, _MANY_BITS: 0.5}
 
 
-#: number of epochs from which rates follow a cosine and are lower
+#: number of epochs from which rates follow a cosine
 _MANY_EPOCHS = 12
 
 
@@ -483,16 +483,14 @@ def by_bits(model: Network, lengths: Lengths) -> Defaults:
     in full fine-tuning.
 
     Coarse rounding drops what a high rate overfits, and needs it for deltas to reach their first step; finer rounding keeps it.
-    In few epochs rates fall late, since norms and head learn while deltas are rounded; in many, lower ones reach as far.
+    In few epochs rates fall late, since norms and head learn while deltas are rounded.
     """
     size = _size(model, lengths)
     bits = math.inf if size is None else 8 * size / model.base_parameters
     if bits >= _MANY_BITS:
         return Defaults("split", "cosine", ("delta", "norm", "head"))
-    rate = 0.5 if bits >= _SOME_BITS else 1.0
-    if lengths.epochs < _MANY_EPOCHS:
-        return Defaults("split", "poly", rate=rate)
-    return Defaults("split", "cosine", rate=0.7 * rate)
+    rate = next(factor for below, factor in _RATES.items() if bits < below)
+    return Defaults("split", "poly" if lengths.epochs < _MANY_EPOCHS else "cosine", rate=rate)
 
 
 def fade_norms(model: Network, task: str, part: float, begins: float = 1.0, ends: float = 1.0) -> None:

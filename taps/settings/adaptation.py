@@ -62,7 +62,7 @@ class Schedule(Settings):
     lam: float = setting(1.0, "weight of the sparsity penalty, a mean over layers; with larger values fewer layers are tuned. The published program divides by 52 instead of the number of layers L, so that its λ is 52/L times as large: 1.44 for ResNet-34, 0.98 for ResNet-50", float, low=0, metavar="λ")
     warmup_epochs: float = setting(2.0, "initial epochs without the penalty; may be fractional", float, low=0, metavar="N")
     settle_epochs: float = setting(0.0, "epochs at the end in which gates are fixed and nothing is penalised, so that tuned layers can adjust", float, low=0, metavar="N")
-    budget: list[str] | str | None = setting(None, "instead of --lam, --warmup_epochs and --settle_epochs: the size of a task file (5% of the base, 600KB, 2MB). All layers are trained for a third of the epochs; then layers and bits per weight are chosen to keep as much as possible of what was learned, and the other layers return to the base. With several sizes there is one run per size; those that train alike (below 2 %, up to 6 %, above) start from one open phase", nargs="+", metavar="SIZE", shown="none; taps_budget: 10%")
+    budget: list[str] | str | None = setting(None, "instead of --lam, --warmup_epochs and --settle_epochs: the size of a task file (5% of the base, 600KB, 2MB). All layers are trained for a third of the epochs; then layers and bits per weight are chosen to keep as much as possible of what was learned, and the other layers return to the base. With several sizes there is one run per size; those that train alike (below 0.6 %, up to 2 %, up to 6 %, above) start from one open phase", nargs="+", metavar="SIZE", shown="none; taps_budget: 10%")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Optimization(Settings):
     accumulate: int = setting(1, "batches per optimiser step", int, low=1, metavar="N")
     gradients: str = setting("mean", "how the gradients of the batches of a step are combined: by their mean or their sum", choices=("mean", "sum"))
     optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas (from a --budget of 2 bits per weight on, adam) and adam for norms and heads, at 0.3 times the learning rate", choices=OPTIMIZERS, shown="sgd; with --budget split")
-    lr: float = setting(0.01, "initial learning rate, which falls along a cosine; with --budget below 2 bits per weight it is halved from 0.6 bits on, and falls almost linearly in fewer than 12 epochs; in 12 or more it is multiplied by 0.7", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
+    lr: float = setting(0.01, "initial learning rate, which falls along a cosine; with --budget below 2 bits per weight it is multiplied by 0.7 from 0.2 bits and by 0.5 from 0.6 bits on, and falls almost linearly in fewer than 12 epochs", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")
     wd: float = setting(0.0, "weight decay on deltas, heads and the matrices of a base that is trained; never on scores and norms", float, low=0, metavar="X")
