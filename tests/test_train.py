@@ -487,7 +487,7 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
     """The run is stopped before or after the choice, or after rounding coarse, noticeable or all deltas; the coarser the
     rounding, the earlier deltas become the values that files will hold."""
     monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
-    monkeypatch.setattr(taps_budget, "_SOME_BITS", math.inf)
+    monkeypatch.setattr(taps_budget, "_RATES", {math.inf: 1.0})
     recipe = Recipe(epochs=6, lr=0.1, budget=with_room(perceptron("taps_budget", norm="task"), room))
     whole, rows = run(accelerator, recipe, perceptron("taps_budget", norm="task"))
     assert [row["phase"] for row in rows] == ["open", "open", "settle", "settle", "settle", "round"]
@@ -522,11 +522,26 @@ def test_budget_training_resumes_with_its_decisions(room, kept, still, accelerat
         assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(
+    ("bits", "epochs", "wanted"),
+    [
+        (0.1, 6, ("poly", 1.0)), (0.1, 24, ("cosine", 1.0)), (0.3, 6, ("poly", 0.7)), (0.3, 24, ("cosine", 0.7)),
+        (0.6, 11, ("poly", 0.5)), (1.9, 12, ("cosine", 0.5)), (2.0, 6, ("cosine", 1.0)),
+    ],
+)  # fmt: skip
+def test_how_a_budget_trains_depends_on_its_bits_and_on_the_epochs(bits, epochs, wanted):
+    model = perceptron("taps_budget", norm="task")
+    size = math.ceil(bits * model.base_parameters / 8)
+    found = taps_budget.by_bits(model, Recipe(epochs=epochs, budget=size))
+    assert (found.optimizer, found.decay, found.rate) == ("split", *wanted)
+    assert ("delta" in found.adaptive) == (bits >= 2)
+
+
 @pytest.mark.parametrize(("room", "first"), [(128, 10), (140, 11), (200, 12)])
 def test_epochs_compete_once_deltas_are_what_files_hold(room, first, accelerator, tmp_path, monkeypatch):
     """Of twelve epochs, the first one that competes is the best here, and its file keeps the budget."""
     monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
-    monkeypatch.setattr(taps_budget, "_SOME_BITS", math.inf)
+    monkeypatch.setattr(taps_budget, "_RATES", {math.inf: 1.0})
     model, numbers, saved = perceptron("taps_budget", norm="task"), iter(range(100, 0, -1)), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, room))
     batches, sampler = loader()
@@ -685,7 +700,7 @@ def test_a_budget_is_kept_where_no_layer_fits(accelerator, tmp_path):
 def test_what_is_validated_is_what_is_kept(accelerator, tmp_path, monkeypatch):
     """Of competing epochs the outputs at validation are, to the bit, those of the file that is saved then."""
     monkeypatch.setattr(taps_budget, "_MANY_BITS", math.inf)
-    monkeypatch.setattr(taps_budget, "_SOME_BITS", math.inf)
+    monkeypatch.setattr(taps_budget, "_RATES", {math.inf: 1.0})
     model, x, seen = perceptron("taps_budget", norm="task"), torch.randn(4, 5), []
     recipe = Recipe(epochs=12, lr=0.1, budget=with_room(model, 128))
     batches, sampler = loader()
