@@ -662,8 +662,7 @@ def test_programs_use_freed_memory_again(thread):
     """Large blocks that are freed and requested again cost no page faults, in whichever thread."""
     program = """
 import ctypes, resource, sys, threading
-from taps.memory import keep_freed_memory
-keep_freed_memory()
+from taps.cli import program
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 libc.malloc.argtypes, libc.memset.argtypes = [ctypes.c_size_t], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -676,13 +675,16 @@ def faults(times, size=40_000_000):
         libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-run = lambda: print(faults(1), faults(10))
-if sys.argv[1] == "another":
-    worker = threading.Thread(target=run)
-    worker.start()
-    worker.join()
-else:
-    run()
+def main(arguments):
+    run = lambda: print(faults(1), faults(10))
+    if arguments == ["another"]:
+        worker = threading.Thread(target=run)
+        worker.start()
+        worker.join()
+    else:
+        run()
+
+program.run(main)
 """
     line = [sys.executable, "-c", program, thread]
     printed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -46,8 +46,8 @@ class OneTask:
         self.task = task
 
     def run(self, place: Place, args: tuple, kwargs: dict):
-        ready = place.ready.get(self.task)
-        if ready is not None and not place.training:
+        ready = place.ready_for(self.task)
+        if ready is not None:
             return ready(*args, **kwargs)
         return place.compute(self.task, place.decision_for(self.task, first_input(args, kwargs)), args, kwargs)
 
@@ -270,6 +270,10 @@ class Place(nn.Module):
         for task in [task for task in self.ready if task is not None]:
             self.prepare(task)
 
+    def ready_for(self, task: str | None) -> nn.Module | None:
+        """Return the module in :attr:`ready` if it may replace the place for a task now."""
+        return None if self.training else self.ready.get(task)
+
     def prepare(self, task: str) -> None:
         """Make the module in :attr:`ready` that replaces the place for a task, if one can."""
         raise NotImplementedError
@@ -292,7 +296,7 @@ class Place(nn.Module):
 
     def settled_key(self, task: str | None) -> Hashable | None:
         """Return the :meth:`sharing_key` of the settled decision, ``None`` if there is none."""
-        ready = None if self.training else self.ready.get(task)
+        ready = self.ready_for(task)
         if ready is not None:
             return self.ready_key(ready)
         decision = self.settled_decision(task)

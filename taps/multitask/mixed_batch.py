@@ -52,12 +52,12 @@ class MixedBatch:
         if not isinstance(x, Tensor):
             raise Inseparable("the input of a layer is not a tensor")
         rows = self.rows(len(x))
-        base, known = place.base, {} if place.training else place.ready
+        base = place.base
         decisions, closed = {}, {}
         ready: dict[str, nn.Module] = {}  # of tasks that are no longer trained
         groups: dict[Hashable, list[str]] = {}
         for task, where in rows.items():
-            module = known.get(task)
+            module = place.ready_for(task)
             if module is not None:
                 ready[task] = module
                 groups.setdefault("base" if module is base else (task,), []).append(task)
@@ -134,8 +134,6 @@ def _rows_per_sample(leaf: object, count: int, may_be_mask: bool) -> int:
 def _concatenated(trees: list):
     if len(trees) == 1:
         return trees[0]
-    if isinstance(trees[0], Tensor):
-        return torch.cat(trees)
     flat = [flatten(tree) for tree in trees]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     # What belongs to all samples was not cut, and is the same tensor in every tree.

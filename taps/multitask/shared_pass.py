@@ -106,8 +106,8 @@ class OneOfSeveral(OneTask):
         self.has_differed = shared.hides_layers
 
     def run(self, place: Place, args: tuple, kwargs: dict):
-        ready = place.ready.get(self.task)
-        if ready is not None and not place.training and ready is not place.__dict__["_modules"]["base"]:
+        ready = place.ready_for(self.task)
+        if ready is not None and ready is not place.__dict__["_modules"]["base"]:
             return ready(*args, **kwargs)
         return place.compute(self.task, place.decision_for(self.task, first_input(args, kwargs)), args, kwargs)
 
