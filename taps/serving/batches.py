@@ -18,9 +18,9 @@ class Busy(Exception):  # noqa: N818 (not an error)
 class Batches:
     """The items that wait for an answer, in groups that each go to one replica, so that it has their tasks in memory.
 
-    An item goes out at once if fewer than :attr:`AT_ONCE` batches of its group are on their way; otherwise it waits and goes out
-    with all others that have come in meanwhile. A full batch does not wait if no batch of another group is on its way: that
-    group's replica answers it.
+    An item goes out at once if no batch of its group is on its way. While one is, items wait until they are as many, or until it is
+    answered. What waits and what is on its way are divided evenly, so that the replica always has a batch to go on with, and
+    none is small. A full batch does not wait if no batch of another group is on its way: that group's replica answers it.
 
     Args:
         send: sends a batch and returns its answers; its first argument is the group.
@@ -41,7 +41,7 @@ class Batches:
         self._send, self._size, self.most = send, size, most
         self.admitted = 0
         self._waiting: list[deque[tuple[Item, asyncio.Future]]] = [deque() for _ in range(groups)]
-        self._on_their_way = [0] * groups
+        self._sent: list[list[int]] = [[] for _ in range(groups)]  # sizes of the batches on their way
         self._tasks: set[asyncio.Task] = set()
 
     @contextmanager
@@ -64,45 +64,47 @@ class Batches:
         group = zlib.crc32(",".join(item.tasks).encode()) % len(self._waiting)
         future = asyncio.get_running_loop().create_future()
         self._waiting[group].append((item, future))
-        lane = self._free_lane(group)
-        if lane is not None:
-            self._on_their_way[lane] += 1
-            task = asyncio.create_task(self._work(group, lane))
-            self._tasks.add(task)  # or it might be collected as garbage
-            task.add_done_callback(self._tasks.discard)
+        self._send_waiting(group)
         return await future
 
-    def _free_lane(self, group: int) -> int | None:
-        """Return the group whose replica can take a batch of ``group`` now: itself, or an idle one."""
-        if self._on_their_way[group] < self.AT_ONCE:
-            return group
-        if len(self._waiting[group]) < self._size:
-            return None
-        return next((own for own, busy in enumerate(self._on_their_way) if not busy), None)
-
-    async def _work(self, group: int, lane: int) -> None:
-        """Send a group's items to the replica of ``lane`` until none waits; to another group's while these make full batches."""
+    def _send_waiting(self, group: int) -> None:
+        """Send those of a group's items that may go out now."""
         waiting = self._waiting[group]
-        try:
-            while waiting and (lane == group or (len(waiting) >= self._size and not self._waiting[lane])):
-                batch = []
-                while waiting and len(batch) < self._size:
-                    item, future = waiting.popleft()
-                    if not future.done():  # its client may have given up
-                        batch.append((item, future))
-                if batch:
-                    await self._answer_all(lane, batch)
-        finally:
-            self._on_their_way[lane] -= 1
+        while waiting and (lane := self._free_lane(group)) is not None:
+            half = (len(waiting) + sum(self._sent[lane]) + 1) // 2
+            most = min(half, self._size) if lane == group else self._size
+            batch = []
+            while waiting and len(batch) < most:
+                item, future = waiting.popleft()
+                if not future.done():  # its client may have given up
+                    batch.append((item, future))
+            if batch:
+                self._sent[lane].append(len(batch))
+                task = asyncio.create_task(self._answer_all(lane, batch))
+                self._tasks.add(task)  # or it might be collected as garbage
+                task.add_done_callback(self._tasks.discard)
 
-    async def _answer_all(self, group: int, batch: Sequence[tuple[Item, asyncio.Future]]) -> None:
+    def _free_lane(self, group: int) -> int | None:
+        """Return the group whose replica should get items of ``group`` now: itself, or an idle one."""
+        waiting, sent = len(self._waiting[group]), self._sent[group]
+        if len(sent) < self.AT_ONCE and waiting >= min(sum(sent), self._size):
+            return group
+        if waiting < self._size:
+            return None
+        return next((own for own, busy in enumerate(self._sent) if not busy), None)
+
+    async def _answer_all(self, lane: int, batch: Sequence[tuple[Item, asyncio.Future]]) -> None:
         try:
-            answers = await self._send(group, [item for item, _ in batch])
+            answers = await self._send(lane, [item for item, _ in batch])
         except Exception as error:
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
             return
+        finally:
+            self._sent[lane].remove(len(batch))
+            for group in range(len(self._sent)):
+                self._send_waiting(group)
         for (_, future), answer in zip(batch, answers, strict=True):
             if not future.done():
                 future.set_result(answer)
