@@ -87,7 +87,8 @@ def ray_in_this_process():
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ray", ray)
-        patch.setattr(cluster, "connected", lambda *given: nullcontext())
+        for name in ("connected", "started_during_import"):
+            patch.setattr(cluster, name, lambda *given: nullcontext())
         yield
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from taps.cli import options, program
+from taps.runs import cluster
 from taps.settings.adaptation import EvaluateSettings, JointSettings, SequentialSettings
 from taps.settings.data import (
     BrainsSettings,
@@ -127,7 +129,9 @@ def execute(name: str, arguments: Sequence[str]) -> None:
         if (program.choose_gpus(settings.gpus) and not by_ray) or settings.multi_gpu:
             program.launch_on_every_gpu(name, arguments)
     module, function = command.run.split(":")
-    getattr(import_module(module), function)(settings, *command.outputs)
+    is_parallel = getattr(settings, "parallel", None) and settings.address is None
+    with cluster.started_during_import(module, settings.parallel) if is_parallel else nullcontext():
+        getattr(import_module(module), function)(settings, *command.outputs)
 
 
 def run(name: str) -> None:

@@ -154,7 +154,13 @@ def _given(kind: type[S], arguments: Sequence[str], of_run: dict[str, Any] | Non
 def parse_sequential(arguments: Sequence[str]) -> SequentialSettings:
     """Parse the settings of ``train_sequential.py``."""
     given = _given(SequentialSettings, arguments)
-    return _complete(SequentialSettings, given, demo(_has_budget(given)))
+    settings = _complete(SequentialSettings, given, demo(_has_budget(given)))
+    is_launched = settings.multi_gpu or os.environ.get("WORLD_SIZE", "1") != "1"
+    if is_launched and (settings.parallel or settings.address):
+        raise UserError(
+            "--parallel trains each task in a process of its own: leave out --multi_gpu, torchrun and accelerate"
+        )
+    return settings
 
 
 def parse_joint(arguments: Sequence[str]) -> JointSettings:

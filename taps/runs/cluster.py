@@ -7,11 +7,15 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from taps.errors import UserError, first_line
 
@@ -24,32 +28,79 @@ def set_environment(address: str | None) -> None:
 
 
 @contextmanager
-def connected(address: str | None, processors: int, what: str) -> Iterator[None]:
-    """Use Ray inside the ``with`` block.
+def started_during_import(module: str, processes: int) -> Iterator[None]:
+    """Import a module, here and in processes of Ray, which starts meanwhile; :func:`connected` uses it inside the ``with`` block.
 
     Args:
-        address: ``HOST:PORT`` of a cluster, or ``"auto"``; ``None`` starts one on this machine, which ends with the block.
+        module: what is imported.
+        processes: how many processes will run at a time, or fewer.
+
+    Raises:
+        UserError: as of :func:`connected`.
+    """
+    here = os.cpu_count() or 1
+    # Ray's processes end with the thread that starts them, so it is the import that has a thread of its own.
+    with ThreadPoolExecutor(1) as other:
+        other.submit(import_module, module)
+        ray = _connect(None, max(processes * threads_each(processes), here), "--parallel")
+        own = ray.remote(num_cpus=1)(_import)
+        for _ in range(min(processes, here)):
+            own.remote(module)
+    try:
+        yield
+    finally:
+        _end(ray)
+
+
+def _import(module: str) -> None:
+    import_module(module)
+
+
+@contextmanager
+def connected(address: str | None, processors: int, what: str) -> Iterator[None]:
+    """Use Ray inside the ``with`` block; it ends with the block.
+
+    Args:
+        address: ``HOST:PORT`` of a cluster, or ``"auto"``; ``None`` starts one on this machine, unless
+            :func:`started_during_import` has.
         processors: number of processors that a cluster on this machine has.
         what: what Ray is needed for, for messages.
 
     Raises:
         UserError: if Ray is not installed or does not start, or the cluster does not answer.
     """
+    ray = _connect(address, processors, what)
+    try:
+        yield
+    finally:
+        _end(ray)
+
+
+def _end(ray) -> None:
+    with undisturbed():
+        ray.shutdown()
+
+
+def _connect(address: str | None, processors: int, what: str):
+    """Connect this process to Ray, and return its module."""
     set_environment(address)
     try:
         import ray
     except ImportError:
         raise UserError(f"{what} needs Ray: pip install 'taps-vision[serve]'") from None
+    if address is None and ray.is_initialized():
+        return ray
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    package = str(Path(__file__).resolve().parents[2])  # a clone need not be installed
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    more = {"logging_level": logging.ERROR, "log_to_driver": False}
+    more: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address is None:
+            # Its processes inherit this. A clone need not be installed; Ray's own way of telling them takes a second.
+            package = str(Path(__file__).resolve().parents[2])
+            os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
             here = {"address": "local", "num_cpus": processors, "include_dashboard": False}
-            ray.init(**here, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": path}}, **more)
+            ray.init(**here, _node_ip_address="127.0.0.1", **more)
         else:
             _check(address)
             ray.init(address=address, **more)
@@ -62,11 +113,13 @@ def connected(address: str | None, processors: int, what: str) -> Iterator[None]
     finally:
         for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
             signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        with undisturbed():
-            ray.shutdown()
+    return ray
+
+
+def threads_each(processes: int) -> int:
+    """Return how many processor threads each of several processes on this machine gets: as OMP_NUM_THREADS says, else its share."""
+    asked = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # or a list, one number per level of nesting
+    return (int(asked.group(1)) if asked else 0) or max((os.cpu_count() or 1) // processes, 1)
 
 
 @contextmanager

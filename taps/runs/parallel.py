@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -139,8 +138,7 @@ def train(settings: SequentialSettings, jobs: Sequence[Job], stop: StopSignals) 
     if not jobs:
         return
     at_once = min(settings.parallel or len(jobs), len(jobs))
-    asked = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # or a list, one number per level of nesting
-    threads = (int(asked.group(1)) if asked else 0) or max((os.cpu_count() or 1) // at_once, 1)
+    threads = cluster.threads_each(at_once)
     for job in jobs:
         job.prepare()
     with cluster.connected(settings.address, at_once * threads, "--parallel"):

@@ -157,10 +157,6 @@ def _in_sequence(run: Run[SequentialSettings]) -> None:
 
 def _side_by_side(settings: SequentialSettings, runs: Sequence[Run]) -> None:
     """Train the tasks of all runs side by side."""
-    if runs[0].accelerator.num_processes > 1 or settings.multi_gpu:
-        raise UserError(
-            "--parallel trains each task in a process of its own: leave out --multi_gpu, torchrun and accelerate"
-        )
     jobs: list[parallel.Job] = []
     experiments: list[Experiment] = []
     with ExitStack() as stack:
