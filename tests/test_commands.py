@@ -690,3 +690,30 @@ program.run(main)
     printed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     once, again = map(int, printed.split())
     assert again < max(once, 100), "one for each page each time"
+
+
+@pytest.mark.parametrize("others", ["fail too", "go on"])
+def test_one_of_several_processes_says_what_is_wrong(others):
+    """The first does for all; another one does if a launcher does not end it, since then the first has not failed."""
+    program = """
+import os, sys
+from taps.cli import program
+from taps.errors import UserError
+
+def main(arguments):
+    raise UserError("cannot read picture 3")
+
+program._SECONDS_TO_BE_ENDED = 60 if sys.argv[1] == "fail too" else 0
+program.run(main)
+"""
+    line = [sys.executable, "-c", program, others]
+    running = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "RANK": "1"})
+    if others == "go on":
+        assert running.communicate()[1] == "error: cannot read picture 3\n"
+        assert running.returncode == 2
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.communicate(timeout=2)
+        running.terminate()
+        assert running.communicate()[1] == ""
+        assert running.returncode == 143

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from pathlib import Path
 from taps.errors import UserError, first_line
 from taps.memory import keep_freed_memory
 from taps.stop_signals import Interrupted
+
+#: how long a launcher may take to end all processes after one has failed
+_SECONDS_TO_BE_ENDED = 5
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -37,8 +41,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         line = str(error).strip().splitlines()[-1]
         for kind in (UserError, *UserError.__subclasses__()):
             line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-        if os.environ.get("RANK", "0") == "0":  # one line, not one per process
-            print(f"error: {line}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            # A mistake of all processes is said by the first, after which the launcher ends this one.
+            time.sleep(_SECONDS_TO_BE_ENDED)
+        print(f"error: {line}", file=sys.stderr)
         status = 2
     except Interrupted as stopped:
         print(f"stopped by {stopped}; continue with --resume", file=sys.stderr)
