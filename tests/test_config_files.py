@@ -207,6 +207,19 @@ def test_the_demo_goes_on_with_the_phases_that_it_began_with(tmp_path, monkeypat
     assert (settings.warmup_epochs, settings.settle_epochs) == (0.5, 4.5)
 
 
+@pytest.mark.parametrize("more", [[], ["--experiment_name", "run"]])
+def test_a_run_of_0_20_goes_on_with_gates_that_learn_to_the_end(tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "results" / parse_sequential(["--dataset", "x", *more]).experiment_name
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"settle_epochs": 0.0}')
+    line = ["--dataset", "x", *more]
+    assert parse_sequential(line).settle_epochs is None
+    assert parse_sequential([*line, "--resume"]).settle_epochs == 0.0
+    assert parse_sequential([*line, "--resume", "--settle_epochs", "3"]).settle_epochs == 3.0
+    assert parse_sequential([*line, "--published"]).settle_epochs == 0.0
+
+
 @pytest.mark.parametrize(
     ("given", "name"),
     [

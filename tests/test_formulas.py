@@ -1,6 +1,7 @@
 """Formulas against short independent references in float64."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -55,6 +56,29 @@ def test_penalty_is_the_mean_over_the_real_number_of_layers():
     penalty.backward()
     for unit, score in zip(model.units, scores, strict=True):
         torch.testing.assert_close(float(unit.gates["a"].score.grad), float(score.sign()) / 20)
+
+
+def test_the_penalty_of_weights_is_the_mean_score_of_a_weight():
+    net = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 4))
+    model = taps.adapt(net, penalty="weights")
+    model.add_task("a", num_classes=2)
+    scores = (-0.3, 0.2)
+    for unit, score in zip(model.units, scores, strict=True):
+        unit.gates["a"].score.data.fill_(score)
+    sizes = [sum(p.numel() for p in unit.deltas["a"].parameters()) for unit in model.units]
+    assert sizes == [160, 164]
+    penalty = model.penalty("a")
+    torch.testing.assert_close(float(penalty.detach()), (160 * 0.3 + 164 * 0.2) / 324)
+    penalty.backward()
+    torch.testing.assert_close(float(model.units[0].gates["a"].score.grad), -160 / 324)
+    model.half()
+    torch.testing.assert_close(float(model.penalty("a").detach()), (160 * 0.3 + 164 * 0.2) / 324, atol=1e-3, rtol=0)
+    for options, reason in (
+        ({"penalty": "bytes"}, "penalty has to be 'layers' or 'weights', not 'bytes'"),
+        ({"penalty": "weights", "penalty_divisor": 52}, "penalty_divisor is a number of layers: leave it out"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            taps.adapt(nn.Linear(3, 4), **options)
 
 
 def test_the_published_penalty_has_52_layers_in_every_network():
@@ -170,11 +194,15 @@ def test_a_recipe_refuses_numbers_outside_of_their_ranges(name, value):
 
 def test_phases_count_epochs_exactly():
     model = taps.adapt(nn.Sequential(nn.Linear(2, 2)))
-    phases = Recipe(epochs=5, warmup_epochs=2).phases(model)
+    published = partial(Recipe, settle_epochs=0)
+    phases = published(epochs=5, warmup_epochs=2).phases(model)
     assert [(phase.name, phase.epochs, phase.penalty) for phase in phases] == [("warm-up", 2, 0.0), ("train", 3, 1.0)]
     assert [phase_at(phases, e).penalty for e in (0, 1, 1.99, 2, 4.9, 7)] == [0, 0, 0, 1, 1, 1]
-    assert [p.name for p in Recipe(epochs=5, warmup_epochs=0).phases(model)] == ["train"]
+    assert [p.name for p in published(epochs=5, warmup_epochs=0).phases(model)] == ["train"]
     assert [p.name for p in Recipe(epochs=5, warmup_epochs=9).phases(model)] == ["warm-up"]
+    for epochs, warmup, train, settle in ((30, 2, 10, 18), (12, 1, 4, 7), (3, 1.5, 0.5, 1), (2, 1, 1, 0)):
+        lengths = [p.epochs for p in Recipe(epochs=epochs, warmup_epochs=warmup).phases(model)]
+        assert lengths == [own for own in (warmup, train, settle) if own]
     settled = Recipe(epochs=5, warmup_epochs=1, settle_epochs=2.5).phases(model)
     assert [(p.name, p.epochs) for p in settled] == [("warm-up", 1), ("train", 1.5), ("settle", 2.5)]
     assert "gate" not in settled[-1].trains

@@ -172,7 +172,7 @@ def test_a_batch_norm_that_sees_one_value_is_one_line(accelerator):
 def test_it_learns_and_reports(accelerator):
     model, rows = run(accelerator, Recipe(epochs=6, warmup_epochs=2, lr=0.2, lam=0.1))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["train"] * 4
+    assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["train"] * 2 + ["settle"] * 2
     assert rows[0]["train_loss"] > rows[1]["train_loss"]
     assert rows[-1]["train_error"] < 25
     assert rows[-1]["lr"] > 0

@@ -217,12 +217,10 @@ def _like_published(settings: A, given: Mapping[str, Any]) -> A:
     )
 
 
-def _settings_of_run(given: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of_run(result_path: str, name: str) -> dict[str, Any]:
     """Return the settings of the run that is to go on, nothing if there is none or its file is damaged."""
-    known = {"result_path": AdaptationSettings.result_path, **preset, **given}
     try:
-        text = Path(known["result_path"], known["experiment_name"], "settings.json").read_text(encoding="utf-8")
-        found = json.loads(text)
+        found = json.loads(Path(result_path, name, "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -259,7 +257,8 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
         preset = {}
     elif "epochs" in given:  # phases keep their shares of the demo's epochs, or in a run that goes on their lengths
         part, names = given["epochs"] / preset["epochs"], ("warmup_epochs", "settle_epochs")
-        earlier = _settings_of_run(given, preset) if given.get("resume") else {}
+        known = {"result_path": AdaptationSettings.result_path, **preset, **given}
+        earlier = _settings_of_run(known["result_path"], known["experiment_name"]) if given.get("resume") else {}
         preset = {**preset, **{name: earlier.get(name, preset[name] * part) for name in names}}
     if given.get("published"):
         preset = {**preset, **published_taps(kind is JointSettings)}
@@ -278,10 +277,13 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
             if len(of_data) > _LONGEST_NAME and len(data) > 1:
                 of_data = f"{data[0]}_and_{len(data) - 1}_more"
             name = f"{of_data}_{network}_{'_'.join(methods)}{suffix}"
+    settle = settings.settle_epochs
+    if settings.resume and "settle_epochs" not in given and settings.dataset:  # 0.20 had another default
+        settle = _settings_of_run(settings.result_path, name).get("settle_epochs", settle)
     penalised = "taps" in methods and max(_as_list(settings.lam)) > 0
-    if penalised and settings.settle_epochs > 0 and settings.warmup_epochs + settings.settle_epochs >= settings.epochs:
+    if penalised and settle and settings.warmup_epochs + settle >= settings.epochs:
         raise UserError(
-            f"--warmup_epochs {settings.warmup_epochs:g} and --settle_epochs {settings.settle_epochs:g} leave none of "
+            f"--warmup_epochs {settings.warmup_epochs:g} and --settle_epochs {settle:g} leave none of "
             f"{settings.epochs} epochs for --lam"
         )
     if settings.lr_warmup_epochs and settings.lr_warmup_epochs >= settings.epochs:
@@ -291,6 +293,7 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
     return replace(
         settings,
         budget=budget,
+        settle_epochs=settle,
         experiment_name=name,
         resize=settings.resize or round(settings.input_size * 8 / 7),
         dataset=settings.dataset and [os.path.abspath(path) for path in settings.dataset],

@@ -7,6 +7,9 @@ With one learned score s per layer and task, the frozen weights W and the task's
 over the network's L layers. A layer is tuned while s ≥ τ; the penalty pulls scores towards 0, so that layers whose delta does not
 help are closed and shared with all other tasks. The published code differs in two ways: it divides by 52 for every network,
 and its last learning rate is 0.
+
+A mean over weights, (1/N) Σ n |s| with n weights in a layer and N in all (``penalty="weights"``), closes large layers first, for
+tasks that should take few bytes. It is this library's.
 """
 
 from __future__ import annotations
@@ -39,12 +42,13 @@ class ThresholdGate(Gate):
         threshold: τ, any finite number. The published value is 0.1.
         score_init: s before training. The published value is 0.15: every unit starts open.
         ste: ``"code"`` or ``"paper"``.
+        size: n, the number of weights that it decides about.
 
     Raises:
         UserError: for an unknown ``ste`` or a number that is not finite.
     """
 
-    def __init__(self, threshold: float = 0.1, score_init: float = 0.15, ste: str = "code") -> None:
+    def __init__(self, threshold: float = 0.1, score_init: float = 0.15, ste: str = "code", size: int = 1) -> None:
         super().__init__()
         if ste not in ("code", "paper"):
             raise UserError(f"ste must be 'code' or 'paper', not {ste!r}")
@@ -54,6 +58,7 @@ class ThresholdGate(Gate):
         self.threshold = float(threshold)
         self.ste = ste
         self.score = nn.Parameter(torch.tensor(float(score_init)))
+        self.register_buffer("size", torch.tensor(size * 1e-6), persistent=False)  # millions, which float16 can hold
         self._seen: tuple[int, int] | None = None
         self._open = True
 
@@ -104,34 +109,46 @@ class ThresholdGate(Gate):
 
 
 def mean_absolute_score(
-    gates: Mapping[str, Sequence[Any]], task: str, penalty_divisor: float | None = None, **options
+    gates: Mapping[str, Sequence[Any]],
+    task: str,
+    penalty: str = "layers",
+    penalty_divisor: float | None = None,
+    **options,
 ) -> Tensor:
-    """Return (1/L) Σ |s_i| over the task's units (TAPS §3).
+    """Return the mean of |s| over the task's units (TAPS §3), or over their weights.
 
     Args:
         gates: every task's gates.
         task: the task.
+        penalty: ``"layers"``, (1/L) Σ |s|, or ``"weights"``, (1/N) Σ n |s|.
         penalty_divisor: L, above 0; ``None`` for the number of units. The published program uses 52 for every network.
         **options: not used.
 
     Raises:
-        UserError: for a divisor that is not a number above 0.
+        UserError: for another ``penalty``, a divisor that is not a number above 0, or one with ``penalty="weights"``.
     """
+    if penalty not in ("layers", "weights"):
+        raise UserError(f"penalty has to be 'layers' or 'weights', not {penalty!r}")
     if penalty_divisor is not None and not (math.isfinite(penalty_divisor) and penalty_divisor > 0):
         raise UserError(f"penalty_divisor has to be above 0, not {penalty_divisor!r}")
+    if penalty_divisor is not None and penalty == "weights":
+        raise UserError("penalty_divisor is a number of layers: leave it out with penalty='weights'")
     scores = torch.stack([gate.score for gate in gates[task]]).abs()
+    if penalty == "weights":
+        sizes = torch.stack([gate.size for gate in gates[task]])
+        return (scores * sizes).sum() / sizes.sum()
     return scores.mean() if penalty_divisor is None else scores.sum() / penalty_divisor
 
 
-def threshold_gate(unit: Unit, penalty_divisor: float | None = None, **options) -> Gate:
+def threshold_gate(unit: Unit, penalty: str = "layers", penalty_divisor: float | None = None, **options) -> Gate:
     """Return the TAPS gate of a unit; options as in :class:`taps.methods.taps.ThresholdGate`."""
-    return ThresholdGate(**options)
+    return ThresholdGate(**options, size=sum(shape.numel() for shape in unit.shapes.values()))
 
 
 def warmup_penalty_settle(model: Model, lengths: Lengths) -> tuple[Phase, ...]:
     """Return the phases of TAPS: epochs without the penalty, then with it, then epochs with fixed gates (settle).
 
-    ``settle_epochs=0`` is exactly the published schedule.
+    ``settle_epochs=0`` is exactly the published schedule, ``None`` settles for two thirds of the epochs after the warm-up.
 
     Raises:
         UserError: if a budget is requested.
@@ -139,10 +156,11 @@ def warmup_penalty_settle(model: Model, lengths: Lengths) -> tuple[Phase, ...]:
     if lengths.budget is not None:
         raise UserError(f"method {model.method.name!r} does not support a size budget; use method 'taps_budget'")
     warmup = min(lengths.warmup_epochs, lengths.epochs)
-    settle = min(lengths.settle_epochs, lengths.epochs - warmup)
+    left = lengths.epochs - warmup
+    settle = float(left * 2 // 3) if lengths.settle_epochs is None else min(lengths.settle_epochs, left)
     phases = (
         Phase("warm-up", warmup, penalty=0.0),
-        Phase("train", lengths.epochs - warmup - settle, forks=warmup > 0),  # no λ has had an effect before it
+        Phase("train", left - settle, forks=warmup > 0),  # no λ has had an effect before it
         Phase("settle", settle, penalty=0.0, trains=SETTLED),
     )
     return tuple(phase for phase in phases if phase.epochs > 0)
@@ -159,6 +177,6 @@ register(
         gate=threshold_gate,
         penalty=mean_absolute_score,
         phases=warmup_penalty_settle,
-        options={**OPTIONS, "penalty_divisor": None},
+        options={**OPTIONS, "penalty": "layers", "penalty_divisor": None},
     ),
 )

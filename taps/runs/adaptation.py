@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from taps.core.method import no_penalty
 from taps.core.modules import evaluating
 from taps.data import opening
 from taps.data.classification.images import (
@@ -117,6 +118,13 @@ def recipe_of(options: AdaptationSettings) -> Recipe:
     return recipe_from(options, mixed=getattr(options, "variant", "joint") != "lite")
 
 
+def _of_penalties(options: AdaptationSettings) -> list[str]:
+    """Return the options that concern penalties and have other values than by default; the demo has values of its own."""
+    default = type(options)()
+    names = ("lam", "warmup_epochs", "settle_epochs", "score_lr", "penalty") if options.dataset else ("penalty",)
+    return [f"--{name}" for name in names if getattr(options, name) != getattr(default, name)]
+
+
 @dataclass
 class Experiment:
     """A run: :meth:`start` creates it, :meth:`finish` writes its table and pictures.
@@ -206,6 +214,9 @@ class Experiment:
                 say(f"    {note}")
         if any(task.val is None for task in self.tasks):
             say("  no validation split: the best epoch is selected on the test split, as in the published program")
+        unused = [] if model.method.penalty is not no_penalty else _of_penalties(options)
+        if unused:
+            say(f"  no effect with --method {options.method}: {', '.join(unused)}")
         lam_is_used = options.method == "taps" and options.lam > 0 and options.budget is None
         if lam_is_used and options.warmup_epochs >= options.epochs:
             say(

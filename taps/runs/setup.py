@@ -47,7 +47,7 @@ def make_accelerator(options: AdaptationSettings | MultiTaskSettings) -> Acceler
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
     # Closed units under norm="follow" and fixed gates leave parameters without a gradient in some steps.
     some_unused = not isinstance(options, SequentialSettings) or options.norm == "follow"
-    some_unused = some_unused or bool(options.budget) or options.settle_epochs > 0
+    some_unused = some_unused or bool(options.budget) or options.settle_epochs != 0
     unused = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     where = Path(options.result_path) / (options.experiment_name or "")
     trackers = _trackers(getattr(options, "track", None) or ())
@@ -66,7 +66,10 @@ def make_model(settings: AdaptationSettings, train_base: bool) -> tuple[TaskMode
     """Return the network that the settings name with its units and norms added, and its preprocessing."""
     net = make_base(settings)
     prepare = make_preprocessing(settings, net)
-    options = {"penalty_divisor": 52} if settings.published and settings.method == "taps" else {}
+    options: dict[str, object] = {}
+    if settings.method == "taps":
+        is_published = settings.published and settings.penalty == "layers"
+        options = {"penalty": settings.penalty, "penalty_divisor": 52 if is_published else None}
     model = adapt(net, settings.method, norm=settings.norm, layers=settings.layers, train_base=train_base, **options)
     if settings.checkpoint_activations:
         model.checkpoint_activations()

@@ -50,7 +50,8 @@ class MethodChoice(Settings):
     title: ClassVar[str] = "method"
     method: str | None = setting(None, "", metavar="NAME", shown="taps, with --budget taps_budget")
     norm: str | None = setting(None, "norm layers: each task's own everywhere (task), its own only after tuned layers (follow), or the base's (frozen)", choices=NORMS, shown="task, with --budget follow")
-    published: bool = setting(False, "follow the published program of TAPS wherever it differs, unless set here: torchvision's first ImageNet weights for ResNets, bilinear resizing, no margin around the test crop, --no-cropped_names, gradients summed over eight batches, three epochs without λ, a penalty divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a background under transparent pixels", bool)
+    penalty: str = setting("layers", "what --lam weighs: the mean of the scores |s| over layers, as published, or over weights, which closes large layers first and takes fewer bytes at the same accuracy", choices=("layers", "weights"))
+    published: bool = setting(False, "follow the published program of TAPS wherever it differs, unless set here: torchvision's first ImageNet weights for ResNets, bilinear resizing, no margin around the test crop, --no-cropped_names, gradients summed over eight batches, three epochs without λ, gates that learn to the end, a penalty divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a background under transparent pixels", bool)
     layers: str | None = setting(None, "only layers whose name matches can be tuned, e.g. 'layer[34]'", metavar="REGEX")
 
 
@@ -61,7 +62,7 @@ class Schedule(Settings):
     title: ClassVar[str] = "method"
     lam: float = setting(1.0, "weight of the sparsity penalty, a mean over layers; with larger values fewer layers are tuned. The published program divides by 52 instead of the number of layers L, so that its λ is 52/L times as large: 1.44 for ResNet-34, 0.98 for ResNet-50", float, low=0, metavar="λ")
     warmup_epochs: float = setting(2.0, "initial epochs without the penalty; may be fractional", float, low=0, metavar="N")
-    settle_epochs: float = setting(0.0, "epochs at the end in which gates are fixed and nothing is penalised, so that tuned layers can adjust", float, low=0, metavar="N")
+    settle_epochs: float | None = setting(None, "epochs at the end in which gates are fixed and nothing is penalised, so that tuned layers can adjust; with --published 0", float, low=0, metavar="N", shown="two thirds of those after the warm-up, rounded down")
     budget: list[str] | str | None = setting(None, "instead of --lam, --warmup_epochs and --settle_epochs: the size of a task file (5% of the base, 600KB, 2MB). All layers are trained for a third of the epochs; then layers and bits per weight are chosen to keep as much as possible of what was learned, and the other layers return to the base. With several sizes there is one run per size; those that train alike (below 0.6 %, up to 2 %, up to 6 %, above) start from one open phase", nargs="+", metavar="SIZE", shown="none; taps_budget: 10%")
 
 
