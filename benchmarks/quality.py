@@ -234,6 +234,9 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
             budget=size, lr=row.lr, base_lr=row.lr, optimizer=row.optimizer, seed=seed,
             plan=whole if is_plain else None, decay="cosine" if is_plain else None,
         )  # fmt: skip
+        if row.method == "qat":  # trained at the rate that was chosen for it, whatever a budget's is multiplied by
+            lr = row.lr / model.method.defaults(model, recipe).rate
+            recipe = replace(recipe, lr=lr, base_lr=lr)
         started = time.perf_counter()
         with controlled(row, seed):
             run_phases(model, name, loader, sampler, recipe, accelerator)

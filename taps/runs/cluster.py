@@ -43,8 +43,10 @@ def started_during_import(module: str, processes: int) -> Iterator[None]:
     with ThreadPoolExecutor(1) as other:
         other.submit(import_module, module)
         ray = _connect(None, max(processes * threads_each(processes), here), "--parallel")
+        # Where there are GPUs, a process must not look for them before Ray gives it one.
+        count = 0 if ray.cluster_resources().get("GPU") else min(processes, here)
         own = ray.remote(num_cpus=1)(_import)
-        for _ in range(min(processes, here)):
+        for _ in range(count):
             own.remote(module)
     try:
         yield
