@@ -102,7 +102,7 @@ def test_from_a_table_to_predictions(squares, here, tmp_path):
     """Trained by the command, stored, loaded and asked: labels are right, and their probabilities are independent."""
     line = ["train_sequential.py", "--dataset", squares / "colours.csv", *SMALL, "--no_flip", "--epochs", 12]
     said = here(*line, "--lr", 0.1, "--class_weights", "balanced", "--experiment_name", "run", "--lam", 0.1).stdout
-    assert re.search(r"colours 12/12 train: loss [\d.]+  mAP [\d.]+ % validation", said)
+    assert re.search(r"colours 12/12 settle: loss [\d.]+  mAP [\d.]+ % validation", said)
     assert re.search(r"task +mAP %", said)
     stored = json.loads((tmp_path / "results/run/colours/task.json").read_text())
     test = json.loads((tmp_path / "results/run/colours/test.json").read_text())
