@@ -282,11 +282,11 @@ def rival(
     learned = [own for name, own in net.named_parameters() if "lora_" in name or name.endswith("learned")]
     if row.norms == "own":
         learned += [own for module in net.modules() if is_norm(module) for own in module.parameters()]
+    net.num_features = features  # peft's model does not declare it
     model = taps.adapt(net, "hard_sharing", train_base=True)
     model.backbone.requires_grad_(False)
     for parameter in learned:
         parameter.requires_grad_(True)
-    model.num_features = features
     return model, size
 
 
