@@ -100,6 +100,21 @@ def test_a_benchmark_finds_what_it_imports(path, monkeypatch):
     assert callable(runpy.run_path(str(path), run_name="imported").get("main", print))
 
 
+def test_a_rival_in_the_comparison_learns_masks_norms_and_heads_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from rivals import Row, rival
+
+    net = taps.create_backbone("test_resnet", pretrained=False)
+    layers = sum(module.weight.numel() for module in net.modules() if isinstance(module, torch.nn.Conv2d))
+    model, size = rival(Row("mask", "1 bit"), net, ["task"], None, None, 0)
+    assert size == layers // 8
+    model.add_task("task", num_classes=3)
+    model(torch.randn(2, 3, 32, 32), "task").sum().backward()
+    learned = [own for own in model.backbone.parameters() if own.requires_grad]
+    assert all(own.grad is not None for own in learned)
+    assert sum(own.numel() for own in learned if own.dim() > 1) == layers
+
+
 def test_the_page_of_options_is_made_from_their_declarations():
     page = (ROOT / "docs/options.md").read_text()
     assert page == site().options_page(), "run python docs/site.py"
