@@ -116,7 +116,9 @@ def test_one_task_has_the_plain_tags_and_all_options_run(tree, here, tmp_path):
 
 @pytest.mark.parametrize("method", ["finetune", "norm_only", "linear_probe"])
 def test_baselines(tree, here, tmp_path, method):
-    here("train_sequential.py", *trained_arguments(tree / "paint", "--method", method), cwd=tmp_path)
+    more = ("--method", method, "--lam", 2, "--penalty", "weights")
+    said = here("train_sequential.py", *trained_arguments(tree / "paint", *more), cwd=tmp_path).stdout
+    assert f"no effect with --method {method}: --lam, --warmup_epochs, --penalty" in said
     row = json.loads((tmp_path / "results/run/summary.json").read_text())["tasks"]["paint"]
     assert row["tuned_layers"] == (1.0 if method == "finetune" else 0.0)
     assert (row["parameters"] == 0) == (method == "linear_probe")

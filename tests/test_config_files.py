@@ -8,6 +8,7 @@ import yaml
 from conftest import SMALL
 
 from taps.cli.options import parse_joint, parse_mtl, parse_sequential
+from taps.runs import programs, sweep
 
 PARSERS = {"train_sequential.py": parse_sequential, "train_joint.py": parse_joint, "train_mtl.py": parse_mtl}
 
@@ -207,17 +208,23 @@ def test_the_demo_goes_on_with_the_phases_that_it_began_with(tmp_path, monkeypat
     assert (settings.warmup_epochs, settings.settle_epochs) == (0.5, 4.5)
 
 
-@pytest.mark.parametrize("more", [[], ["--experiment_name", "run"]])
-def test_a_run_of_0_20_goes_on_with_gates_that_learn_to_the_end(tmp_path, monkeypatch, more):
+@pytest.mark.parametrize("more", [[], ["--lam", "0.5", "2"]])
+def test_runs_of_0_20_go_on_with_gates_that_learn_to_the_end(tmp_path, monkeypatch, more):
+    """So do those of a sweep; the default was another one."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "results" / parse_sequential(["--dataset", "x", *more]).experiment_name
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text('{"settle_epochs": 0.0}')
-    line = ["--dataset", "x", *more]
-    assert parse_sequential(line).settle_epochs is None
-    assert parse_sequential([*line, "--resume"]).settle_epochs == 0.0
-    assert parse_sequential([*line, "--resume", "--settle_epochs", "3"]).settle_epochs == 3.0
-    assert parse_sequential([*line, "--published"]).settle_epochs == 0.0
+
+    def settles(*given: str) -> set:
+        runs = sweep.runs(parse_sequential(["--dataset", "x", *more, *given]))
+        return {programs._with_method(own).settle_epochs for own in runs}
+
+    for own in sweep.runs(parse_sequential(["--dataset", "x", *more])):
+        folder = tmp_path / "results" / own.experiment_name
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text('{"settle_epochs": 0.0}')
+    assert settles() == {None}
+    assert settles("--resume") == {0.0}
+    assert settles("--resume", "--settle_epochs", "3") == {3.0}
+    assert settles("--published") == {0.0}
 
 
 @pytest.mark.parametrize(

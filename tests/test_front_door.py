@@ -466,6 +466,7 @@ def test_an_interrupted_fit_leaves_the_task_as_it_was(tmp_path, monkeypatch):
     fit(model, epochs=4, settle_epochs=2, folder=tmp_path / "stopped", resume=True)
     whole, stopped = (tmp_path / name / "a/task.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
+    fit(fresh(), epochs=4, folder=tmp_path / "whole", resume=True)  # settles as it was begun
     with pytest.raises(taps.UserError, match="was begun with epochs=4: continue it with as many"):
         fit(fresh(), epochs=5, settle_epochs=2, folder=tmp_path / "whole", resume=True)
 

@@ -68,18 +68,8 @@ def test_mistakes_are_one_line(arguments, reason, here):
 
 @pytest.mark.slow
 def test_runs_of_a_sweep_equal_single_runs_and_share_the_warm_up(tree, here, tmp_path):
-    line = (
-        "train_sequential.py",
-        "--dataset",
-        tree / "paint",
-        *SMALL,
-        "--epochs",
-        3,
-        "--warmup_epochs",
-        1.5,
-        "--settle_epochs",
-        0,
-    )
+    line = ("train_sequential.py", "--dataset", tree / "paint", *SMALL, "--epochs", 3)
+    line += ("--warmup_epochs", 1.5, "--settle_epochs", 0)
     done = here(*line, "--lam", 0, 8, "--seeds", 0, 1, "--experiment_name", "sweep")
     root = tmp_path / "results/sweep"
     runs = ["lam0_seed0", "lam0_seed1", "lam8_seed0", "lam8_seed1"]

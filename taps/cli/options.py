@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from taps.errors import UserError
 from taps.methods.registry import catalog
 from taps.settings.adaptation import AdaptationSettings, EvaluateSettings, JointSettings, SequentialSettings
+from taps.settings.choices import OF_PENALTIES
 from taps.settings.data import SubjectsSettings
 from taps.settings.declare import Parser, Settings, build, declarations, make_parser, not_one_of, read_config
 from taps.settings.importing import MULTI_TASK_SOURCES, ImportSettings
@@ -27,8 +28,6 @@ from taps.settings.task_names import GENERATED, aliases, file_names
 S = TypeVar("S", bound=Settings)
 A = TypeVar("A", bound=AdaptationSettings)
 
-#: settings that have no effect with a budget
-_OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr")
 #: characters of names of data sets in that of a results folder, and of a folder's name
 _LONGEST_NAME, _LONGEST_PART = 100, 255
 #: entries of settings.json that are not settings, or are derived from others
@@ -132,7 +131,7 @@ def _given(kind: type[S], arguments: Sequence[str], of_run: dict[str, Any] | Non
         kind, path, _DERIVED, of_run, (JointSettings, SequentialSettings), ignore, _OF_PUBLISHED.get(kind)
     )
     if _keeps_only_a_budget({**stored, **given}):  # settings.yaml has their defaults
-        stored = {name: value for name, value in stored.items() if name not in _OF_PENALTIES}
+        stored = {name: value for name, value in stored.items() if name not in OF_PENALTIES}
     derivations = [("input_size", "resize"), ("seed", "seeds"), ("seeds", "seed")]
     if stored.get("shared_epochs") == stored.get("epochs"):
         derivations.append(("epochs", "shared_epochs"))
@@ -217,10 +216,12 @@ def _like_published(settings: A, given: Mapping[str, Any]) -> A:
     )
 
 
-def _settings_of_run(result_path: str, name: str) -> dict[str, Any]:
+def _settings_of_run(given: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the run that is to go on, nothing if there is none or its file is damaged."""
+    known = {"result_path": AdaptationSettings.result_path, **preset, **given}
     try:
-        found = json.loads(Path(result_path, name, "settings.json").read_text(encoding="utf-8"))
+        text = Path(known["result_path"], known["experiment_name"], "settings.json").read_text(encoding="utf-8")
+        found = json.loads(text)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -248,7 +249,7 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
         if name not in catalog():
             raise UserError(f"argument --method: {not_one_of(name, catalog())}")
     only_budgets = _keeps_only_a_budget({"method": methods, "budget": budget})
-    for name in (*_OF_PENALTIES, "patience", "ema_decay"):
+    for name in (*OF_PENALTIES, "patience", "ema_decay"):
         if name in given and (only_budgets or (name in ("patience", "ema_decay") and "taps_budget" in methods)):
             raise UserError(f"--{name} is not used with a budget: leave one of them out")
     if given.get("resume") and given.get("overwrite"):
@@ -257,8 +258,7 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
         preset = {}
     elif "epochs" in given:  # phases keep their shares of the demo's epochs, or in a run that goes on their lengths
         part, names = given["epochs"] / preset["epochs"], ("warmup_epochs", "settle_epochs")
-        known = {"result_path": AdaptationSettings.result_path, **preset, **given}
-        earlier = _settings_of_run(known["result_path"], known["experiment_name"]) if given.get("resume") else {}
+        earlier = _settings_of_run(given, preset) if given.get("resume") else {}
         preset = {**preset, **{name: earlier.get(name, preset[name] * part) for name in names}}
     if given.get("published"):
         preset = {**preset, **published_taps(kind is JointSettings)}
@@ -278,8 +278,6 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
                 of_data = f"{data[0]}_and_{len(data) - 1}_more"
             name = f"{of_data}_{network}_{'_'.join(methods)}{suffix}"
     settle = settings.settle_epochs
-    if settings.resume and "settle_epochs" not in given and settings.dataset:  # 0.20 had another default
-        settle = _settings_of_run(settings.result_path, name).get("settle_epochs", settle)
     penalised = "taps" in methods and max(_as_list(settings.lam)) > 0
     if penalised and settle and settings.warmup_epochs + settle >= settings.epochs:
         raise UserError(
@@ -293,7 +291,6 @@ def _complete(kind: type[A], given: dict[str, Any], preset: dict[str, Any], suff
     return replace(
         settings,
         budget=budget,
-        settle_epochs=settle,
         experiment_name=name,
         resize=settings.resize or round(settings.input_size * 8 / 7),
         dataset=settings.dataset and [os.path.abspath(path) for path in settings.dataset],

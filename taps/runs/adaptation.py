@@ -33,6 +33,7 @@ from taps.plots import style
 from taps.plots.confusion import MOST_CLASSES, confusion
 from taps.runs.log import Log, open_log
 from taps.settings.adaptation import AdaptationSettings
+from taps.settings.choices import OF_PENALTIES
 from taps.settings.declare import as_dict, as_yaml
 from taps.stop_signals import StopSignals
 from taps.storage import certificate, run_folder, task_file
@@ -119,9 +120,9 @@ def recipe_of(options: AdaptationSettings) -> Recipe:
 
 
 def _of_penalties(options: AdaptationSettings) -> list[str]:
-    """Return the options that concern penalties and have other values than by default; the demo has values of its own."""
+    """Return the options that concern penalties and have other values than by default, for runs that no preset gives values to."""
     default = type(options)()
-    names = ("lam", "warmup_epochs", "settle_epochs", "score_lr", "penalty") if options.dataset else ("penalty",)
+    names = OF_PENALTIES if options.dataset and not options.published and not options.resume else ()
     return [f"--{name}" for name in names if getattr(options, name) != getattr(default, name)]
 
 

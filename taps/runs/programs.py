@@ -28,6 +28,7 @@ from taps.settings.adaptation import AdaptationSettings, JointSettings, Sequenti
 from taps.settings.multi_task import MultiTaskSettings
 from taps.stop_signals import StopSignals
 from taps.storage.files import read_tensors, write_tensors
+from taps.storage.run_folder import settle_epochs_of
 from taps.task_model import TaskModel
 from taps.training.loop import start_file
 
@@ -119,7 +120,10 @@ def _with_method(settings: A) -> A:
     if settings.budget is not None and method.budget is None:
         raise UserError(f"--budget is not for method {method.name}: leave --method out, or give --method taps_budget")
     budget = method.budget if settings.budget is None else settings.budget
-    return replace(settings, norm=settings.norm or method.norms[0], budget=budget)
+    settle = settings.settle_epochs
+    if settle is None and settings.resume:
+        settle = settle_epochs_of(Path(settings.result_path, str(settings.experiment_name)))
+    return replace(settings, norm=settings.norm or method.norms[0], budget=budget, settle_epochs=settle)
 
 
 def _checked_model(settings: AdaptationSettings, train_base: bool) -> tuple[TaskModel, Preprocessing]:

@@ -50,7 +50,7 @@ class MethodChoice(Settings):
     title: ClassVar[str] = "method"
     method: str | None = setting(None, "", metavar="NAME", shown="taps, with --budget taps_budget")
     norm: str | None = setting(None, "norm layers: each task's own everywhere (task), its own only after tuned layers (follow), or the base's (frozen)", choices=NORMS, shown="task, with --budget follow")
-    penalty: str = setting("layers", "what --lam weighs: the mean of the scores |s| over layers, as published, or over weights, which closes large layers first and takes fewer bytes at the same accuracy", choices=("layers", "weights"))
+    penalty: str = setting("layers", "what --lam weighs: the mean of the scores |s| over layers, as published, or over weights, which closes large layers first", choices=("layers", "weights"))
     published: bool = setting(False, "follow the published program of TAPS wherever it differs, unless set here: torchvision's first ImageNet weights for ResNets, bilinear resizing, no margin around the test crop, --no-cropped_names, gradients summed over eight batches, three epochs without λ, gates that learn to the end, a penalty divided by 52, Nesterov momentum for the shared network of joint training, the best epoch chosen on test images, and pictures read without EXIF orientation, 16-bit scaling or a background under transparent pixels", bool)
     layers: str | None = setting(None, "only layers whose name matches can be tuned, e.g. 'layer[34]'", metavar="REGEX")
 

@@ -6,6 +6,8 @@ NORMS = ("task", "follow", "frozen")
 OPTIMIZERS = ("sgd", "nag", "adam", "adamw", "split")
 #: how learning rates fall
 DECAYS = ("cosine", "poly", "step", "constant")
+#: settings that have an effect only with a method that has a penalty
+OF_PENALTIES = ("lam", "warmup_epochs", "settle_epochs", "score_lr", "penalty")
 #: how images are sampled in joint training
 IMAGE_SAMPLINGS = ("equal", "proportional", "temperature")
 BENCHMARKS = (

@@ -86,6 +86,15 @@ def _unlock(handle: int, owner: int) -> None:
     os.close(handle)
 
 
+def settle_epochs_of(path: Path) -> float | None:
+    """Return the ``settle_epochs`` of the run in a folder, which goes on with them whatever is now the default; ``None`` if there
+    is no run, or it has none."""
+    try:
+        return read_json(path / "settings.json").get("settle_epochs")
+    except UserError:
+        return None
+
+
 class RunFolder:
     """The folder of one experiment."""
 

@@ -23,7 +23,7 @@ from taps.methods.taps_budget import check_size, parse_budget
 from taps.metrics.losses import CrossEntropy
 from taps.networks.preprocessing import Preprocessing, stored_transform
 from taps.storage.files import read_json
-from taps.storage.run_folder import RunFolder
+from taps.storage.run_folder import RunFolder, settle_epochs_of
 from taps.storage.task_file import AVERAGE_PRECISION
 from taps.task_model import TaskModel
 from taps.training.loop import Criterion, check_whole_epochs, is_classification, mixing, run_phases
@@ -132,6 +132,8 @@ def fit(
         recipe["make_optimizer"], optimizer = optimizer, None
     if isinstance(preprocessing, Mapping):
         stored_transform(preprocessing)  # refuses what is incomplete
+    if resume and folder is not None and recipe.get("settle_epochs") is None:
+        recipe["settle_epochs"] = settle_epochs_of(Path(folder))
     plan = Recipe(epochs=epochs, lam=lam, budget=budget, optimizer=optimizer, **recipe)
     if plan.label_smoothing:
         if criterion is not nn.functional.cross_entropy:
