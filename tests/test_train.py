@@ -1,5 +1,6 @@
 """The training loop: averaging, flushing, resuming, phases, budgets, and losses that are not finite."""
 
+import copy
 import math
 import signal
 from dataclasses import replace
@@ -682,6 +683,32 @@ def test_compiled_steps_compute_the_same(accelerator, monkeypatch):
     compiled, others = run(accelerator, Recipe(compile=True, **recipe), perceptron())
     assert same(plain, compiled, atol=1e-5)
     assert others[-1]["train_loss"] == pytest.approx(rows[-1]["train_loss"], abs=1e-5)
+
+
+def test_a_training_step_is_traced_as_a_whole(monkeypatch):
+    """Without copying layers, which not every version's compiler can trace."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    plain = taps.adapt(nn.Sequential(*layers))
+    plain.add_task("a", head=nn.Linear(8, 4))
+    for unit in plain.units:
+        for parameter in unit.deltas["a"].parameters():
+            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    plain.set_task("a")
+    closed, learning = plain.gates("a")
+    closed.set(False)
+    closed.requires_grad_(False)
+    traced = copy.deepcopy(plain)
+    x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    plain.train()(x).square().sum().backward()
+    traced.train().hold_buffers()
+    for gate in traced.gates("a"):
+        gate.decide()
+    monkeypatch.setattr("taps.core.modules.with_tensors", None)
+    torch.compile(traced, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    assert learning.score.grad is not None
+    for own, other in zip(plain.parameters(), traced.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None)
+        assert own.grad is None or torch.allclose(own.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_unknown_optimizer():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -11,7 +11,9 @@ from types import MethodType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 #: names of the attributes that every module has
 OF_MODULES = frozenset(vars(nn.Module()))
@@ -139,6 +141,15 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers:
         module_of = module._modules[child]
         plain._modules[child] = None if module_of is None else with_tensors(module_of, own, copy_buffers)
     return plain
+
+
+def as_function(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> Callable:
+    """Return a function that calls a module with some parameters replaced: a copy by :func:`with_tensors`, or while a compiler
+    traces torch's own way, since not every version of it can trace the copying."""
+    if copy_buffers or not torch.compiler.is_compiling():
+        return with_tensors(module, tensors, copy_buffers)
+    module, held = unseen(module), dict(tensors)
+    return lambda *args, **kwargs: functional_call(module, held, args, kwargs, tie_weights=False)
 
 
 def _rebind(module: nn.Module, plain: nn.Module) -> None:

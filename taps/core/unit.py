@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from taps.core.delta import Deltas, add_delta
 from taps.core.execution import Place, State, plain_state
 from taps.core.gate import Decision, Gate
-from taps.core.modules import TaskDict, at_rows, first_input, keeps_state, with_tensors, without_caches
+from taps.core.modules import TaskDict, as_function, at_rows, first_input, keeps_state, with_tensors, without_caches
 from taps.errors import UserError
 
 
@@ -46,12 +46,12 @@ class GatedUnit(Place):
             return self._blend(task, x, run, decision, args, kwargs)
         if run == 0.0:
             return self.shortcut(x)
-        y = self._effective(task, decision)(*args, **kwargs)
+        y = self._effective(task, decision, as_function)(*args, **kwargs)
         return y if run == 1.0 else run * y + (1.0 - run) * self.state.again(self.shortcut, x)
 
     def _blend(self, task: str | None, x: Tensor, run: Tensor, decision: Decision, args: tuple, kwargs: dict) -> Tensor:
         """Evaluate the equation with a tensor ``run``: one value for all samples, or one value per sample, shape (B,)."""
-        f = self._effective(task, decision)
+        f = self._effective(task, decision, as_function)
         if run.dim() == 0 or (self.training and (run.requires_grad or not bool(((run == 0) | (run == 1)).all()))):
             y = f(*args, **kwargs)
             run = run.reshape(-1, *[1] * (y.dim() - 1)) if run.dim() else run
@@ -72,12 +72,12 @@ class GatedUnit(Place):
         self.changes_itself = False  # whether calls change its buffers, as those of spectral norm do
         self._is_made = True
 
-    def _effective(self, task: str | None, decision: Decision) -> nn.Module:
+    def _effective(self, task: str | None, decision: Decision, make: Callable = with_tensors):
         """Return f(·; W + specific ⊙ δ)."""
         tensors = self.effective_parameters(task, decision)
         if not tensors and not (self.changes_itself or self.base._forward_pre_hooks):
             return self.base
-        return with_tensors(self.base, tensors, copy_buffers=self.changes_itself)
+        return make(self.base, tensors, copy_buffers=self.changes_itself)
 
     def effective_parameters(self, task: str | None, decision: Decision) -> dict[str, Tensor]:
         """Return the parameters that differ from the base's under ``decision``, by name: W + specific ⊙ δ."""
