@@ -1,5 +1,6 @@
 """The laws on a CUDA device; reported as skipped where there is none."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -43,6 +44,26 @@ def test_merged_mixed_and_shared_answers_agree(norm):
             assert torch.allclose(model.predict(x)[name], expected, atol=1e-4)
         mixed = model(x, task=["a", "b", "a", "b"])
         assert torch.allclose(mixed[1], alone["b"][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("ste", ["code", "paper"])
+def test_gradients_are_those_of_a_cpu(ste):
+    """Deltas are added in another way there."""
+    torch.manual_seed(0)
+    model = taps.adapt(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()), ste=ste)
+    model.add_task("a", head=nn.Linear(512, 4))
+    for unit in model.units:
+        for parameter in unit.deltas["a"].parameters():
+            parameter.data.normal_(std=0.05)
+    x, found = torch.randn(4, 3, 12, 12), []
+    for device in ("cpu", "cuda"):
+        own = copy.deepcopy(model).to(device).train()
+        own(x.to(device), task="a").square().sum().backward()
+        found.append(
+            {name: parameter.grad.cpu() for name, parameter in own.named_parameters() if parameter.requires_grad}
+        )
+    for name, gradient in found[0].items():
+        assert torch.allclose(found[1][name], gradient, rtol=1e-2, atol=1e-3), name
 
 
 class Images(torch.utils.data.Dataset):

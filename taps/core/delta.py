@@ -79,6 +79,9 @@ def add_delta(
 ) -> Tensor:
     """Return the effective parameter W + specific ⊙ δ; δ's gradient has the factor ``delta_gradient`` (``None``: ``specific``)."""
     if isinstance(specific, Tensor):
+        if delta_gradient is None and specific.numel() == 1 and delta.device.type != "cpu":
+            # There the time of a Python function per layer counts, and on a CPU that of another pass over the weights.
+            return torch.addcmul(base, delta, specific.to(delta.dtype))
         factor = specific.detach() if delta_gradient is None else torch.as_tensor(delta_gradient, device=delta.device)
         return _AddDelta.apply(base, delta, specific, factor)
     if specific == 0.0:
@@ -153,8 +156,12 @@ class Deltas(nn.Module):
             )
             holder.delta = nn.Parameter(value)
 
+    def _holder(self, name: str) -> Any:
+        """Return the module that holds a delta; most parameters belong to the unit's module itself, which is found fast."""
+        return self._modules[name] if name in self._modules else self.get_submodule(name)
+
     def __getitem__(self, name: str) -> Tensor:
-        holder: Any = self.get_submodule(name)
+        holder = self._holder(name)
         if not self.holds_sums:
             return holder.delta
         held: Tensor = holder.sum
@@ -164,7 +171,7 @@ class Deltas(nn.Module):
 
     def used(self, name: str) -> Tensor:
         """Return a delta as the unit uses it: rounded if :meth:`set_rounding` says so."""
-        rounding = getattr(self.get_submodule(name), "rounding", None)
+        rounding = self._holder(name)._buffers.get("rounding")
         return self[name] if rounding is None else _Rounded.apply(self[name], rounding)
 
     def set_rounding(self, name: str, rounding: Tensor | None) -> None:

@@ -28,6 +28,8 @@ from taps.core.method import SETTLED, Lengths, Method, Model, Phase
 from taps.errors import UserError
 from taps.methods.registry import register
 
+_OPEN, _CLOSED = Decision(specific=1.0), Decision(specific=0.0)
+
 
 class ThresholdGate(Gate):
     r"""The gate of TAPS: ``specific`` = 1[s ≥ τ] with one learned score s per unit (CVPR 2022, arXiv 2203.16708, §3).
@@ -72,7 +74,7 @@ class ThresholdGate(Gate):
         # A frozen score was read before compilation; reading it here would split the compiled program.
         if not (torch.compiler.is_compiling() and self._seen is not None and not self.score.requires_grad):
             self._read_score()
-        return Decision(specific=1.0 if self._open else 0.0)
+        return _OPEN if self._open else _CLOSED
 
     def settled(self) -> Decision | None:
         learns = self.training and self.score.requires_grad
@@ -80,9 +82,10 @@ class ThresholdGate(Gate):
 
     def _read_score(self) -> None:
         # Reading a scalar is free on a CPU but stalls an accelerator, where it is read only once per change.
-        version = (id(self.score), self.score._version)
-        if self._seen != version or (self.score.device.type == "cpu" and self.score.requires_grad):
-            self._open = bool(self.score.detach() >= self.threshold)
+        score = self.score
+        version = (id(score), score._version)
+        if self._seen != version or (score.requires_grad and score.device.type == "cpu"):
+            self._open = bool(score.detach() >= self.threshold)
             self._seen = version
 
     @staticmethod
