@@ -15,9 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from taps.errors import UserError, first_line
+
+#: threads in which Ray is ending
+_ENDS: list[Thread] = []
 
 
 def set_environment(address: str | None) -> None:
@@ -42,7 +46,7 @@ def started_during_import(module: str, processes: int) -> Iterator[None]:
     # Ray's processes end with the thread that starts them, so it is the import that has a thread of its own.
     with ThreadPoolExecutor(1) as other:
         other.submit(import_module, module)
-        ray = _connect(None, max(processes * threads_each(processes), here), "--parallel")
+        ray, _ = _connect(None, max(processes * threads_each(processes), here), "--parallel")
         # Where there are GPUs, a process must not look for them before Ray gives it one.
         count = 0 if ray.cluster_resources().get("GPU") else min(processes, here)
         own = ray.remote(num_cpus=1)(_import)
@@ -60,7 +64,7 @@ def _import(module: str) -> None:
 
 @contextmanager
 def connected(address: str | None, processors: int, what: str) -> Iterator[None]:
-    """Use Ray inside the ``with`` block; it ends with the block.
+    """Use Ray inside the ``with`` block; it ends with the block, or meanwhile if :func:`started_during_import` started it.
 
     Args:
         address: ``HOST:PORT`` of a cluster, or ``"auto"``; ``None`` starts one on this machine, unless
@@ -71,27 +75,33 @@ def connected(address: str | None, processors: int, what: str) -> Iterator[None]
     Raises:
         UserError: if Ray is not installed or does not start, or the cluster does not answer.
     """
-    ray = _connect(address, processors, what)
+    ray, is_new = _connect(address, processors, what)
     try:
         yield
     finally:
-        _end(ray)
+        if is_new:
+            _end(ray)
+        else:  # results are written while it ends, which takes more than a second
+            _ENDS.append(Thread(target=ray.shutdown))
+            _ENDS[-1].start()
 
 
 def _end(ray) -> None:
     with undisturbed():
+        while _ENDS:
+            _ENDS.pop().join()
         ray.shutdown()
 
 
-def _connect(address: str | None, processors: int, what: str):
-    """Connect this process to Ray, and return its module."""
+def _connect(address: str | None, processors: int, what: str) -> tuple[Any, bool]:
+    """Connect this process to Ray; return its module and whether it was not connected before."""
     set_environment(address)
     try:
         import ray
     except ImportError:
         raise UserError(f"{what} needs Ray: pip install 'taps-vision[serve]'") from None
     if address is None and ray.is_initialized():
-        return ray
+        return ray, False
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -115,7 +125,7 @@ def _connect(address: str | None, processors: int, what: str):
     finally:
         for number, handler in handlers.items():  # Ray has put its own in their place, with another exit status
             signal.signal(number, handler)
-    return ray
+    return ray, True
 
 
 def threads_each(processes: int) -> int:
