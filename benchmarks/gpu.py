@@ -112,14 +112,19 @@ class Clock:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def training_step(net: nn.Module, x: torch.Tensor, context: Callable) -> Callable[[], None]:
+def training_step(net: nn.Module, x: torch.Tensor, context: Callable, compiles: bool = False) -> Callable[[], None]:
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
     labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if compiles and isinstance(net, taps.TaskModel):  # as the training loop prepares a model
+        net.hold_buffers()
+        for gate in net.gates("task0"):
+            gate.decide()
+    called = torch.compile(net) if compiles else net
 
     def step() -> None:
         with context():
-            loss = nn.functional.cross_entropy(net(x), labels)
+            loss = nn.functional.cross_entropy(called(x), labels)
             if isinstance(net, taps.TaskModel):
                 loss = loss + net.penalty("task0")
         loss.backward()
@@ -153,7 +158,7 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> Callable:
     return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)
 
 
-def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool) -> list[tuple]:
+def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool, compiled_sizes: list[int]) -> list[tuple]:
     """Return rows: what, batch size, images per second relative to the plain network, absolute, and memory."""
     dtype, form = choose(name, clock)
     context, device = precision(clock.device, dtype), clock.device
@@ -173,6 +178,10 @@ def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool) -> list[
         }
         steps = {what: training_step(ready(net).train(), x, context) for what, net in nets.items()}
         rows += _rows(f"training, {size}", "full fine-tuning", steps, size, clock)
+        if size in compiled_sizes:
+            own = {what: net for what, net in nets.items() if "LoRA" not in what}
+            steps = {f"{what}, compiled": training_step(net, x, context, compiles=True) for what, net in own.items()}
+            rows += _rows(f"training, {size}", "full fine-tuning, compiled", steps, size, clock)
         del nets, steps
         with torch.no_grad():
             several = ready(loaded(adapted(name, 10, settled=True, norm="follow")))
@@ -206,6 +215,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_base_patch16_224"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--compile", type=int, nargs="*", default=[], metavar="SIZE", help="batch sizes at which to time compiled "
+                        "training steps too; compiling takes minutes")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=4.0, help="for each group of rows")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/gpu.md")
     given = parser.parse_args()
@@ -233,7 +244,7 @@ def main() -> None:
     heads = ["step, batch size", "network", "time", "images per second", "memory, MB"]
     for name in given.models:
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        lines += ["| " + " | ".join(row) + " |" for row in measure(name, given.sizes, clock, with_lora)]
+        lines += ["| " + " | ".join(row) + " |" for row in measure(name, given.sizes, clock, with_lora, given.compile)]
     given.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"page: {given.page}")
 
