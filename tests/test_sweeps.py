@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from conftest import SMALL
@@ -195,6 +196,14 @@ def test_runs_are_added_only_to_their_like(tree, here, tmp_path):
         "train_sequential.py", *arguments[:-4], "--epochs", 2, *arguments[-2:], "--resume", "--seeds", 1, check=2
     )
     assert "has other settings: epochs=2 (was 1)" in done.stderr
+    assert not (tmp_path / "results/s/seed1").exists()
+    others = tmp_path / "others" / "paint"
+    shutil.copytree(tree / "paint", others)
+    next(others.glob("train/*/*")).unlink()
+    moved = ("--dataset", others, *arguments[2:])
+    assert "was trained on other images of task paint" in here(
+        "train_sequential.py", *moved, "--resume", "--seeds", 1, check=2
+    ).stderr  # fmt: skip
     assert not (tmp_path / "results/s/seed1").exists()
     here("train_sequential.py", *arguments, "--resume", "--seeds", 1)
     assert len((tmp_path / "results/s/summary.csv").read_text().splitlines()) == 3

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 
 from taps.core.method import no_penalty
+from taps.data.classification.images import TaskData
+from taps.data.opening import read_data
 from taps.errors import UserError
 from taps.methods.registry import catalog, method_of
 from taps.methods.taps_budget import read_size
@@ -153,13 +155,22 @@ def shared_start(options: AdaptationSettings, accelerator: Accelerator) -> Itera
 
 
 def _check_alike(options: AdaptationSettings, settings: Mapping, path: Path) -> None:
-    """Refuse to add runs to a table whose other runs of the same method were trained otherwise."""
+    """Refuse to add runs to a table whose other runs of the same method were trained otherwise, or on other images."""
+    data: dict[int, dict[str, TaskData]] = {}  # by the seed, which may divide them
     new = {(own.method, own.budget is None) for own in runs(options)}
     named = {Path(str(own.experiment_name)).name for own in runs(options)}
     for run in earlier_runs(path):
         stored = read_json(run / "settings.json")
         if run.name not in named and (stored.get("method"), stored.get("budget") is None) in new:
             run_folder.RunFolder(run).check_alike(settings)
+            seed = int(stored.get("seed", options.seed))
+            if seed not in data:
+                data[seed] = {task.name: task for task in read_data(options.dataset, replace(options, seed=seed))}
+            for name, digest in stored.get("data", {}).items():
+                if name in data[seed] and not data[seed][name].is_known_as(digest):
+                    raise UserError(
+                        f"{run} was trained on other images of task {name}; choose another --experiment_name"
+                    )
 
 
 def _show(path: Path, accelerator: Accelerator) -> None:
