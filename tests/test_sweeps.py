@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import pytest
 from conftest import SMALL
@@ -37,6 +38,19 @@ def test_a_run_for_each_combination():
     assert several[6:] == [f"all/taps_budget_{size}_seed{seed}" for size in ("1%", "3%") for seed in (0, 1)]
     own = sweep.runs(options("--lam", 0.5, 1, "--seeds", 2, 3))[-1]
     assert (own.lam, own.seed, own.seeds, own.method, own.budget) == (1.0, 3, None, "taps", None)
+
+
+def test_runs_are_added_to_those_of_one_value(tmp_path):
+    """Which the names of the first ones do not have."""
+    for name, method, lam in (("seed0", "taps", 1.0), ("seed1", "taps", 1.0), ("mine", "taps", 3.0)):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        settings = {"method": method, "lam": lam, "budget": None, "seed": int(name == "seed1")}
+        (tmp_path / "all" / name / "settings.json").write_text(json.dumps(settings))
+    added = partial(names, "--result_path", tmp_path, "--resume", "--seeds", 0, 2)
+    assert added("--lam", 1) == ["all/seed0", "all/seed2"]
+    assert added("--lam", 2) == ["all/lam2_seed0", "all/lam2_seed2"]
+    assert added("--method", "finetune") == ["all/finetune_seed0", "all/finetune_seed2"]
+    assert added("--method", "taps_budget", "--budget", "1%")[0] == "all/taps_budget_1%_seed0"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def runs(options: A) -> list[A]:
         raise UserError(f"--budget is not for method {', '.join(methods)}: leave --method out, or add taps_budget")
     if len(lams) > 1 and not penalised:
         raise UserError(f"--lam has no effect with method {', '.join(methods)}: give one value, or add --method taps")
-    earlier = [path.name for path in earlier_runs(_folder(options))] if options.resume else []
+    before = sorted(earlier_runs(_folder(options))) if options.resume else []
+    stored = {path.name: read_json(path / "settings.json") for path in before if _is_of_a_sweep(path.name)}
+    known = {tuple(str(own.get(key)) for key in SWEPT): name for name, own in reversed(stored.items())}
     found = []
     for method in methods:
         sizes = (budgets or [keeps[method]]) if keeps[method] else [None]
@@ -84,15 +86,18 @@ def runs(options: A) -> list[A]:
             lams if method in penalised else [AdaptationSettings.lam], sizes, seeds
         ):
             short = f"{lam:g}" if float(f"{lam:g}") == lam else repr(lam)
+            values = {"method": method, "lam": lam, "budget": size, "seed": seed}
+            alike = [own.get("lam") for own in stored.values() if own.get("method") == method]
             own = {
-                method: len(methods) > 1 or any(other.startswith(method) for other in earlier),
-                f"lam{short}": method in penalised and (len(lams) > 1 or any("lam" in other for other in earlier)),
+                method: len({*methods, *(own.get("method") for own in stored.values())}) > 1,
+                f"lam{short}": method in penalised and len({*lams, *alike}) > 1,
                 str(size): size is not None,
-                f"seed{seed}": options.seeds is not None or any("seed" in other for other in earlier),
+                f"seed{seed}": options.seeds is not None or any("seed" in other for other in stored),
             }
             name = "_".join(text for text, is_part in own.items() if is_part) or method
-            values = {"method": method, "lam": lam, "budget": size, "seed": seed, "seeds": None}
-            found.append(replace(options, **values, experiment_name=f"{options.experiment_name}/{name}"))
+            # A run that was made before there were others of its method or seed has a shorter name.
+            name = known.get(tuple(map(str, values.values())), name)
+            found.append(replace(options, **values, seeds=None, experiment_name=f"{options.experiment_name}/{name}"))
     return found
 
 
