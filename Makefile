@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/ready  ## six small domains on one network, three to four minutes on two CPU cores
+demo: .venv/ready  ## six small domains on one network, two to four minutes on two CPU cores
 	$(BIN)/python train_sequential.py --overwrite
 
 test: .venv/ready  ## the whole test suite
