@@ -89,7 +89,7 @@ def runs(options: A) -> list[A]:
             values = {"method": method, "lam": lam, "budget": size, "seed": seed}
             alike = [own.get("lam") for own in stored.values() if own.get("method") == method]
             own = {
-                method: len({*methods, *(own.get("method") for own in stored.values())}) > 1,
+                method: len({*methods, *(own.get("method", method) for own in stored.values())}) > 1,
                 f"lam{short}": method in penalised and len({*lams, *alike}) > 1,
                 str(size): size is not None,
                 f"seed{seed}": options.seeds is not None or any("seed" in other for other in stored),
