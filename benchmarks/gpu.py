@@ -3,9 +3,10 @@
     make bench-gpu                                          # or: python benchmarks/gpu.py; under eight minutes, writes docs/gpu.md
     python benchmarks/gpu.py --device cpu --models resnet18 --sizes 1 4 --seconds 0.3 --page page.md
 
-Every row is measured in turn with the others in one process, in bfloat16 and channels-last where these were faster in a first
-trial of the plain network. Training rows are steps of SGD with momentum; ``taps`` trains with learning gates and ``taps, settled``
-with half of the layers closed. Inference compares one task with its merged network, and ten tasks on the same images with ten.
+Every row is measured in turn with the others in one process, in the precision and memory order in which a training step of the
+plain network was fastest at that batch size. Training rows are steps of SGD with momentum; ``taps`` trains with learning gates
+and ``taps, settled`` with half of the layers closed. Inference compares one task with its merged network, and ten tasks on the
+same images with ten.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -143,13 +145,21 @@ def forward(net: nn.Module, x: torch.Tensor, context: Callable, **how) -> Callab
     return run
 
 
-def choose(name: str, clock: Clock) -> tuple[torch.dtype | None, torch.memory_format]:
-    """Return precision and memory format in which the plain network trains fastest."""
+def in_turn(steps: list[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def choose(name: str, size: int, clock: Clock) -> tuple[torch.dtype | None, torch.memory_format]:
+    """Return precision and memory format in which the plain network trains fastest with batches of a size."""
     kinds = {}
     for dtype in (None, torch.bfloat16) if clock.device.type == "cuda" else (None,):
         for form in (torch.contiguous_format, torch.channels_last):
             net = plain(name, True).to(clock.device, memory_format=form)
-            x = torch.randn(16, 3, 224, 224, device=clock.device).to(memory_format=form)
+            x = torch.randn(size, 3, 224, 224, device=clock.device).to(memory_format=form)
             kinds[dtype, form] = clock.all({"": training_step(net, x, precision(clock.device, dtype))})[""]
     return min(kinds, key=lambda own: kinds[own])
 
@@ -160,15 +170,12 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> Callable:
 
 def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool, compiled_sizes: list[int]) -> list[tuple]:
     """Return rows: what, batch size, images per second relative to the plain network, absolute, and memory."""
-    dtype, form = choose(name, clock)
-    context, device = precision(clock.device, dtype), clock.device
-    print(f"{name}: {str(dtype or 'float32').removeprefix('torch.')}, {str(form).removeprefix('torch.')}", flush=True)
-
-    def ready(net: nn.Module) -> nn.Module:
-        return net.to(device, memory_format=form)
-
-    rows = []
+    device, rows = clock.device, []
     for size in sizes:
+        dtype, form = choose(name, size, clock)
+        context, ready = precision(device, dtype), partial(nn.Module.to, device=device, memory_format=form)
+        how = ", ".join(str(own).removeprefix("torch.") for own in (dtype or torch.float32, form))
+        print(f"{name}, batches of {size}: {how}", flush=True)
         x = torch.randn(size, 3, 224, 224, device=device).to(memory_format=form)
         nets = {
             "full fine-tuning": plain(name, True),
@@ -177,11 +184,11 @@ def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool, compiled
             **({"LoRA, rank 8": lora(name)} if with_lora else {}),
         }
         steps = {what: training_step(ready(net).train(), x, context) for what, net in nets.items()}
-        rows += _rows(f"training, {size}", "full fine-tuning", steps, size, clock)
+        rows += _rows(f"training, {size}, {how}", "full fine-tuning", steps, size, clock)
         if size in compiled_sizes:
             own = {what: net for what, net in nets.items() if "LoRA" not in what}
             steps = {f"{what}, compiled": training_step(net, x, context, compiles=True) for what, net in own.items()}
-            rows += _rows(f"training, {size}", "full fine-tuning, compiled", steps, size, clock)
+            rows += _rows(f"training, {size}, {how}", "full fine-tuning, compiled", steps, size, clock)
         del nets, steps
         with torch.no_grad():
             several = ready(loaded(adapted(name, 10, settled=True, norm="follow")))
@@ -189,10 +196,10 @@ def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool, compiled
             steps = {
                 "one merged network": forward(merged[0], x, context),
                 "one task of ten": forward(several, x, context, task="task0"),
-                "ten merged networks": lambda nets=merged, x=x: [forward(net, x, context)() for net in nets],
+                "ten merged networks": in_turn([forward(net, x, context) for net in merged]),
                 "predict, ten tasks": forward(several.predictor(), x, context),
             }
-        rows += _rows(f"inference, {size}", "one merged network", steps, size, clock)
+        rows += _rows(f"inference, {size}, {how}", "one merged network", steps, size, clock)
         del several, merged, steps
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -236,12 +243,13 @@ def main() -> None:
         f"# Speed and memory on one {title}",
         "",
         f"`make bench-gpu` with version {taps.__version__} and torch {torch.__version__}.",
-        "Times are relative to the first row of each group, medians of steps measured in turn.",
+        "Times are relative to the first row of each group, medians of steps measured in turn, in the precision and memory order",
+        "in which the plain network trains fastest.",
         "",
         "Small batches are bound by the launching of operations, and gates that learn add some; large batches are bound by",
         "arithmetic. In `taps, settled` the first half of the layers is closed, and the ten tasks share that half.",
     ]
-    heads = ["step, batch size", "network", "time", "images per second", "memory, MB"]
+    heads = ["step, batch size, precision and memory order", "network", "time", "images per second", "memory, MB"]
     for name in given.models:
         lines += ["", f"## {name}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         lines += ["| " + " | ".join(row) + " |" for row in measure(name, given.sizes, clock, with_lora, given.compile)]

@@ -75,6 +75,7 @@ class Images(torch.utils.data.Dataset):
         return torch.randn(3, 32, 32, generator=generator), key[0] % 4
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("norm", ["task", "follow"])
 def test_no_step_waits_for_the_device(norm, monkeypatch):
     """Training raises at the first synchronisation inside a step; with norm="follow" decisions are read once per step."""
