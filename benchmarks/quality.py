@@ -3,6 +3,7 @@
     python benchmarks/quality.py                        # the demo's six tasks, three seeds, two processes: under forty minutes
     python benchmarks/quality.py --quick                # two tasks, one seed, half the epochs: a few minutes
     python benchmarks/quality.py --dataset A B --model_type resnet34 --input_size 224 --epochs 30 --images 0
+    python benchmarks/quality.py --model_type resnet18 --model_path resnet18.safetensors   # weights made by benchmarks/distil.py
     python benchmarks/quality.py --tune                 # choose each row's settings on validation images
 
 Rows: ``finetune``, ``linear_probe``, ``norm_only``, ``taps`` (published gates and λ), ``taps_budget`` at several budgets (with
@@ -57,6 +58,7 @@ from taps.core.modules import evaluating  # noqa: E402
 from taps.data.classification.folders import find_tasks  # noqa: E402
 from taps.data.classification.images import TaskData, make_loader, split_validation  # noqa: E402
 from taps.data.generated.demo import make_demo, read_demo  # noqa: E402
+from taps.data.opening import needs_image_size  # noqa: E402
 from taps.errors import UserError  # noqa: E402
 from taps.memory import keep_freed_memory  # noqa: E402
 from taps.methods import taps_budget  # noqa: E402
@@ -182,7 +184,8 @@ def run(row: Row, seed: int, given: argparse.Namespace) -> dict:
     torch.set_num_threads(given.threads)
     keep_freed_memory()
     accelerator = Accelerator(cpu=given.device == "cpu", rng_types=[])
-    base = taps.create_backbone(given.model_type, pretrained=True)
+    of_size = {"img_size": given.input_size} if needs_image_size(given.model_type, given.input_size) else {}
+    base = taps.create_backbone(given.model_type, path=given.model_path, **of_size)
     prepare = Preprocessing(given.input_size, round(given.input_size * 8 / 7), **of_network(base))
     with_budget = dict.fromkeys(("coded", "qat", *FACTORED), "taps_budget")
     method = {**with_budget, **dict.fromkeys(AFTERWARDS[1:], "finetune")}.get(row.method, row.method)
@@ -454,12 +457,15 @@ def main() -> None:
         "--dataset", nargs="+", help="folders of images, as for train_sequential.py (default: the demo)"
     )
     parser.add_argument("--model_type", default="tf_efficientnet_lite0")
+    parser.add_argument("--model_path", type=Path, help="weights of the base (default: pretrained)")
     parser.add_argument("--input_size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=240, help="training images per task; 0: all (default: 240)")
     parser.add_argument("--tasks", type=int, default=0, help="number of tasks (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="only rows with these name prefixes; other results are kept")
+    parser.add_argument("--finetune_lr", type=float, help="learning rate of full fine-tuning (default: 0.003, chosen for "
+                        "EfficientNet-Lite0)")  # fmt: skip
     parser.add_argument("--controls", action="store_true", help="also run budgets whose layers are not chosen")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default: 1)")
@@ -479,6 +485,8 @@ def main() -> None:
     if not given.dataset:
         make_demo(given.demo, development=given.tune)
     rows = (*ROWS, *CONTROLS) if given.controls else ROWS
+    if given.finetune_lr:
+        rows = [replace(row, lr=given.finetune_lr) if row.method == "finetune" else row for row in rows]
     for own in given.rows or ():
         if not any(row.name.startswith(own) for row in rows):
             parser.error(f"--rows {own!r} matches none of {', '.join(row.name for row in rows)}")
@@ -489,6 +497,8 @@ def main() -> None:
     path = given.output / "quality.json"
     names = ("dataset", "model_type", "input_size", "epochs", "images", "tasks")
     how = {name: getattr(given, name) for name in names}
+    if given.model_path:
+        how["model_path"] = str(given.model_path)
     before = files.read_json(path) if path.is_file() and not given.tune else {"how": how, "runs": []}
     try:
         check_unread(before, how, [(row.name, seed) for row in rows for seed in given.seeds], given.output)

@@ -29,8 +29,8 @@ from taps.storage.encoding import encode_as, error_of, rounding_of
 from taps.storage.run_folder import RunFolder
 from taps.training import loop
 from taps.training.loop import run_phases
-from taps.training.recipe import Recipe
-from taps.training.split_optimizer import FACTOR, LAYERWISE, SplitOptimizer
+from taps.training.recipe import Recipe, make_optimizer
+from taps.training.split_optimizer import FACTOR, LAYERWISE, TRUST, SplitOptimizer
 
 
 @pytest.fixture(scope="module")
@@ -752,8 +752,10 @@ def test_what_is_validated_is_what_is_kept(accelerator, tmp_path, monkeypatch):
             assert torch.equal(fresh(x, "a"), seen[int(path.name) - 1])
 
 
-def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads():
-    """Step by step the formula in float64, and torch's optimisers, each for its own parameters."""
+@pytest.mark.parametrize(("sizes", "share"), [(None, 1.0), ([0.2, 1e-4], 1.0), ([0.045, 1e-4], 0.3)])
+def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads(sizes, share):
+    """Step by step the formula in float64, and torch's optimisers, each for its own parameters; with the sizes of weights, those
+    of matrices determine the share of the rate, and no step is larger than such a size allows."""
     torch.manual_seed(0)
     shapes = ((4, 3), (3,), (5,), (2,))
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -762,6 +764,8 @@ def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads():
     groups = [
         {"params": own, "lr": 0.1, "initial_lr": 0.1, "weight_decay": decay, "role": role} for role, own, decay in roles
     ]
+    if sizes:
+        groups[0]["sizes"] = sizes
     split = SplitOptimizer(groups, 0.9, (0.9, 0.999))
     pair = [torch.optim.Adam(theirs[2:3], lr=0.1 * FACTOR), torch.optim.SGD(theirs[3:], lr=0.1, momentum=0.9)]
     w, m, v = [t.detach().double() for t in theirs[:2]], [0.0, 0.0], [0.0, 0.0]
@@ -780,11 +784,25 @@ def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads():
         of_all = math.sqrt((12 * r2[0] + 3 * r2[1]) / 15)
         for index in range(2):
             size = math.sqrt(r2[index]) ** LAYERWISE * of_all ** (1 - LAYERWISE)
-            w[index] = w[index] - 0.1 * FACTOR * m[index] / (1 - 0.9 ** (step + 1)) / size
+            part = 1 / size if sizes is None else min(1 / size, TRUST * sizes[index] / math.sqrt(r2[index]))
+            assert (part < 1 / size) == (sizes is not None and index == 1)
+            w[index] = w[index] - 0.1 * share * FACTOR * m[index] / (1 - 0.9 ** (step + 1)) * part
         if step == 2:
             split.load_state_dict(split.state_dict())
     for one, other in zip(ours, [*w, *theirs[2:]], strict=True):
         torch.testing.assert_close(one.detach().double(), other.detach().double(), rtol=0, atol=5e-6)
+
+
+def test_deltas_are_trained_in_proportion_to_the_weights_that_they_are_added_to():
+    """Biases, which may be zero, count as at least a third of their unit's weights."""
+    model = taps.adapt(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "taps_budget")
+    model.add_task("a", head=nn.Identity())
+    for unit, size in zip(model.units, (0.3, 0.6), strict=True):
+        unit.base.weight.data.fill_(size)
+        unit.base.bias.data.zero_()
+    optimizer = make_optimizer(model, ["a"], Recipe(epochs=3, budget="10%"))
+    sizes = next(group["sizes"] for group in optimizer.param_groups if group["role"] == "delta")
+    assert sizes == pytest.approx([0.3, 0.1, 0.6, 0.2])
 
 
 def test_a_state_of_another_optimiser_is_refused():

@@ -165,6 +165,10 @@ def make_optimizer(
     half = any(own.dtype == torch.float16 for group in groups for own in group["params"])
     optimizer = recipe.optimizer or ("sgd" if half else defaults.optimizer)
     if optimizer == "split":
+        sizes = _sizes(model)
+        for group in groups:
+            if group["role"] == "delta":
+                group["sizes"] = [sizes[id(parameter)] for parameter in group["params"]]
         return SplitOptimizer(groups, recipe.momentum, recipe.betas, defaults.adaptive, defaults.rate)
     if optimizer in ("sgd", "nag"):
         nesterov = optimizer == "nag" and recipe.momentum > 0
@@ -173,6 +177,21 @@ def make_optimizer(
     for group in groups:
         group["eps"] = recipe.gate_epsilon if group["role"] == "gate" else 1e-8
     return kind(groups, lr=recipe.lr, betas=recipe.betas)
+
+
+def _sizes(model: Network) -> dict[int, float]:
+    """Return for each delta, by identity, the root mean square of the weights that it is added to; for biases, which may be zero,
+    at least a third of that of the unit's weights."""
+    sizes = {}
+    for unit in model.units:
+        own = {
+            name: float(weight.detach().float().square().mean().sqrt())
+            for name, weight in unit.base_parameters().items()
+        }
+        least = max((own[name] for name, weight in unit.base_parameters().items() if weight.dim() > 1), default=0.0) / 3
+        for task in unit.deltas:
+            sizes.update({id(unit.deltas[task][name]): max(size, least) for name, size in own.items()})
+    return sizes
 
 
 def _by_factor(

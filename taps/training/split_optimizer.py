@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, repeat
 
 import torch
 
@@ -13,6 +13,12 @@ from taps.errors import UserError
 FACTOR = 0.3
 #: a: how much of the size of a layer's own gradients its steps are divided by, 0..1; the rest is that of all layers
 LAYERWISE = 0.25
+#: c: steps of a layer are at most those of a rate of c times the typical size of its weights, relative to the learning rate
+TRUST = 25.0
+#: size of tensors that are not added to weights of a known size
+_ANY = 1e9
+#: root mean square of a network's weights from which deltas take the full rate
+_TYPICAL = 0.08
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -34,8 +40,13 @@ class NormalizedMomentum(_Optimizer):
     second moment for each layer as NovoGrad does (Ginsburg et al., 2019, arXiv 1905.11286). Weights of one tensor are not treated
     apart, so that few of them change far more than the others, as in SGD.
 
+    If groups tell the sizes w of the weights that their tensors are added to, a step is at most lr · c · w · m / r, so that no
+    layer changes far more than the others for its size (LARC; You et al., 2017, arXiv 1708.03888). Otherwise the first layer of a
+    ResNet-18, which has few weights and large gradients, changes by a third of its size in each of the first steps.
+
     Args:
-        params: parameters or groups; ``lr`` and ``weight_decay`` may differ between groups.
+        params: parameters or groups; ``lr`` and ``weight_decay`` may differ between groups, and ``sizes``, a list with one float
+            for each of a group's tensors, is optional.
         lr: learning rate, > 0.
         betas: decay of m and of r².
         layerwise: a, 0..1.
@@ -56,12 +67,17 @@ class NormalizedMomentum(_Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
-        used = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        used = [
+            (p, group, weight)
+            for group in self.param_groups
+            for p, weight in zip(group["params"], group.get("sizes") or repeat(_ANY), strict=False)
+            if p.grad is not None
+        ]
         if not used:
             return loss
-        parameters = [p for p, _ in used]
+        parameters = [p for p, _, _ in used]
         device = parameters[0].device
-        gradients = [p.grad.add(p, alpha=own["weight_decay"]) if own["weight_decay"] else p.grad for p, own in used]
+        gradients = [p.grad.add(p, alpha=own["weight_decay"]) if own["weight_decay"] else p.grad for p, own, _ in used]
         states = [self.state[p] for p in parameters]
         for state, p in zip(states, parameters, strict=True):
             if not state:
@@ -71,15 +87,17 @@ class NormalizedMomentum(_Optimizer):
         torch._foreach_lerp_(means, gradients, 1.0 - self.betas[0])
         # Few numbers, one per tensor, made on the host and copied without waiting.
         done, counts = torch.stack([state["step"] for state in states]), torch.tensor([p.numel() for p in parameters])
-        rates = torch.tensor([own["lr"] for _, own in used]) / (1.0 - self.betas[0] ** done)
-        known = torch.stack([rates, 1.0 - self.betas[1] ** done, counts, counts / counts.sum()])
-        rates, correction, counts, share = known.to(device, non_blocking=True)
+        rates = torch.tensor([own["lr"] for _, own, _ in used]) / (1.0 - self.betas[0] ** done)
+        most = TRUST * torch.tensor([weight for _, _, weight in used])
+        known = torch.stack([rates, 1.0 - self.betas[1] ** done, counts, counts / counts.sum(), most])
+        rates, correction, counts, share, most = known.to(device, non_blocking=True)
         squares = torch.stack([state["square"] for state in states])
         squares.lerp_(torch.stack(torch._foreach_norm(gradients)).float().square() / counts, 1.0 - self.betas[1])
         torch._foreach_copy_([state["square"] for state in states], list(squares))
         sizes = squares / correction
         size = sizes.sqrt() ** self.layerwise * (sizes * share).sum().sqrt() ** (1.0 - self.layerwise)
-        torch._foreach_sub_(parameters, torch._foreach_mul(means, [*(rates / (size + 1e-12)).to(means[0].dtype)]))
+        steps = torch.minimum(rates / (size + 1e-12), rates * most / (sizes.sqrt() + 1e-12))
+        torch._foreach_sub_(parameters, torch._foreach_mul(means, [*steps.to(means[0].dtype)]))
         return loss
 
 
@@ -90,8 +108,13 @@ class SplitOptimizer(_Optimizer):
     SGD's deltas take 14 to 42 % fewer bits than Adam's at the same error (0.24 to 0.7). Norms and heads are small, and Adam trains
     them to a higher accuracy.
 
+    Steps of both kinds have the same size whatever the gradients' is. Wide layers need smaller ones, ∝ 1/fan-in where weights are
+    ∝ 1/√fan-in (Yang et al., 2022, arXiv 2203.03466, table 3). If the sizes of weights are known, the deltas' rate is therefore
+    multiplied by (w / 0.08)², at most 1, rounded to one digit; w is their root mean square over the network.
+
     Args:
-        groups: parameter groups with ``lr``, ``initial_lr``, ``weight_decay`` and ``role``.
+        groups: parameter groups with ``lr``, ``initial_lr``, ``weight_decay`` and ``role``, deltas' also with ``sizes`` of the
+            weights that they are added to.
         momentum: of SGD.
         betas: β of Adam and of :class:`NormalizedMomentum`.
         adaptive: roles for Adam.
@@ -107,7 +130,11 @@ class SplitOptimizer(_Optimizer):
         rate: float = 1.0,
     ) -> None:
         normalized = {"delta"} - set(adaptive)
-        factors = [rate * (FACTOR if group["role"] in (*normalized, *adaptive) else 1.0) for group in groups]
+        share = _share_of_rate(groups)
+        factors = [
+            rate * (FACTOR if group["role"] in (*normalized, *adaptive) else 1.0) * (share if "sizes" in group else 1.0)
+            for group in groups
+        ]
         scaled = [
             {**group, "lr": factor * group["lr"], "initial_lr": factor * group["initial_lr"]}
             for group, factor in zip(groups, factors, strict=True)
@@ -147,3 +174,17 @@ class SplitOptimizer(_Optimizer):
             part.step()
             start += length
         return loss
+
+
+def _share_of_rate(groups: Sequence[dict]) -> float:
+    """Return the part of the rate that deltas take, from the sizes of the weights that they are added to."""
+    known = [
+        (p.numel(), size)
+        for group in groups
+        for p, size in zip(group["params"], group.get("sizes", ()), strict=False)
+        if p.dim() > 1
+    ]
+    if not known:
+        return 1.0
+    square = sum(count * size**2 for count, size in known) / sum(count for count, _ in known)
+    return min(float(f"{square / _TYPICAL**2:.1g}"), 1.0)  # rounded, so that rounding of the weights changes nothing
