@@ -1,3 +1,3 @@
 """The version of this library."""
 
-VERSION = "0.22.0"
+VERSION = "0.23.0"

@@ -794,15 +794,18 @@ def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads(si
 
 
 def test_deltas_are_trained_in_proportion_to_the_weights_that_they_are_added_to():
-    """Biases, which may be zero, count as at least a third of their unit's weights."""
-    model = taps.adapt(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "taps_budget")
+    """Biases, which may be zero, count as at least a third of their unit's weights; a layer of zeros learns all the same."""
+    model = taps.adapt(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)), "taps_budget")
     model.add_task("a", head=nn.Identity())
-    for unit, size in zip(model.units, (0.3, 0.6), strict=True):
+    for unit, size in zip(model.units, (0.3, 0.6, 0.0), strict=True):
         unit.base.weight.data.fill_(size)
         unit.base.bias.data.zero_()
     optimizer = make_optimizer(model, ["a"], Recipe(epochs=3, budget="10%"))
     sizes = next(group["sizes"] for group in optimizer.param_groups if group["role"] == "delta")
-    assert sizes == pytest.approx([0.3, 0.1, 0.6, 0.2])
+    assert sizes == pytest.approx([0.3, 0.1, 0.6, 0.2, 0.0, 0.0])
+    model(torch.randn(5, 3), "a").sum().backward()
+    optimizer.step()
+    assert all(bool((delta != 0).any()) for unit in model.units[-1:] for delta in unit.deltas["a"].parameters())
 
 
 def test_a_state_of_another_optimiser_is_refused():

@@ -74,7 +74,7 @@ class Optimization(Settings):
     epochs: int = setting(30, "passes over the training images", int, low=1, metavar="N")
     accumulate: int = setting(1, "batches per optimiser step", int, low=1, metavar="N")
     gradients: str = setting("mean", "how the gradients of the batches of a step are combined: by their mean or their sum", choices=("mean", "sum"))
-    optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas (from a --budget of 2 bits per weight on, adam) and adam for norms and heads, at 0.3 times the learning rate", choices=OPTIMIZERS, shown="sgd; with --budget split")
+    optimizer: str | None = setting(None, "nag is sgd with Nesterov momentum; split is momentum normalised by layer for deltas (from a --budget of 2 bits per weight on, adam) and adam for norms and heads, at 0.3 times the learning rate, and for deltas less if the base's weights are small", choices=OPTIMIZERS, shown="sgd; with --budget split")
     lr: float = setting(0.01, "initial learning rate, which falls along a cosine; with --budget below 2 bits per weight it is multiplied by 0.7 from 0.2 bits and by 0.5 from 0.6 bits on, and falls almost linearly in fewer than 12 epochs", float, low=0, above=True, metavar="X", aliases=("--learning_rate",))
     score_lr: float | None = setting(None, "learning rate of the gate scores", float, low=0, above=True, metavar="X", shown="as --lr")
     momentum: float = setting(0.9, "momentum for sgd and nag", float, low=0, high=1, metavar="X")

@@ -14,8 +14,8 @@ FACTOR = 0.3
 #: a: how much of the size of a layer's own gradients its steps are divided by, 0..1; the rest is that of all layers
 LAYERWISE = 0.25
 #: c: steps of a layer are at most those of a rate of c times the typical size of its weights, relative to the learning rate
-TRUST = 25.0
-#: size of tensors that are not added to weights of a known size
+TRUST = 32.0
+#: size of weights that is assumed for tensors of which none is known, or 0
 _ANY = 1e9
 #: root mean square of a network's weights from which deltas take the full rate
 _TYPICAL = 0.08
@@ -70,7 +70,7 @@ class NormalizedMomentum(_Optimizer):
         used = [
             (p, group, weight)
             for group in self.param_groups
-            for p, weight in zip(group["params"], group.get("sizes") or repeat(_ANY), strict=False)
+            for p, weight in zip(group["params"], group.get("sizes") or repeat(0.0), strict=False)
             if p.grad is not None
         ]
         if not used:
@@ -88,7 +88,7 @@ class NormalizedMomentum(_Optimizer):
         # Few numbers, one per tensor, made on the host and copied without waiting.
         done, counts = torch.stack([state["step"] for state in states]), torch.tensor([p.numel() for p in parameters])
         rates = torch.tensor([own["lr"] for _, own, _ in used]) / (1.0 - self.betas[0] ** done)
-        most = TRUST * torch.tensor([weight for _, _, weight in used])
+        most = TRUST * torch.tensor([weight or _ANY for _, _, weight in used])
         known = torch.stack([rates, 1.0 - self.betas[1] ** done, counts, counts / counts.sum(), most])
         rates, correction, counts, share, most = known.to(device, non_blocking=True)
         squares = torch.stack([state["square"] for state in states])
@@ -182,7 +182,7 @@ def _share_of_rate(groups: Sequence[dict]) -> float:
         (p.numel(), size)
         for group in groups
         for p, size in zip(group["params"], group.get("sizes", ()), strict=False)
-        if p.dim() > 1
+        if p.dim() > 1 and size > 0
     ]
     if not known:
         return 1.0
