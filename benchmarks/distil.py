@@ -1,7 +1,7 @@
-"""Base weights for networks whose own cannot be had: their features learn to predict those of EfficientNet-Lite0.
+"""Base weights where a network's own are not available: its features learn to predict those of EfficientNet-Lite0.
 
     python benchmarks/distil.py resnet18 resnet18.safetensors                  # hours on two CPU cores, minutes on a GPU
-    python benchmarks/distil.py vit_tiny_patch16_224 vit.safetensors --steps 12000
+    python benchmarks/distil.py vit_tiny_patch16_224 vit.safetensors
     python benchmarks/quality.py --model_type resnet18 --model_path resnet18.safetensors
 
 Images of 64 pixels are parts of the pictures that scikit-image brings along and of the demo's development copy, which has no pixel
@@ -106,13 +106,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_type")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--count", type=int, default=1000, help="parts of each picture")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     demo = ROOT / "datasets/demo_development"
+    given.file.parent.mkdir(parents=True, exist_ok=True)
     make_demo(demo, development=True)
     torch.manual_seed(0)
     images = source_images(given.count, demo)

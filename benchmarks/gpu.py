@@ -169,7 +169,7 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> Callable:
 
 
 def measure(name: str, sizes: list[int], clock: Clock, with_lora: bool, compiled_sizes: list[int]) -> list[tuple]:
-    """Return rows: what, batch size, images per second relative to the plain network, absolute, and memory."""
+    """Return rows: step, batch size, precision and memory order; network; time relative to the first row; images per second; MB."""
     device, rows = clock.device, []
     for size in sizes:
         dtype, form = choose(name, size, clock)

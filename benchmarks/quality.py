@@ -457,7 +457,7 @@ def main() -> None:
         "--dataset", nargs="+", help="folders of images, as for train_sequential.py (default: the demo)"
     )
     parser.add_argument("--model_type", default="tf_efficientnet_lite0")
-    parser.add_argument("--model_path", type=Path, help="weights of the base (default: pretrained)")
+    parser.add_argument("--model_path", help="weights of the base (default: pretrained)")
     parser.add_argument("--input_size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=240, help="training images per task; 0: all (default: 240)")
@@ -485,6 +485,8 @@ def main() -> None:
     if not given.dataset:
         make_demo(given.demo, development=given.tune)
     rows = (*ROWS, *CONTROLS) if given.controls else ROWS
+    if given.finetune_lr and given.tune:
+        parser.error("--finetune_lr: --tune tries rates of its own")
     if given.finetune_lr:
         rows = [replace(row, lr=given.finetune_lr) if row.method == "finetune" else row for row in rows]
     for own in given.rows or ():
@@ -495,10 +497,8 @@ def main() -> None:
         given.seeds = [100]  # that no reported run uses
         rows = [own for row in rows for own in trials(row)]
     path = given.output / "quality.json"
-    names = ("dataset", "model_type", "input_size", "epochs", "images", "tasks")
+    names = ("dataset", "model_type", "model_path", "input_size", "epochs", "images", "tasks", "finetune_lr")
     how = {name: getattr(given, name) for name in names}
-    if given.model_path:
-        how["model_path"] = str(given.model_path)
     before = files.read_json(path) if path.is_file() and not given.tune else {"how": how, "runs": []}
     try:
         check_unread(before, how, [(row.name, seed) for row in rows for seed in given.seeds], given.output)
@@ -550,7 +550,7 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     files.write_text(
         given.output / "README.md",
-        f"# Accuracy against bytes a task\n\n{given.model_type}, {given.input_size} px, {len(results[0]['tasks'])} tasks, "
+        f"# Accuracy against bytes a task\n\n{given.model_type}{given.model_path and f' ({given.model_path})' or ''}, {given.input_size} px, {len(results[0]['tasks'])} tasks, "
         f"{given.images or 'all'} training images each, {given.epochs} epochs, seeds "
         f"{', '.join(map(str, sorted({result['seed'] for result in results})))}, version "
         f"{', '.join(sorted({result['version'] for result in results}))}.\n\n"

@@ -27,7 +27,7 @@ from taps.stop_signals import Interrupted, StopSignals
 from taps.storage import checkpoint, task_file
 from taps.storage.encoding import encode_as, error_of, rounding_of
 from taps.storage.run_folder import RunFolder
-from taps.training import loop
+from taps.training import loop, split_optimizer
 from taps.training.loop import run_phases
 from taps.training.recipe import Recipe, make_optimizer
 from taps.training.split_optimizer import FACTOR, LAYERWISE, TRUST, SplitOptimizer
@@ -764,9 +764,7 @@ def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads(si
     groups = [
         {"params": own, "lr": 0.1, "initial_lr": 0.1, "weight_decay": decay, "role": role} for role, own, decay in roles
     ]
-    if sizes:
-        groups[0]["sizes"] = sizes
-    split = SplitOptimizer(groups, 0.9, (0.9, 0.999))
+    split = SplitOptimizer(groups, 0.9, (0.9, 0.999), sizes=dict(zip(ours, sizes or (), strict=False)))
     pair = [torch.optim.Adam(theirs[2:3], lr=0.1 * FACTOR), torch.optim.SGD(theirs[3:], lr=0.1, momentum=0.9)]
     w, m, v = [t.detach().double() for t in theirs[:2]], [0.0, 0.0], [0.0, 0.0]
     for step in range(5):
@@ -794,18 +792,34 @@ def test_split_is_normalised_momentum_for_deltas_and_adam_for_norms_and_heads(si
 
 
 def test_deltas_are_trained_in_proportion_to_the_weights_that_they_are_added_to():
-    """Biases, which may be zero, count as at least a third of their unit's weights; a layer of zeros learns all the same."""
-    model = taps.adapt(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)), "taps_budget")
+    """Also after layers were closed; biases and layers of zeros count as a quarter of the network's size."""
+    model = taps.adapt(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), "taps_budget")
     model.add_task("a", head=nn.Identity())
-    for unit, size in zip(model.units, (0.3, 0.6, 0.0), strict=True):
+    for unit, size in zip(model.units, (0.9, 0.0, 0.1, 0.3), strict=True):
         unit.base.weight.data.fill_(size)
         unit.base.bias.data.zero_()
-    optimizer = make_optimizer(model, ["a"], Recipe(epochs=3, budget="10%"))
-    sizes = next(group["sizes"] for group in optimizer.param_groups if group["role"] == "delta")
-    assert sizes == pytest.approx([0.3, 0.1, 0.6, 0.2, 0.0, 0.0])
-    model(torch.randn(5, 3), "a").sum().backward()
-    optimizer.step()
-    assert all(bool((delta != 0).any()) for unit in model.units[-1:] for delta in unit.deltas["a"].parameters())
+    optimizer = make_optimizer(model, ["a"], Recipe(epochs=3, budget="1%", wd=0.0))
+    least = math.sqrt((0.81 + 0.01 + 0.09) / 4) / 4
+    gradients = torch.Generator().manual_seed(0)
+    for closed in (None, 0):
+        if closed is not None:
+            loop_of_run = SimpleNamespace(model=model, roles=model.roles("a"), optimizers={"": optimizer})
+            del model.units[closed].deltas["a"]
+            loop._Run._forget_dropped(loop_of_run)
+        for unit in model.units:
+            for delta in unit.deltas["a"].parameters() if "a" in unit.deltas else ():
+                delta.grad = torch.randn(delta.shape, generator=gradients)
+        before = {unit: unit.deltas["a"]["weight"].detach().clone() for unit in model.units if "a" in unit.deltas}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(split_optimizer, "TRUST", 1e-3)  # so that every step is bounded
+            optimizer.step()
+        for unit, old in before.items():
+            delta, size = unit.deltas["a"]["weight"], max(float(unit.base.weight[0, 0]), least)
+            state, group = optimizer.state[delta], optimizer.param_groups[0]
+            expected = 1e-3 * group["lr"] * size * state["mean"] / state["square"].sqrt()
+            count = int(state["step"])
+            expected = expected / (1 - 0.9**count) * math.sqrt(1 - 0.999**count)
+            torch.testing.assert_close(old - delta.detach(), expected, rtol=1e-3, atol=1e-9)
 
 
 def test_a_state_of_another_optimiser_is_refused():

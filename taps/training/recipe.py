@@ -17,7 +17,7 @@ from taps.errors import UserError
 from taps.settings.adaptation import Optimization, Schedule
 from taps.settings.choices import DECAYS
 from taps.settings.declare import Settings, as_dict, check_values, setting
-from taps.training.split_optimizer import SplitOptimizer
+from taps.training.split_optimizer import SplitOptimizer, root_mean_square
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,9 @@ def make_optimizer(
     half = any(own.dtype == torch.float16 for group in groups for own in group["params"])
     optimizer = recipe.optimizer or ("sgd" if half else defaults.optimizer)
     if optimizer == "split":
-        sizes = _sizes(model)
-        for group in groups:
-            if group["role"] == "delta":
-                group["sizes"] = [sizes[id(parameter)] for parameter in group["params"]]
-        return SplitOptimizer(groups, recipe.momentum, recipe.betas, defaults.adaptive, defaults.rate)
+        return SplitOptimizer(
+            groups, recipe.momentum, recipe.betas, defaults.adaptive, defaults.rate, _sizes(model, tasks)
+        )
     if optimizer in ("sgd", "nag"):
         nesterov = optimizer == "nag" and recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
@@ -179,19 +177,16 @@ def make_optimizer(
     return kind(groups, lr=recipe.lr, betas=recipe.betas)
 
 
-def _sizes(model: Network) -> dict[int, float]:
-    """Return for each delta, by identity, the root mean square of the weights that it is added to; for biases, which may be zero,
-    at least a third of that of the unit's weights."""
-    sizes = {}
+def _sizes(model: Network, tasks: Sequence[str]) -> dict[torch.Tensor, float]:
+    """Return for each delta the root mean square of the weights that it is added to, at least a quarter of the whole network's:
+    biases and new layers may be zero. Without any weights, nothing is returned."""
+    sizes: dict[torch.Tensor, float] = {}
     for unit in model.units:
-        own = {
-            name: float(weight.detach().float().square().mean().sqrt())
-            for name, weight in unit.base_parameters().items()
-        }
-        least = max((own[name] for name, weight in unit.base_parameters().items() if weight.dim() > 1), default=0.0) / 3
-        for task in unit.deltas:
-            sizes.update({id(unit.deltas[task][name]): max(size, least) for name, size in own.items()})
-    return sizes
+        own = {name: float(w.detach().float().square().mean().sqrt()) for name, w in unit.base_parameters().items()}
+        held = [unit.deltas[task] for task in tasks if task in unit.deltas]
+        sizes.update({deltas[name]: size for deltas in held for name, size in own.items()})
+    least = root_mean_square(sizes) / 4
+    return {delta: max(size, least) for delta, size in sizes.items()} if least else {}
 
 
 def _by_factor(

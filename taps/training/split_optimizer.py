@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice, repeat
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import torch
 
@@ -13,9 +14,9 @@ from taps.errors import UserError
 FACTOR = 0.3
 #: a: how much of the size of a layer's own gradients its steps are divided by, 0..1; the rest is that of all layers
 LAYERWISE = 0.25
-#: c: steps of a layer are at most those of a rate of c times the typical size of its weights, relative to the learning rate
+#: c: a layer's step is at most lr · c · w · m / r, with w the root mean square of its weights
 TRUST = 32.0
-#: size of weights that is assumed for tensors of which none is known, or 0
+#: w of tensors that are not added to weights: no bound
 _ANY = 1e9
 #: root mean square of a network's weights from which deltas take the full rate
 _TYPICAL = 0.08
@@ -40,17 +41,17 @@ class NormalizedMomentum(_Optimizer):
     second moment for each layer as NovoGrad does (Ginsburg et al., 2019, arXiv 1905.11286). Weights of one tensor are not treated
     apart, so that few of them change far more than the others, as in SGD.
 
-    If groups tell the sizes w of the weights that their tensors are added to, a step is at most lr · c · w · m / r, so that no
-    layer changes far more than the others for its size (LARC; You et al., 2017, arXiv 1708.03888). Otherwise the first layer of a
-    ResNet-18, which has few weights and large gradients, changes by a third of its size in each of the first steps.
+    Where the size w of the weights that a tensor is added to is known, a step is at most lr · c · w · m / r, so that no layer
+    changes far more than the others for its size (the clipped form of LARS; You et al., 2017, arXiv 1708.03888). Otherwise the
+    first layer of a ResNet-18, which has few weights and large gradients, changes by a third of its size in each early step.
 
     Args:
-        params: parameters or groups; ``lr`` and ``weight_decay`` may differ between groups, and ``sizes``, a list with one float
-            for each of a group's tensors, is optional.
+        params: parameters or groups; ``lr`` and ``weight_decay`` may differ between groups.
         lr: learning rate, > 0.
         betas: decay of m and of r².
         layerwise: a, 0..1.
         weight_decay: λ of λ · w, which is added to the gradient.
+        sizes: w by tensor, > 0.
     """
 
     def __init__(
@@ -60,24 +61,20 @@ class NormalizedMomentum(_Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         layerwise: float = LAYERWISE,
         weight_decay: float = 0.0,
+        sizes: Mapping[torch.Tensor, float] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.betas, self.layerwise = betas, layerwise
+        self.betas, self.layerwise, self.sizes = betas, layerwise, sizes or {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
-        used = [
-            (p, group, weight)
-            for group in self.param_groups
-            for p, weight in zip(group["params"], group.get("sizes") or repeat(0.0), strict=False)
-            if p.grad is not None
-        ]
+        used = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not used:
             return loss
-        parameters = [p for p, _, _ in used]
+        parameters = [p for p, _ in used]
         device = parameters[0].device
-        gradients = [p.grad.add(p, alpha=own["weight_decay"]) if own["weight_decay"] else p.grad for p, own, _ in used]
+        gradients = [p.grad.add(p, alpha=own["weight_decay"]) if own["weight_decay"] else p.grad for p, own in used]
         states = [self.state[p] for p in parameters]
         for state, p in zip(states, parameters, strict=True):
             if not state:
@@ -87,8 +84,8 @@ class NormalizedMomentum(_Optimizer):
         torch._foreach_lerp_(means, gradients, 1.0 - self.betas[0])
         # Few numbers, one per tensor, made on the host and copied without waiting.
         done, counts = torch.stack([state["step"] for state in states]), torch.tensor([p.numel() for p in parameters])
-        rates = torch.tensor([own["lr"] for _, own, _ in used]) / (1.0 - self.betas[0] ** done)
-        most = TRUST * torch.tensor([weight or _ANY for _, _, weight in used])
+        rates = torch.tensor([own["lr"] for _, own in used]) / (1.0 - self.betas[0] ** done)
+        most = TRUST * torch.tensor([self.sizes.get(p, _ANY) for p in parameters])
         known = torch.stack([rates, 1.0 - self.betas[1] ** done, counts, counts / counts.sum(), most])
         rates, correction, counts, share, most = known.to(device, non_blocking=True)
         squares = torch.stack([state["square"] for state in states])
@@ -108,17 +105,17 @@ class SplitOptimizer(_Optimizer):
     SGD's deltas take 14 to 42 % fewer bits than Adam's at the same error (0.24 to 0.7). Norms and heads are small, and Adam trains
     them to a higher accuracy.
 
-    Steps of both kinds have the same size whatever the gradients' is. Wide layers need smaller ones, ∝ 1/fan-in where weights are
-    ∝ 1/√fan-in (Yang et al., 2022, arXiv 2203.03466, table 3). If the sizes of weights are known, the deltas' rate is therefore
-    multiplied by (w / 0.08)², at most 1, rounded to one digit; w is their root mean square over the network.
+    Steps of both kinds do not scale with the gradients. They have to shrink as 1/fan-in, while trained weights shrink about as
+    1/√fan-in (Yang et al., 2022, arXiv 2203.03466, table 3). If the sizes of weights are known, the deltas' rate is therefore
+    multiplied by (w / 0.08)², at most 1, rounded to one digit; w is the root mean square of the network's weights.
 
     Args:
-        groups: parameter groups with ``lr``, ``initial_lr``, ``weight_decay`` and ``role``, deltas' also with ``sizes`` of the
-            weights that they are added to.
+        groups: parameter groups with ``lr``, ``initial_lr``, ``weight_decay`` and ``role``.
         momentum: of SGD.
         betas: β of Adam and of :class:`NormalizedMomentum`.
         adaptive: roles for Adam.
         rate: factor on the learning rates of all parts.
+        sizes: by delta, the root mean square of the weights that it is added to, > 0.
     """
 
     def __init__(
@@ -128,12 +125,13 @@ class SplitOptimizer(_Optimizer):
         betas: tuple[float, float],
         adaptive: Sequence[str] = ("norm", "head"),
         rate: float = 1.0,
+        sizes: Mapping[torch.Tensor, float] | None = None,
     ) -> None:
         normalized = {"delta"} - set(adaptive)
-        share = _share_of_rate(groups)
+        shares = {"delta": _share_of_rate(sizes or {})}
         factors = [
-            rate * (FACTOR if group["role"] in (*normalized, *adaptive) else 1.0) * (share if "sizes" in group else 1.0)
-            for group in groups
+            rate * (FACTOR if role in (*normalized, *adaptive) else 1.0) * shares.get(role, 1.0)
+            for role in (group["role"] for group in groups)
         ]
         scaled = [
             {**group, "lr": factor * group["lr"], "initial_lr": factor * group["initial_lr"]}
@@ -144,7 +142,7 @@ class SplitOptimizer(_Optimizer):
         others = [group for group in scaled if group["role"] not in (*normalized, *adaptive)]
         self._parts: list[torch.optim.Optimizer] = []
         if deltas:
-            self._parts.append(NormalizedMomentum(deltas, betas=betas))
+            self._parts.append(NormalizedMomentum(deltas, betas=betas, sizes=sizes))
         if with_adam:
             self._parts.append(torch.optim.Adam(with_adam, betas=betas))
         if others:
@@ -176,15 +174,15 @@ class SplitOptimizer(_Optimizer):
         return loss
 
 
-def _share_of_rate(groups: Sequence[dict]) -> float:
+def _share_of_rate(sizes: Mapping[torch.Tensor, float]) -> float:
     """Return the part of the rate that deltas take, from the sizes of the weights that they are added to."""
-    known = [
-        (p.numel(), size)
-        for group in groups
-        for p, size in zip(group["params"], group.get("sizes", ()), strict=False)
-        if p.dim() > 1 and size > 0
-    ]
-    if not known:
+    if not sizes:
         return 1.0
-    square = sum(count * size**2 for count, size in known) / sum(count for count, _ in known)
-    return min(float(f"{square / _TYPICAL**2:.1g}"), 1.0)  # rounded, so that rounding of the weights changes nothing
+    part = root_mean_square(sizes) / _TYPICAL
+    return min(float(f"{part**2:.1g}"), 1.0)  # rounded, so that noise in the weights hardly ever changes it
+
+
+def root_mean_square(sizes: Mapping[torch.Tensor, float]) -> float:
+    """Return the root mean square of all weights from those of each tensor; biases do not count."""
+    squares = [(p.numel(), p.numel() * size**2) for p, size in sizes.items() if p.dim() > 1]
+    return math.sqrt(sum(square for _, square in squares) / max(sum(count for count, _ in squares), 1))
