@@ -548,9 +548,10 @@ def main() -> None:
     files.write_json(path, {"how": how, "lines": lines, "runs": results})
     picture(lines, given.output / "quality.png")
     minutes = (time.perf_counter() - started) / 60
+    base = given.model_type if given.model_path is None else f"{given.model_type} with {given.model_path}"
     files.write_text(
         given.output / "README.md",
-        f"# Accuracy against bytes a task\n\n{given.model_type}{given.model_path and f' ({given.model_path})' or ''}, {given.input_size} px, {len(results[0]['tasks'])} tasks, "
+        f"# Accuracy against bytes a task\n\n{base}, {given.input_size} px, {len(results[0]['tasks'])} tasks, "
         f"{given.images or 'all'} training images each, {given.epochs} epochs, seeds "
         f"{', '.join(map(str, sorted({result['seed'] for result in results})))}, version "
         f"{', '.join(sorted({result['version'] for result in results}))}.\n\n"
