@@ -71,15 +71,17 @@ def changed(x: Tensor) -> Tensor:
     return (share * x + (1 - share) * x.roll(1, 0)).clamp(0, 1)
 
 
+def features(net: nn.Module, x: Tensor) -> Tensor:
+    """Return a network's features of images in 0..1, which it wants with its own mean and spread of pixels."""
+    mean, std = (torch.tensor(net.pretrained_cfg[key], device=x.device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return net((x - mean) / std)
+
+
 def distil(name: str, steps: int, batch: int, rate: float, images: Tensor, device: torch.device) -> nn.Module:
     """Return a network whose features predict those of EfficientNet-Lite0."""
     size = {"img_size": SIDE} if needs_image_size(name, SIDE) else {}
     student = taps.create_backbone(name, pretrained=False, **size).to(device).train()
     teacher = taps.create_backbone("tf_efficientnet_lite0").to(device).eval()
-    norms = [  # each network's own mean and spread of pixels
-        [torch.tensor(net.pretrained_cfg[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std")]
-        for net in (student, teacher)
-    ]
     predict = nn.Linear(student.num_features, teacher.num_features).to(device)
     parameters = [*student.parameters(), *predict.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
@@ -90,9 +92,9 @@ def distil(name: str, steps: int, batch: int, rate: float, images: Tensor, devic
     for step in shown:
         x = changed(images[torch.randint(len(images), (batch,), device=device)].float() / 255)
         with torch.no_grad():
-            target = standard(teacher((x - norms[1][0]) / norms[1][1]))
+            target = standard(features(teacher, x))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = nn.functional.mse_loss(predict(student((x - norms[0][0]) / norms[0][1])).float(), target)
+            loss = nn.functional.mse_loss(predict(features(student, x)).float(), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

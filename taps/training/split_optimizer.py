@@ -91,9 +91,10 @@ class NormalizedMomentum(_Optimizer):
         squares = torch.stack([state["square"] for state in states])
         squares.lerp_(torch.stack(torch._foreach_norm(gradients)).float().square() / counts, 1.0 - self.betas[1])
         torch._foreach_copy_([state["square"] for state in states], list(squares))
-        sizes = squares / correction
-        size = sizes.sqrt() ** self.layerwise * (sizes * share).sum().sqrt() ** (1.0 - self.layerwise)
-        steps = torch.minimum(rates / (size + 1e-12), rates * most / (sizes.sqrt() + 1e-12))
+        corrected = squares / correction
+        own, of_all = corrected.sqrt(), (corrected * share).sum().sqrt()
+        divisor = own**self.layerwise * of_all ** (1.0 - self.layerwise)
+        steps = torch.minimum(rates / (divisor + 1e-12), rates * most / (own + 1e-12))
         torch._foreach_sub_(parameters, torch._foreach_mul(means, [*steps.to(means[0].dtype)]))
         return loss
 
